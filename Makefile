@@ -1,0 +1,61 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test lint format bench docs clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+# Without a GPU: the release that the C++ is developed against. With one: the newest that index and driver of that machine offer.
+TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
+# The CUDA binary is built where a GPU can run it, once asked for (ABIDING_CUDA=on|off|auto), or after "make build".
+CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),on,off))
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+
+help: ## show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: build/installed-$(CUDA) ## make .venv: torch, every tool, this package
+
+build: build/installed-$(or $(ABIDING_CUDA),auto) ## compile both binaries (the CUDA one where nvcc is found)
+
+demo: setup ## run the main job and check it against the reference, on a GPU if there is one
+	$(BIN)/abiding demo
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest -n 2
+
+lint: setup ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: setup ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: setup ## time every kernel group into benchmarks/results (needs a GPU)
+ifeq ($(GPU),)
+	@echo "benchmarks need a GPU, and none is visible here"
+else
+	for group in benchmarks/*.py; do $(BIN)/python $$group || exit; done
+endif
+
+docs: setup ## rewrite the README's tables and the plots from benchmarks/results
+	$(BIN)/abiding report
+
+clean: ## remove whatever was built, .venv too
+	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)" scikit-build-core cmake ninja
+	touch $@
+
+# The name of the stamp says what is installed now; the objects of every setting stay in build/editable.
+build/installed-%: .venv/ready $(SOURCES)
+	ABIDING_CUDA=$* $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	rm -f build/installed-*
+	touch $@

@@ -1,0 +1,173 @@
+// Argument checks: one grammar for every error, `abiding::<op>: <argument> <what was given>; expected <what is accepted>`.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/indices.h"
+
+namespace abiding {
+
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "abiding::" << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+template <class... Parts>
+void check(bool ok, const char* op, const Parts&... parts) {
+  if (!ok) fail(op, parts...);
+}
+
+using DType = int32_t (*)();  // one of the aoti_torch_dtype_* functions, which are the stable names of dtypes
+
+inline const char* dtype_name(int32_t code) {
+  static const struct {
+    DType dtype;
+    const char* name;
+  } names[] = {
+      {aoti_torch_dtype_bfloat16, "bfloat16"}, {aoti_torch_dtype_float16, "float16"},
+      {aoti_torch_dtype_float32, "float32"},   {aoti_torch_dtype_float64, "float64"},
+      {aoti_torch_dtype_uint8, "uint8"},       {aoti_torch_dtype_float8_e4m3fn, "float8_e4m3fn"},
+      {aoti_torch_dtype_int8, "int8"},         {aoti_torch_dtype_int16, "int16"},
+      {aoti_torch_dtype_int32, "int32"},       {aoti_torch_dtype_int64, "int64"},
+      {aoti_torch_dtype_bool, "bool"},         {aoti_torch_dtype_float8_e5m2, "float8_e5m2"},
+  };
+  for (const auto& entry : names)
+    if (entry.dtype() == code) return entry.name;
+  return "another dtype";
+}
+
+// One tensor argument under check. Each test returns the argument, so that a contract reads as one sentence.
+class Argument {
+ public:
+  Argument(const char* op, const char* name, const Tensor& tensor) : op_(op), name_(name), tensor_(tensor) {
+    check(tensor.defined(), op, name, " is undefined; expected a tensor");
+    aoti_torch_get_dtype(tensor.get(), &dtype_);
+  }
+
+  const Argument& dtype(std::initializer_list<DType> accepted) const {
+    std::string names;
+    for (DType candidate : accepted) {
+      if (candidate() == dtype_) return *this;
+      names += (names.empty() ? "" : " or ") + std::string(dtype_name(candidate()));
+    }
+    fail(op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ", names);
+  }
+  const Argument& same_dtype(const Argument& other) const {
+    check(dtype_ == other.dtype_, op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ",
+          dtype_name(other.dtype_), " as ", other.name_);
+    return *this;
+  }
+  const Argument& same_device(const Argument& other) const {
+    check(tensor_.is_cuda() == other.tensor_.is_cuda() && tensor_.is_cpu() == other.tensor_.is_cpu() &&
+              tensor_.get_device_index() == other.tensor_.get_device_index(),
+          op_, name_, " is on ", device(), "; expected device ", other.device(), " as ", other.name_);
+    return *this;
+  }
+  const Argument& rank(int64_t expected) const {
+    check(tensor_.dim() == expected, op_, name_, " has shape ", shape(), "; expected ", expected, " dimensions");
+    return *this;
+  }
+  template <class... Meaning>
+  const Argument& size(int64_t dim, int64_t expected, const Meaning&... meaning) const {
+    check(tensor_.size(dim) == expected, op_, name_, " has shape ", shape(), "; expected size ", expected,
+          " in dimension ", dim, meaning...);
+    return *this;
+  }
+  const Argument& contiguous() const {
+    check(tensor_.is_contiguous(), op_, name_, " has shape ", shape(), " and strides ", strides(),
+          "; expected a contiguous tensor");
+    return *this;
+  }
+  // Rows of the last dimension are dense; every other stride is a multiple of `step` elements.
+  const Argument& dense_rows(int64_t step) const {
+    const int64_t last = tensor_.dim() - 1;
+    check(tensor_.size(last) <= 1 || tensor_.stride(last) == 1, op_, name_, " has strides ", strides(),
+          "; expected stride 1 in the last dimension");
+    for (int64_t d = 0; d < last; ++d)
+      check(tensor_.size(d) <= 1 || tensor_.stride(d) % step == 0, op_, name_, " has strides ", strides(),
+            "; expected multiples of ", step, " elements, so that rows stay aligned");
+    return *this;
+  }
+  // No two indices share an element: each outer stride steps over all that lies inside it.
+  const Argument& no_overlap() const {
+    int64_t span = 1;
+    for (int64_t d = tensor_.dim() - 1; d >= 0; --d) {
+      if (tensor_.size(d) <= 1) continue;
+      check(tensor_.stride(d) >= span, op_, name_, " has shape ", shape(), " and strides ", strides(),
+            "; expected rows in order that do not overlap, since it is written");
+      span = tensor_.stride(d) * (tensor_.size(d) - 1) + span;
+    }
+    return *this;
+  }
+  const Argument& aligned(uintptr_t bytes) const {
+    check(reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes == 0, op_, name_, " starts at an address that is ",
+          reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes, " bytes past a multiple of ", bytes,
+          "; expected data aligned to ", bytes, " bytes");
+    return *this;
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+  const char* name() const { return name_; }
+  bool is(DType dtype) const { return dtype() == dtype_; }
+  std::string shape() const { return list(tensor_.sizes()); }
+  std::string strides() const { return list(tensor_.strides()); }
+
+ private:
+  static std::string list(const torch::headeronly::IntHeaderOnlyArrayRef& values) {
+    std::string text = "[";
+    for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+    return text + "]";
+  }
+  std::string device() const {
+    if (tensor_.is_cpu()) return "cpu";
+    const std::string index = std::to_string(tensor_.get_device_index());
+    return (tensor_.is_cuda() ? "cuda:" : "another device:") + index;
+  }
+
+  const char* op_;
+  const char* name_;
+  const Tensor& tensor_;
+  int32_t dtype_ = 0;
+};
+
+// The debug check of index values; `scope` is the backend's, which can read them.
+template <class Scope>
+void check_index_values(const char* op, const Scope& scope, std::initializer_list<IndexRule> rules) {
+  if (!index_checks_enabled()) return;
+  for (const IndexRule& rule : rules) {
+    const BadIndex bad = scope.find_bad(rule);
+    check(bad.at < 0, op, rule.argument, "[", bad.at, "] is ", bad.value, "; expected ",
+          rule.low == INT64_MIN ? "a negative value (skipped) or less than " : "0 or more and less than ", rule.high);
+  }
+}
+
+// A new tensor with the dtype and device of `like`. What torch says of a failure does not cross the C boundary, so the
+// size asked for is named here.
+inline Tensor new_empty(const char* op, const Tensor& like, const std::vector<int64_t>& sizes) {
+  try {
+    return torch::stable::new_empty(like, sizes);
+  } catch (const std::exception&) {
+    double bytes = static_cast<double>(like.element_size());
+    std::string shape;
+    for (int64_t size : sizes) {
+      bytes *= static_cast<double>(size);
+      shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    }
+    fail(op, "no memory for an output of shape [", shape, "], ", bytes / (1 << 30), " GiB; expected that much free");
+  }
+}
+
+}  // namespace abiding

@@ -1,0 +1,46 @@
+// The CUDA side of an operator call: the tensor's device made current, its stream, launch errors raised.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "common/check.h"
+
+namespace abiding {
+
+// Writes the first index that breaks the rule to result[0], or -1, and its value to result[1]. Defined in find_bad.cu.
+cudaError_t find_bad(const IndexRule& rule, int64_t* result, cudaStream_t stream);
+
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor) : tensor_(tensor), guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  static void raise_on_error(cudaError_t status) { STD_CUDA_CHECK(status); }
+
+  // Waits for the stream, so nothing is looked at while a graph is being captured.
+  BadIndex find_bad(const IndexRule& rule) const {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));
+    if (capture != cudaStreamCaptureStatusNone || rule.indices.size == 0) return {};
+    const Tensor scratch = torch::stable::new_empty(tensor_, {2}, torch::headeronly::ScalarType::Long);
+    BadIndex bad;
+    STD_CUDA_CHECK(abiding::find_bad(rule, static_cast<int64_t*>(scratch.mutable_data_ptr()), stream_));
+    STD_CUDA_CHECK(cudaMemcpyAsync(&bad, scratch.data_ptr(), sizeof bad, cudaMemcpyDeviceToHost, stream_));
+    STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return bad;
+  }
+
+ private:
+  const Tensor& tensor_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace abiding

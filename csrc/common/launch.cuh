@@ -1,0 +1,49 @@
+// Programmatic dependent launch: a kernel's start overlaps the end of the one before it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace abiding {
+
+// From here on the next kernel's blocks may take what room there is; they wait for this grid's end before they read.
+// Measured on an H100 at one token: right after the wait is better than at the start (by 0.1 to 0.2 us) or at the end.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Nothing that an earlier kernel wrote may be read, and nothing it reads written, before this returns.
+__device__ __forceinline__ void wait_for_earlier_grids() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// On devices below compute capability 9.0 the attribute is refused, so it is left out.
+inline cudaError_t supports_dependent_launch(bool* supported) {
+  int device = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  *supported = major >= 9;
+  return status;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  bool dependent = false;
+  if (const cudaError_t status = supports_dependent_launch(&dependent); status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+}  // namespace abiding

@@ -1,0 +1,221 @@
+// One warp to a row of 512 values: lane l holds values [8l, 8l + 8) and [256 + 8l, 256 + 8l + 8), so that each 16-byte
+// access of the warp covers 512 contiguous bytes. Lanes 24..31 hold the 64 RoPE values in their second half.
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "common/half.cuh"
+#include "common/launch.cuh"
+#include "mla_prologue/kernels.h"
+
+namespace abiding::mla_prologue {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int kHalfRow = kHeadDim / 2, kFirstRopeLane = 24;
+
+// A few rows are spread over as many multiprocessors as they can get.
+int warps_per_block(int64_t rows) { return rows <= 512 ? 2 : kMaxWarps; }
+
+ABIDING_HD unsigned rows_per_token(const PrologueParams& p) {
+  return 1 + static_cast<unsigned>(p.zero_padding ? p.padded_heads : p.heads);
+}
+
+struct Row {
+  float low[8], high[8];
+};
+
+struct Angles {
+  float cosine[4], sine[4];
+};
+
+__device__ __forceinline__ float4 load_floats(const float* from) {
+  return __ldg(reinterpret_cast<const float4*>(from));
+}
+
+// The lane's four pairs; only RoPE lanes have any.
+__device__ __forceinline__ Angles load_angles(const PrologueParams& p, int64_t position, int lane) {
+  Angles angles{};
+  if (lane >= kFirstRopeLane) {
+    const float* row = p.cos_sin + position * kRopeDim + 4 * (lane - kFirstRopeLane);
+    const float4 cosine = load_floats(row), sine = load_floats(row + kRopeDim / 2);
+    memcpy(angles.cosine, &cosine, 16);
+    memcpy(angles.sine, &sine, 16);
+  }
+  return angles;
+}
+
+__device__ __forceinline__ void rotate_row(Row& row, const Angles& angles, int lane) {
+  if (lane < kFirstRopeLane) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) rotate(row.high[2 * j], row.high[2 * j + 1], angles.cosine[j], angles.sine[j]);
+}
+
+__device__ __forceinline__ uint4 load16(const void* from) { return *static_cast<const uint4*>(from); }
+
+template <class T>
+__device__ __forceinline__ Row unpack_row(const uint4& low, const uint4& high) {
+  Row row;
+  unpack<T>(low, row.low);
+  unpack<T>(high, row.high);
+  return row;
+}
+
+__device__ __forceinline__ float inverse_rms(const Row& row, float eps) {
+  float sums[4] = {};  // short chains: at one token a call is all latency
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sums[i % 2] = fmaf(row.low[i], row.low[i], sums[i % 2]);
+    sums[2 + i % 2] = fmaf(row.high[i], row.high[i], sums[2 + i % 2]);
+  }
+  float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  return rsqrtf(sum * (1.0f / kHeadDim) + eps);
+}
+
+__device__ __forceinline__ uint2 encode8(const float (&x)[8], float factor) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = e4m3x2_encode(x[2 * i] * factor, x[2 * i + 1] * factor);
+  return {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
+}
+
+__device__ __forceinline__ void store_e4m3(const Row& row, float factor, uint8_t* to, int lane) {
+  *reinterpret_cast<uint2*>(to + 8 * lane) = encode8(row.low, factor);
+  *reinterpret_cast<uint2*>(to + kHalfRow + 8 * lane) = encode8(row.high, factor);
+}
+
+template <class T>
+__device__ __forceinline__ void store_half(const uint4& low, const uint4& high, T* to, int lane) {
+  *reinterpret_cast<uint4*>(to + 8 * lane) = low;
+  *reinterpret_cast<uint4*>(to + kHalfRow + 8 * lane) = high;
+}
+
+// Exponents of the lane's two quantisation blocks, which are 8 lanes wide.
+__device__ __forceinline__ int2 block_exponents(const Row& row) {
+  float low = 0, high = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    low = fmaxf(low, fabsf(row.low[i]));
+    high = fmaxf(high, fabsf(row.high[i]));
+  }
+#pragma unroll
+  for (int mask = 4; mask; mask /= 2) {
+    low = fmaxf(low, __shfl_xor_sync(~0u, low, mask));
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, mask));
+  }
+  return {block_exponent(low), block_exponent(high)};
+}
+
+// Stores are 8 bytes: no more is promised of a cache's alignment.
+__device__ __forceinline__ void store_record(const Row& row, int2 exponents, const uint4& rope, Record<uint8_t> record,
+                                             int lane) {
+  *reinterpret_cast<uint2*>(record.data + 8 * lane) = encode8(row.low, pow2(-exponents.x));
+  if (lane < kFirstRopeLane) {
+    *reinterpret_cast<uint2*>(record.data + kHalfRow + 8 * lane) = encode8(row.high, pow2(-exponents.y));
+  } else {
+    uint2* tail = reinterpret_cast<uint2*>(record.data + kNopeDim) + 2 * (lane - kFirstRopeLane);
+    tail[0] = {rope.x, rope.y};
+    tail[1] = {rope.z, rope.w};
+  }
+  if (lane % 8 == 0) {
+    record.scales[lane / 8] = ue8m0_encode(exponents.x);
+    record.scales[4 + lane / 8] = lane < kFirstRopeLane ? ue8m0_encode(exponents.y) : 0;
+  }
+}
+
+// The row is read and worked on before its slot is known to be good, so that the two latencies overlap.
+template <class T, CacheFormat kFormat>
+__device__ __forceinline__ void insert_row(const PrologueParams& p, int64_t token, int lane) {
+  const T* kv = static_cast<const T*>(p.kv) + token * p.kv_stride + 8 * lane;
+  const int64_t slot = p.slot(token), position = p.positions[token];
+  const uint4 low = load16(kv), high = load16(kv + kHalfRow);
+  const bool inserted = slot >= 0 && p.position_ok(position);
+  Angles angles{};
+  if (inserted) angles = load_angles(p, position, lane);
+  Row row = unpack_row<T>(low, high);
+  const int2 exponents = block_exponents(row);
+  if (!inserted) return;
+  rotate_row(row, angles, lane);
+  uint8_t* whole_row = p.cache + slot / p.block_size * p.page_stride + slot % p.block_size * p.row_stride;
+  if constexpr (kFormat == CacheFormat::kE4m3) {
+    store_e4m3(row, 1.0f / __ldg(p.kv_scale), whole_row, lane);
+  } else {
+    const uint4 rope = canonical_nans<T>(pack<T>(row.high));
+    if constexpr (kFormat == CacheFormat::kBfloat16)
+      store_half(canonical_nans<T>(low), rope, reinterpret_cast<T*>(whole_row), lane);
+    else
+      store_record(row, exponents, rope, record_at(p.cache, p.page_stride, p.block_size, slot), lane);
+  }
+}
+
+template <class T, CacheFormat kFormat>
+__device__ __forceinline__ void query_row(const PrologueParams& p, int64_t token, int64_t head, int lane) {
+  using Out = std::conditional_t<kFormat == CacheFormat::kE4m3, uint8_t, T>;
+  const T* q = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride + 8 * lane;
+  Out* out = static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+  const int64_t position = p.positions[token];
+  const uint4 low = load16(q), high = load16(q + kHalfRow);
+  const bool rotated = p.apply_q_rope && p.position_ok(position);
+  Angles angles{};
+  if (rotated) angles = load_angles(p, position, lane);
+  Row row = unpack_row<T>(low, high);
+  const float factor = p.apply_q_rope && !rotated ? bits_float(0x7FC00000)
+                       : p.apply_q_norm           ? inverse_rms(row, p.eps)
+                                                  : 1.0f;
+  if (rotated) rotate_row(row, angles, lane);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    row.low[i] *= factor;
+    row.high[i] *= factor;
+  }
+  if constexpr (kFormat == CacheFormat::kE4m3)
+    store_e4m3(row, __ldg(p.q_scale_inv), out, lane);
+  else
+    store_half(pack<T>(row.low), pack<T>(row.high), out, lane);
+}
+
+// A token's rows are its KV, whose chain is the longest, then its heads, then the padding.
+template <class T, CacheFormat kFormat>
+__global__ void __launch_bounds__(32 * kMaxWarps) prologue_kernel(const __grid_constant__ PrologueParams p) {
+  const int lane = threadIdx.x % 32;
+  const unsigned rows = rows_per_token(p), warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const int64_t token = warp / rows, head = static_cast<int64_t>(warp % rows) - 1;
+  if (token >= p.tokens) return;
+  wait_for_earlier_grids();
+  launch_dependents();
+  if (head < 0) {
+    insert_row<T, kFormat>(p, token, lane);
+  } else if (head < p.heads) {
+    query_row<T, kFormat>(p, token, head, lane);
+  } else {
+    T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+    store_half({}, {}, out, lane);
+  }
+}
+
+template <class T, CacheFormat kFormat>
+cudaError_t launch_format(const PrologueParams& p, cudaStream_t stream) {
+  const int64_t rows = p.tokens * rows_per_token(p);
+  const int warps = warps_per_block(rows);
+  return launch(prologue_kernel<T, kFormat>, static_cast<unsigned>((rows + warps - 1) / warps), 32 * warps, stream, p);
+}
+
+template <class T>
+cudaError_t launch_half(const PrologueParams& p, cudaStream_t stream) {
+  switch (p.format) {
+    case CacheFormat::kMla: return launch_format<T, CacheFormat::kMla>(p, stream);
+    case CacheFormat::kE4m3: return launch_format<T, CacheFormat::kE4m3>(p, stream);
+    case CacheFormat::kBfloat16: break;
+  }
+  return launch_format<T, CacheFormat::kBfloat16>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t prologue(const PrologueParams& p, cudaStream_t stream) {
+  return p.half == Half::kBfloat16 ? launch_half<__nv_bfloat16>(p, stream) : launch_half<__half>(p, stream);
+}
+
+}  // namespace abiding::mla_prologue

@@ -1,0 +1,103 @@
+"""Finds and loads the two binaries: libabiding.so (schemas, CPU) and, where torch has CUDA, libabiding_cuda.so."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+OLDEST_TORCH = (2, 10)
+
+_cuda_reason: str | None = "abiding's binaries are not loaded."
+
+
+def binaries() -> list[Path]:
+    """The binaries that this installation has, the CPU one first."""
+    return [path for name in ("libabiding.so", "libabiding_cuda.so") if (path := _find(name)) is not None]
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the CUDA kernels are loaded and the driver can run them."""
+    return _cuda_reason is None
+
+
+def cuda_unavailable_reason() -> str | None:
+    """Why there are no CUDA kernels, in one sentence; None where there are."""
+    return _cuda_reason
+
+
+def require_cuda_kernels() -> None:
+    """Raise what :func:`cuda_unavailable_reason` says, if anything."""
+    if _cuda_reason is not None:
+        raise RuntimeError(_cuda_reason)
+
+
+def load() -> None:
+    """Load the binaries into this process.
+
+    Raises:
+        ImportError: torch is too old, the CPU binary is missing, or another copy of it is loaded already.
+    """
+    global _cuda_reason
+    _check_torch()
+    cpu = _find("libabiding.so")
+    if cpu is None:
+        raise ImportError(
+            "abiding has no libabiding.so beside its Python files: install a wheel, or build one with `pip install .`"
+        )
+    _load_once(cpu)
+    _cuda_reason = _load_cuda()
+
+
+def _check_torch() -> None:
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version and tuple(map(int, version.groups())) < OLDEST_TORCH:
+        raise ImportError(
+            f"abiding needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, whose stable ABI it is built on; "
+            f"this is torch {torch.__version__}."
+        )
+
+
+def _find(name: str) -> Path | None:
+    # An editable installation has two folders: the sources, and where the build put the binaries.
+    folders = map(Path, sys.modules[__package__].__path__)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _load_once(path: Path) -> None:
+    other = next((p for p in _mapped(path.name) if not p.samefile(path)), None)
+    if other is not None:
+        raise ImportError(
+            f"abiding cannot load {path}: another copy of it, {other}, already serves this process; "
+            "keep one installation of abiding on the path."
+        )
+    torch.ops.load_library(path)
+
+
+def _mapped(name: str) -> set[Path]:
+    """Files of this name that are mapped into the process."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    paths = {Path(line.split(maxsplit=5)[5]) for line in maps if line.endswith("/" + name)}
+    return {path for path in paths if path.exists()}
+
+
+def _load_cuda() -> str | None:
+    """Load the CUDA binary; what keeps it from working, if anything."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA, so abiding's CUDA kernels are not loaded."
+    path = _find("libabiding_cuda.so")
+    if path is None:
+        return "this build of abiding has no libabiding_cuda.so; build it where nvcc is found, or with ABIDING_CUDA=on."
+    try:
+        _load_once(path)
+    except OSError as error:
+        return f"abiding's CUDA binary does not load here: {error}"
+    binary = ctypes.CDLL(str(path))
+    needed, found = binary.abiding_cuda_runtime_version(), binary.abiding_cuda_driver_version()
+    if found // 1000 < needed // 1000:
+        have = f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}" if found else "there is no CUDA driver"
+        return f"abiding's CUDA kernels need a driver for CUDA {needed // 1000} (>= 580 for CUDA 13), and {have}."
+    return None

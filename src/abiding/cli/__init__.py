@@ -1,0 +1,19 @@
+"""The command `abiding`, also `python -m abiding`: `demo`, `bench`, `report`, `audit`."""
+
+from __future__ import annotations
+
+import sys
+
+_EXTRA = ("typer", "rich", "matplotlib", "elftools", "torch_abi_audit")
+
+
+def main() -> None:
+    """Run the command line, or say what it takes to have one."""
+    try:
+        from abiding.cli.app import app
+
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        sys.exit(f"abiding's command line needs {error.name}; install it with: pip install 'abiding[cli]'")

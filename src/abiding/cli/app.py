@@ -1,0 +1,78 @@
+"""The commands; each is a thin call of what does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import abiding
+from abiding.cli import demo as demo_module
+from abiding.testing import benchmarks
+from abiding.testing.benchmarks import report as reports
+from abiding.testing.results import Results
+
+app = typer.Typer(
+    help="LLM-serving kernels that abide across PyTorch releases.", no_args_is_help=True, add_completion=False
+)
+
+
+@app.command()
+def demo() -> None:
+    """Run every kernel group at its model's real sizes and hold the results against the float64 reference."""
+    if not demo_module.run():
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    group: Annotated[str, typer.Argument(help=f"One of: {', '.join(benchmarks.GROUPS)}.")],
+    peer: Annotated[Path | None, typer.Option(help="Shared library with the peer's operators, timed as well.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the JSON file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few sizes only.")] = False,
+    op: Annotated[list[str] | None, typer.Option(help="Only this operator; repeatable.")] = None,
+) -> None:
+    """Time a group's kernels on this machine beside the floors that the machine sets."""
+    if group not in benchmarks.GROUPS:
+        raise typer.BadParameter(f"{group!r}; expected one of {list(benchmarks.GROUPS)}")
+    try:
+        benchmarks.run(group, peer=peer, output=output, quick=quick, ops=op or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("benchmarks/results"),
+    documents: Annotated[list[Path] | None, typer.Option("--document", help="Files with markers to fill.")] = None,
+    plots: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("docs/plots"),
+) -> None:
+    """Write the tables of README.md and docs/*.md and the plots from the result files."""
+    found = [Results.read(path) for path in sorted(results.glob("*.json"))]
+    if not found:
+        typer.echo(f"{results} holds no result files; `abiding bench` on a machine with a GPU makes one.", err=True)
+        raise typer.Exit(1)
+    targets = documents or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.exists()]
+    for group, benchmark in benchmarks.GROUPS.items():
+        members = [one for one in found if one.group == group]
+        for one in members:
+            plot = plots / f"{Path(one.file_name).stem}.svg"
+            reports.plot(one, benchmark, plot)
+            typer.echo(f"Wrote {plot}")
+        for target in targets if members else []:
+            text = target.read_text()
+            rewritten = reports.rewrite(text, group, members, benchmark)
+            if rewritten != text:
+                target.write_text(rewritten)
+                typer.echo(f"Wrote {target}")
+
+
+@app.command()
+def audit(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Shared libraries; abiding's own by default.")] = None,
+) -> None:
+    """Show which libtorch symbols binaries use, and whether the stable ABI covers them."""
+    from abiding.abi.audit import run
+
+    raise typer.Exit(run(paths or abiding.binaries()))

@@ -1,0 +1,1 @@
+"""Abiding's kernels under the operator names of other engines."""

@@ -1,0 +1,198 @@
+"""vLLM's operator names, served by Abiding's kernels.
+
+:func:`install` gives ``torch.ops._C.*`` what is missing there, so that an engine which calls vLLM's operators by name runs on
+Abiding without a change. It only fills gaps: an operator that has its own kernel keeps it, and one whose schema is not the
+expected one is not touched. Call it before or after vLLM's own Python, which may register fakes for these names itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import abiding  # noqa: F401  (loads the kernels that the aliases below call)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One operator name of vLLM: its schema, and what runs under it.
+
+    ``implementation`` takes the schema's arguments by position. Newer releases of vLLM append arguments with defaults;
+    those that ``options`` names are passed on by keyword, the others are served at their default value alone.
+    """
+
+    schema: str
+    implementation: Callable[..., Any]
+    options: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+def _quant_insert(
+    q_in: Tensor,
+    kv: Tensor,
+    k_cache: Tensor,
+    slot_mapping: Tensor,
+    position_ids: Tensor,
+    cos_sin_cache: Tensor,
+    q_head_padded: int,
+    eps: float,
+    cache_block_size: int,
+    *,
+    apply_q_norm: bool = True,
+    apply_q_rope: bool = True,
+) -> Tensor:
+    op = torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert
+    inputs = (q_in, kv, k_cache, slot_mapping, position_ids, cos_sin_cache)
+    if apply_q_norm and apply_q_rope:
+        result: Tensor = op.default(*inputs, q_head_padded, eps, cache_block_size)
+        return result
+    out = q_in.new_empty((q_in.size(0), q_head_padded, q_in.size(2)))
+    op.out(*inputs, eps, cache_block_size, apply_q_norm, apply_q_rope, True, out=out)
+    return out
+
+
+def _full_cache_bf16_insert(*args: Any) -> None:
+    torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert(*args)
+
+
+def _full_cache_fp8_insert(*args: Any) -> None:
+    torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert(*args)
+
+
+ALIASES = (
+    Alias(
+        "_C::fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(Tensor q_in, Tensor kv, Tensor! k_cache, "
+        "Tensor slot_mapping, Tensor position_ids, Tensor cos_sin_cache, int q_head_padded, float eps, "
+        "int cache_block_size) -> Tensor",
+        _quant_insert,
+        frozenset({"apply_q_norm", "apply_q_rope"}),
+    ),
+    Alias(
+        "_C::fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert(Tensor! q, Tensor kv, Tensor! k_cache, "
+        "Tensor slot_mapping, Tensor position_ids, Tensor cos_sin_cache, float eps, int cache_block_size) -> ()",
+        _full_cache_bf16_insert,
+    ),
+    Alias(
+        "_C::fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert(Tensor q, Tensor kv, Tensor! q_fp8, "
+        "Tensor! k_cache, Tensor slot_mapping, Tensor position_ids, Tensor cos_sin_cache, Tensor fp8_scale, "
+        "Tensor q_fp8_scale_inv, float eps, int cache_block_size) -> ()",
+        _full_cache_fp8_insert,
+    ),
+)
+
+# A torch Library takes its registrations back when it is collected, so these live as long as the process.
+_libraries: dict[str, torch.library.Library] = {}
+_report: dict[str, str] = {}
+
+
+def install() -> dict[str, str]:
+    """Register Abiding's kernels under vLLM's operator names; returns, for each name, what was done.
+
+    * ``registered``: there was no such operator, now there is.
+    * ``implemented``: the schema was there, kernels were missing; Abiding's fill the devices without one.
+    * ``kept: ...``: the operator has its own kernels.
+    * ``left alone: ...``: the operator has another schema.
+
+    Calling it again changes nothing and returns the same report.
+    """
+    if not _report:
+        _load_vllm()
+        for alias in ALIASES:
+            _report[alias.name] = _install(alias)
+    return dict(_report)
+
+
+def _load_vllm() -> None:
+    """Let an installed vLLM define its operators first: its binary cannot load once somebody else has defined them."""
+    for module in ("vllm._C", "vllm._C_stable_libtorch"):
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError):
+            pass
+
+
+def _install(alias: Alias) -> str:
+    expected = torch._C.parse_schema(alias.schema)
+    found = _registered_schema(alias.name)
+    if found is None:
+        _library(alias).define(alias.schema.partition("::")[2])
+        found, done = expected, "registered"
+    elif difference := _difference(found, expected):
+        return f"left alone: {difference} (its schema is {found})"
+    elif owner := _owner(alias.name):
+        return f"kept: {owner}"
+    else:
+        done = "implemented"
+    # CompositeExplicitAutograd yields to any kernel registered for a device, and claims no Meta kernel: fake tensors flow on
+    # to the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
+    _library(alias).impl(alias.name.partition("::")[2], _adapt(alias, expected, found), "CompositeExplicitAutograd")
+    return done
+
+
+def _library(alias: Alias) -> torch.library.Library:
+    namespace = alias.name.partition("::")[0]
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _libraries[namespace]
+
+
+def _registered_schema(name: str) -> torch.FunctionSchema | None:
+    namespace, _, operator = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), operator, None)
+    return None if packet is None or "default" not in packet.overloads() else packet.default._schema
+
+
+def _owner(name: str) -> str | None:
+    """Why nothing is missing from an operator that exists, or None where something is."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for key in ("CompositeImplicitAutograd", "CompositeExplicitAutograd"):
+        if has_kernel(name, key):
+            return f"it has a {key} kernel"
+    if has_kernel(name, "CPU") and has_kernel(name, "CUDA"):
+        return "it has CPU and CUDA kernels"
+    return None
+
+
+def _difference(found: torch.FunctionSchema, expected: torch.FunctionSchema) -> str | None:
+    """What keeps ``found`` from being called as ``expected`` is; later arguments with a default do not."""
+
+    def described(argument: torch.Argument) -> str:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        return f"{argument.type}{'!' if written else ''} {argument.name}{' (keyword only)' if argument.kwarg_only else ''}"
+
+    for position, wanted in enumerate(expected.arguments):
+        if position >= len(found.arguments):
+            return f"argument {position} is missing, not {described(wanted)}"
+        if described(found.arguments[position]) != described(wanted):
+            return f"argument {position} is {described(found.arguments[position])}, not {described(wanted)}"
+    for extra in found.arguments[len(expected.arguments) :]:
+        if str(extra.type) != "bool" or not extra.has_default_value():
+            return f"argument {described(extra)} is not an optional flag"
+    if [str(value.type) for value in found.returns] != [str(value.type) for value in expected.returns]:
+        return f"it returns {[str(value.type) for value in found.returns]}"
+    return None
+
+
+def _adapt(alias: Alias, expected: torch.FunctionSchema, found: torch.FunctionSchema) -> Callable[..., Any]:
+    """``alias.implementation``, callable with the arguments that ``found`` has beyond ``expected``."""
+    count = len(expected.arguments)
+    extras = found.arguments[count:]
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = {extra.name: value for extra, value in zip(extras, args[count:])} | kwargs
+        for extra in extras:
+            value = given.get(extra.name, extra.default_value)
+            if extra.name not in alias.options and value != extra.default_value:
+                raise RuntimeError(f"{alias.name}: {extra.name} is {value}; expected {extra.default_value}")
+        options = {name: value for name, value in given.items() if name in alias.options}
+        return alias.implementation(*args[:count], **options)
+
+    return kernel

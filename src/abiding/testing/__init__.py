@@ -1,0 +1,36 @@
+"""What tests, benchmarks and the command line share: comparing, guarding, timing, and the inputs of every group."""
+
+from abiding.testing.comparison import assert_bitwise_equal, assert_close, max_error, max_ulps, round_once, ulp_distance
+from abiding.testing.guarded import POISON, GuardedTensor, guarded
+from abiding.testing.timing import (
+    Floors,
+    Timing,
+    call_us,
+    copy_gbps,
+    eager_us,
+    floor_us,
+    graph_us,
+    matmul_tflops,
+    rotations,
+)
+
+__all__ = [
+    "POISON",
+    "Floors",
+    "GuardedTensor",
+    "Timing",
+    "assert_bitwise_equal",
+    "assert_close",
+    "call_us",
+    "copy_gbps",
+    "eager_us",
+    "floor_us",
+    "graph_us",
+    "guarded",
+    "matmul_tflops",
+    "max_error",
+    "max_ulps",
+    "rotations",
+    "round_once",
+    "ulp_distance",
+]

@@ -1,0 +1,46 @@
+"""What a group says about its benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from abiding.testing.results import CaseResult
+from abiding.testing.timing import Floors
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, on what."""
+
+    device: torch.device
+    floors: Floors
+    peer: Path | None
+    quick: bool
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A group's cases and how its tables read: a row for each `row(case)`, a column for each value of `params[axis]`.
+
+    `ops` begins with the operator that summaries and plots show; `target_us` is None for a case without a target.
+    """
+
+    group: str
+    ops: tuple[str, ...]
+    axis: str
+    measure: Callable[[Settings], Iterator[CaseResult]]
+    row: Callable[[CaseResult], str]
+    target_us: Callable[[CaseResult], float | None]
+
+    def verdict(self, case: CaseResult) -> str:
+        """Met where the case is within its target and not slower than any peer; 1 % slower counts as equal."""
+        target = self.target_us(case)
+        if target is None:
+            return "-"
+        fast_enough = case.us <= target and all(case.us <= 1.01 * us for us in case.peers.values())
+        return "met" if fast_enough else "missed"

@@ -1,0 +1,133 @@
+"""Tables and plots of benchmark results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from abiding.testing.benchmarks.base import Benchmark
+from abiding.testing.results import CaseResult, Results
+
+
+def full_table(results: Results, benchmark: Benchmark) -> str:
+    """Every case in Markdown, with its floor, its target and whether that is met."""
+    peers = sorted({name for case in results.cases for name in case.peers})
+    times_head = ["us", "spread", "floor", "target", *peers, *(f"/ {name}" for name in peers)]
+    head = ["op", "case", benchmark.axis, "L2", *times_head, "verdict"]
+    rows = []
+    for case in results.cases:
+        target = benchmark.target_us(case)
+        times = [case.peers.get(name) for name in peers]
+        rows.append(
+            [
+                case.op,
+                benchmark.row(case),
+                str(case.params[benchmark.axis]),
+                "warm" if case.warm else "cold",
+                *map(_us, (case.us, case.spread_us, case.floor_us, target, *times)),
+                *("-" if us is None else f"{case.us / us:.2f}" for us in times),
+                benchmark.verdict(case),
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def summary(results: Results, benchmark: Benchmark) -> str:
+    """The group's first operator on one GPU: a line that says what was measured and a table with the axis across."""
+    parts = [
+        f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
+        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
+        f"{results.matmul_tflops:.0f} TFLOP/s. `{benchmark.ops[0]}`, microseconds a call."
+    ]
+    for warm in (False, True):
+        cases = [case for case in results.cases if case.op == benchmark.ops[0] and case.warm is warm]
+        if cases:
+            parts.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
+    judged = [benchmark.verdict(case) for case in results.cases]
+    parts.append(f"Targets met: {judged.count('met')} of {judged.count('met') + judged.count('missed')}.")
+    return "\n\n".join(parts)
+
+
+def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchmark) -> str:
+    """`text` with what stands between the group's markers replaced.
+
+    `<!-- results:GROUP -->` ... `<!-- /results:GROUP -->` takes a summary of each GPU, `results:GROUP:full` every
+    case as well.
+    """
+    every = list(results)
+    for marker, detailed in ((f"results:{group}", False), (f"results:{group}:full", True)):
+        parts = [summary(one, benchmark) + ("\n\n" + full_table(one, benchmark) if detailed else "") for one in every]
+        body = "\n\n".join(parts)
+        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
+        text = re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
+    return text
+
+
+def _between(body: str, markers: re.Match[str]) -> str:
+    return f"{markers[1]}\n{body}\n\n{markers[2]}"
+
+
+def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
+    """Cold times of the group's first operator over the axis: ours, the peers', the floor. The suffix chooses SVG or
+    PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    # The same results give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = benchmark.group
+    from matplotlib import pyplot
+
+    cases = [case for case in results.cases if case.op == benchmark.ops[0] and not case.warm]
+    rows = _rows(cases, benchmark)
+    columns = min(len(rows), 2)
+    lines = -(-len(rows) // columns)
+    size = (5 * columns, 3.4 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
+    for axis in axes.flat[len(rows) :]:
+        axis.set_visible(False)
+    for axis, (label, members) in zip(axes.flat, rows, strict=False):
+        xs = [float(case.params[benchmark.axis]) for case in members]
+        for name in sorted({name for case in members for name in case.peers}):
+            times = [case.peers.get(name, float("nan")) for case in members]
+            axis.plot(xs, times, marker="s", color="tab:orange", label=name)
+        axis.plot(xs, [case.us for case in members], marker="o", color="tab:blue", label="abiding")
+        axis.plot(xs, [case.floor_us for case in members], color="gray", linestyle="--", label="floor")
+        axis.set(xscale="log", yscale="log", title=label, xlabel=benchmark.axis, ylabel="us a call")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, L2 cold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def _across(cases: Sequence[CaseResult], benchmark: Benchmark, title: str) -> str:
+    points = sorted({case.params[benchmark.axis] for case in cases}, key=float)
+    rows = []
+    for label, members in _rows(cases, benchmark):
+        at = {case.params[benchmark.axis]: case for case in members}
+        rows.append([label, "**abiding**", *(f"**{_us(at[p].us)}**" if p in at else "-" for p in points)])
+        for name in sorted({name for case in members for name in case.peers}):
+            rows.append(["", name, *(_us(at[p].peers.get(name)) if p in at else "-" for p in points)])
+        rows.append(["", "floor", *(_us(at[p].floor_us) if p in at else "-" for p in points)])
+    return _markdown([title, benchmark.axis, *map(str, points)], rows)
+
+
+def _rows(cases: Sequence[CaseResult], benchmark: Benchmark) -> list[tuple[str, list[CaseResult]]]:
+    return [(label, list(members)) for label, members in groupby(cases, benchmark.row)]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

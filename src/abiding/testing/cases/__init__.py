@@ -1,0 +1,2 @@
+"""Inputs of every kernel group, one module a group: cases as frozen dataclasses, sorted REGULAR, ODD, CORNER and
+PERFORMANCE."""

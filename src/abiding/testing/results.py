@@ -1,0 +1,159 @@
+"""Benchmark results: one JSON file a group and GPU, the source of every table and plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abiding.testing.timing import Floors
+
+Param = int | float | str | bool
+Device = torch.device
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case's time, and what it is held against."""
+
+    op: str
+    params: Mapping[str, Param]
+    us: float
+    spread_us: float
+    warm: bool
+    floor_us: float
+    peers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one run of a group's benchmark found on one device."""
+
+    group: str
+    gpu: str
+    driver: str
+    torch: str
+    cuda: str
+    commit: str
+    date: str
+    copy_gbps: float
+    matmul_tflops: float
+    cases: list[CaseResult]
+
+    @staticmethod
+    def begin(group: str, device: Device, floors: Floors, commit: str | None = None) -> Results:
+        """Results without cases yet, of this machine, now; the commit is that of the source tree unless given."""
+        on_gpu = device.type == "cuda"
+        return Results(
+            group=group,
+            gpu=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+            driver=_driver() if on_gpu else "none",
+            torch=torch.__version__,
+            cuda=(torch.version.cuda or "none") if on_gpu else "none",
+            commit=commit or _commit(),
+            date=datetime.now(timezone.utc).date().isoformat(),
+            copy_gbps=round(floors.copy_gbps, 1),
+            matmul_tflops=round(floors.matmul_tflops, 1),
+            cases=[],
+        )
+
+    @property
+    def file_name(self) -> str:
+        """`<group>-<gpu>.json`, the GPU in lower case without its vendor."""
+        return f"{self.group}-{re.sub(r'[^a-z0-9]+', '-', self.gpu.lower().removeprefix('nvidia ')).strip('-')}.json"
+
+    def write(self, directory: Path) -> Path:
+        """Write the file into `directory`, which is made if need be; returns its path."""
+        validate(asdict(self))
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / self.file_name
+        head = {key: value for key, value in asdict(self).items() if key != "cases"}
+        cases = ",\n".join("    " + json.dumps(asdict(case)) for case in self.cases)
+        path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "cases": [\n{cases}\n  ]\n}}\n')
+        return path
+
+    @staticmethod
+    def read(path: Path) -> Results:
+        """Read and validate a file."""
+        try:
+            return validate(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def validate(data: object) -> Results:
+    """The results that decoded JSON stands for; ValueError names what is missing, unknown or of the wrong kind."""
+    record = _record(data, Results, "results")
+    cases = []
+    for index, entry in enumerate(record["cases"]):
+        case = _record(entry, CaseResult, f"cases[{index}]")
+        for name, us in case["peers"].items():
+            _expect(us, float, f"cases[{index}].peers.{name}")
+        for name, value in case["params"].items():
+            if not isinstance(value, Param):
+                raise ValueError(f"cases[{index}].params.{name} is {value!r}; expected a number, a string or a boolean")
+        if case["us"] <= 0 or case["floor_us"] < 0:
+            raise ValueError(
+                f"cases[{index}] has us {case['us']} and floor_us {case['floor_us']}; expected positive times"
+            )
+        cases.append(CaseResult(**case))
+    return Results(**(record | {"cases": cases}))
+
+
+_KINDS: dict[str, type] = {"str": str, "float": float, "bool": bool, "list[CaseResult]": list}
+
+
+def _record(data: object, kind: type[Any], where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {data!r}; expected an object")
+    known = {entry.name: entry for entry in fields(kind)}
+    unknown = sorted(set(data) - set(known))
+    missing = [name for name, entry in known.items() if name not in data and entry.default_factory is MISSING]
+    if unknown or missing:
+        raise ValueError(f"{where} lacks {missing} and has unknown {unknown}; expected {list(known)}")
+    for name, value in data.items():
+        _expect(value, _KINDS.get(str(known[name].type), dict), f"{where}.{name}")
+    return dict(data)
+
+
+def _expect(value: object, kind: type, where: str) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) if kind is float else isinstance(value, kind)
+    if not good:
+        raise ValueError(f"{where} is {value!r}; expected a {'number' if kind is float else kind.__name__}")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return match[1].strip() if match else platform.machine()
+
+
+def _commit() -> str:
+    """The source tree's, with "-dirty" where it has changes; an installed package has none."""
+    tree = Path(__file__).parents[3]
+    found = _output("git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return found if found and (tree / ".git").exists() else "unknown"
+
+
+def _driver() -> str:
+    shown = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if shown:
+        return shown.splitlines()[0].strip()
+    kernel_module = Path("/proc/driver/nvidia/version")
+    match = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", kernel_module.read_text()) if kernel_module.exists() else None
+    return match[1] if match else "unknown"
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,110 @@
+"""The demo passes, and fails as soon as a result is wrong; the command line around it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from abiding import mla_prologue
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+from abiding.cli.app import app
+from abiding.cli.demo import mla_prologue as section
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's cases with fewer tokens."""
+    monkeypatch.setattr(section, "CASES", [replace(case, tokens=case.tokens // 16) for case in section.CASES])
+
+
+def demo() -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["demo"])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_demo_passes_and_shows_every_case() -> None:
+    status, text = demo()
+    assert status == 0, text
+    assert "All results agree with the reference." in text
+    for case in ("decode, 64 heads", "decode, 128 heads", "prefill, 64 heads", "prefill, 128 heads"):
+        assert case in text
+
+
+def test_a_wrong_q_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mla_prologue.qnorm_rope_kv_insert
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        out = right(*args, **kwargs)
+        out[-1, -1, 17] *= 1.05
+        return out
+
+    monkeypatch.setattr(mla_prologue, "qnorm_rope_kv_insert", wrong)
+    status, text = demo()
+    assert status == 1
+    assert "WRONG decode, 64 heads: Q is " in text
+    assert "cache:" not in text
+
+
+def test_one_wrong_cache_bit_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mla_prologue.qnorm_rope_kv_insert
+
+    def wrong(q: Tensor, kv: Tensor, cache: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = right(q, kv, cache, *args, **kwargs)
+        cache[0, 576 * 64 + 7] ^= 1
+        return out
+
+    monkeypatch.setattr(mla_prologue, "qnorm_rope_kv_insert", wrong)
+    status, text = demo()
+    assert status == 1
+    assert "cache: 1 of" in text
+    assert "at (0, 36871), byte offset 36871" in text
+
+
+def test_a_byte_beyond_the_page_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mla_prologue.qnorm_rope_kv_insert
+
+    def wrong(q: Tensor, kv: Tensor, cache: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = right(q, kv, cache, *args, **kwargs)
+        cache.as_strided((1,), (1,), cache.storage_offset() + cache.shape[1]).zero_()
+        return out
+
+    monkeypatch.setattr(mla_prologue, "qnorm_rope_kv_insert", wrong)
+    status, text = demo()
+    assert status == 1
+    assert "cache: 1 bytes outside of the tensor were written; the first is at byte offset 37376" in text
+
+
+def test_a_wrong_read_back_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mla_prologue.gather_kv
+    monkeypatch.setattr(mla_prologue, "gather_kv", lambda *args, **kwargs: torch.ones_like(right(*args, **kwargs)))
+    status, text = demo()
+    assert status == 1
+    assert "read-back is off by" in text
+    assert "read-back of skipped slots" in text
+
+
+def test_unknown_groups_and_missing_results_are_told() -> None:
+    result = CliRunner().invoke(app, ["bench", "nothing"])
+    assert result.exit_code == 2
+    with CliRunner().isolated_filesystem():
+        result = CliRunner().invoke(app, ["report"])
+    assert result.exit_code == 1
+    assert "holds no result files" in result.output
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(python: Any) -> None:
+    result = python(
+        "import sys; sys.modules['typer'] = None\nfrom abiding.cli import main; main()",
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == "abiding's command line needs typer; install it with: pip install 'abiding[cli]'"

@@ -1,0 +1,297 @@
+"""vLLM's operator names on Abiding's kernels. Every scenario has an interpreter of its own: operators are registered for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from abiding.compat import vllm
+
+QUANT = "fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert"
+BF16 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert"
+FP8 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert"
+TENSORS = "Tensor kv, Tensor! k_cache, Tensor slot_mapping, Tensor position_ids, Tensor cos_sin_cache"
+QUANT_ARGUMENTS = f"Tensor q_in, {TENSORS}, int q_head_padded, float eps, int cache_block_size"
+LATER = "bool apply_q_norm=True, bool kv_mxfp8=False, bool apply_q_rope=True, bool is_q_interleaved=False"
+
+PRELUDE = f"""
+import gc, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import abiding
+from abiding.compat import vllm
+from abiding.testing.cases.mla_prologue import PrologueCase
+from abiding.testing.comparison import assert_bitwise_equal
+
+QUANT, BF16, FP8 = "{QUANT}", "{BF16}", "{FP8}"
+NAMES = ["_C::" + name for name in (QUANT, BF16, FP8)]
+case = PrologueCase(5, 3, 8, block_size=4, skipped=0.2)
+
+def op(name, namespace="_C"):
+    return getattr(getattr(torch.ops, namespace), name)
+
+def quant_insert(op, **options):
+    inputs = case.make("cpu", seed=7)
+    out = op(inputs.q, inputs.kv, inputs.cache, inputs.slots, inputs.positions, inputs.cos_sin, 8, 1e-6, 4, **options)
+    inputs.check()
+    return out, inputs.guard.storage
+
+def assert_serves_quant_insert(**options):
+    ours, theirs = quant_insert(op(QUANT), **options), quant_insert(op(QUANT, "abiding"))
+    assert_bitwise_equal(ours[0], theirs[0], "q")
+    assert_bitwise_equal(ours[1], theirs[1], "cache")
+
+def fake_call(name=QUANT):
+    inputs = case.make("cpu", seed=7)
+    args = (inputs.q, inputs.kv, inputs.cache, inputs.slots, inputs.positions, inputs.cos_sin)
+    with FakeTensorMode() as mode:
+        return op(name)(*(mode.from_tensor(arg) for arg in args), 8, 1e-6, 4)
+
+def vllm_registers_fake(calls):
+    @torch.library.register_fake("_C::" + QUANT)
+    def fake(q_in, kv, k_cache, slot_mapping, position_ids, cos_sin_cache, q_head_padded, eps, cache_block_size, *more):
+        calls.append(q_in.shape)
+        return q_in.new_empty(q_in.shape[0], q_head_padded, q_in.shape[2])
+"""
+
+
+@pytest.fixture
+def scenario(python: Callable) -> Callable[..., str]:
+    return lambda code, **options: python(PRELUDE + code, **options).stdout
+
+
+def test_missing_operators_are_registered(scenario: Callable) -> None:
+    scenario("""
+assert set(vllm.install()) == set(NAMES)
+assert vllm.install() == dict.fromkeys(NAMES, "registered"), vllm.install()
+gc.collect()
+assert_serves_quant_insert()
+assert str(op(QUANT).default._schema) == str(op(QUANT, "abiding").default._schema).replace("abiding::", "_C::")
+for name in (BF16, FP8):
+    assert str(op(name).default._schema) == str(op(name, "abiding").default._schema).replace("abiding::", "_C::")
+
+def siblings(namespace):
+    inputs = case.make("cpu", seed=3)
+    rest = (inputs.slots, inputs.positions, inputs.cos_sin)
+    one = torch.full((1,), 0.5)
+    cache8 = torch.zeros(8, 4, 512, dtype=torch.uint8)
+    q8 = torch.zeros(inputs.q.shape, dtype=torch.float8_e4m3fn)
+    assert op(FP8, namespace)(inputs.q, inputs.kv, q8, cache8, *rest, one, one, 1e-6, 4) is None
+    cache16 = torch.zeros(8, 4, 512, dtype=torch.bfloat16)
+    assert op(BF16, namespace)(inputs.q, inputs.kv, cache16, *rest, 1e-6, 4) is None
+    return cache8, q8, cache16, inputs.q
+for ours, theirs in zip(siblings("_C"), siblings("abiding")):
+    assert ours.view(torch.uint8).any()
+    assert_bitwise_equal(ours, theirs)
+""")
+
+
+def test_engine_code_compiles(scenario: Callable) -> None:
+    scenario("""
+vllm.install()
+def engine(*args):
+    return op(QUANT)(*args) * 2
+compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
+out, cache = quant_insert(compiled)
+expected, expected_cache = quant_insert(op(QUANT, "abiding"))
+assert_bitwise_equal(out, expected * 2)
+assert_bitwise_equal(cache, expected_cache)
+assert fake_call().shape == (5, 8, 512)
+
+inputs = case.make("cpu", seed=7)
+arguments = (inputs.q, inputs.kv, inputs.cache, inputs.slots, inputs.positions, inputs.cos_sin)
+torch.library.opcheck(op(QUANT).default, (*arguments, 8, 1e-6, 4))
+cache16 = torch.zeros(8, 4, 512, dtype=torch.bfloat16)
+torch.library.opcheck(op(BF16).default, (inputs.q, inputs.kv, cache16, *arguments[3:], 1e-6, 4))
+q8, cache8 = torch.zeros(inputs.q.shape, dtype=torch.uint8), torch.zeros(8, 4, 512, dtype=torch.uint8)
+one = torch.ones(1)
+torch.library.opcheck(op(FP8).default, (inputs.q, inputs.kv, q8, cache8, *arguments[3:], one, one, 1e-6, 4))
+""")
+
+
+def test_vllm_registers_its_fake_afterwards(scenario: Callable) -> None:
+    scenario("""
+vllm.install()
+calls = []
+assert hasattr(torch.ops._C, QUANT)
+vllm_registers_fake(calls)
+assert_serves_quant_insert()
+assert fake_call().shape == (5, 8, 512) and calls
+compiled = torch.compile(lambda *args: op(QUANT)(*args), fullgraph=True, backend="aot_eager")
+assert_bitwise_equal(quant_insert(compiled)[1], quant_insert(op(QUANT, "abiding"))[1])
+""")
+
+
+@pytest.mark.parametrize("later", ["", f", {LATER}"], ids=["nine arguments", "thirteen arguments"])
+def test_schema_and_fake_without_a_kernel(scenario: Callable, later: str) -> None:
+    scenario(f"""
+theirs = torch.library.Library("_C", "FRAGMENT")
+theirs.define(QUANT + "({QUANT_ARGUMENTS}{later}) -> Tensor")
+calls = []
+vllm_registers_fake(calls)
+report = vllm.install()
+assert report["_C::" + QUANT] == "implemented", report
+assert report["_C::" + BF16] == report["_C::" + FP8] == "registered", report
+assert_serves_quant_insert()
+assert fake_call().shape == (5, 8, 512) and calls
+""")
+
+
+def test_flags_of_later_releases(scenario: Callable) -> None:
+    scenario(f"""
+theirs = torch.library.Library("_C", "FRAGMENT")
+theirs.define(QUANT + "({QUANT_ARGUMENTS}, {LATER}) -> Tensor")
+theirs.define(BF16 + "(Tensor! q, {TENSORS}, float eps, int cache_block_size, bool apply_q_norm=True) -> ()")
+assert vllm.install()["_C::" + BF16] == "implemented"
+assert_serves_quant_insert(apply_q_norm=True, kv_mxfp8=False, apply_q_rope=True, is_q_interleaved=False)
+for norm, rope in ((False, True), (True, False), (False, False)):
+    out, cache = quant_insert(op(QUANT), apply_q_norm=norm, apply_q_rope=rope)
+    inputs = case.make("cpu", seed=7)
+    assert_bitwise_equal(out, inputs.run(abiding.mla_prologue, apply_q_norm=norm, apply_q_rope=rope))
+    assert_bitwise_equal(cache, inputs.guard.storage)
+inputs = case.make("cpu", seed=7)
+before = inputs.guard.storage.clone()
+rows = (inputs.kv, inputs.cache, inputs.slots, inputs.positions, inputs.cos_sin)
+calls = [
+    (lambda: op(QUANT)(inputs.q, *rows, 8, 1e-6, 4, True, True), "kv_mxfp8 is True; expected False"),
+    (lambda: op(QUANT)(inputs.q, *rows, 8, 1e-6, 4, is_q_interleaved=True), "is_q_interleaved is True; expected False"),
+    (lambda: op(BF16)(inputs.q, *rows, 1e-6, 4, apply_q_norm=False), "apply_q_norm is False; expected True"),
+]
+for call, message in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        assert message in str(error) and "_C::" in str(error), error
+    else:
+        raise AssertionError(message)
+assert_bitwise_equal(inputs.guard.storage, before)
+""")
+
+
+def test_existing_kernels_are_kept(scenario: Callable) -> None:
+    scenario(f"""
+theirs = torch.library.Library("_C", "FRAGMENT")
+schema = QUANT + "({QUANT_ARGUMENTS}, {LATER}) -> Tensor"
+theirs.define(schema)
+mine = lambda q_in, *rest: torch.full_like(q_in, 42)
+theirs.impl(QUANT, mine, "CPU")
+theirs.impl(QUANT, mine, "CUDA")
+theirs.define(BF16 + "(Tensor! q, {TENSORS}, float eps, int cache_block_size) -> ()")
+def mine_in_place(q, *rest):
+    q.fill_(42)
+theirs.impl(BF16, mine_in_place, "CompositeExplicitAutograd")
+report = vllm.install()
+assert report["_C::" + QUANT].startswith("kept: ") and report["_C::" + BF16].startswith("kept: "), report
+out, cache = quant_insert(op(QUANT))
+assert (out == 42).all() and (cache == quant_insert(lambda q, *rest: q)[1]).all()
+inputs = case.make("cpu")
+op(BF16)(inputs.q, inputs.kv, inputs.kv, inputs.slots, inputs.positions, inputs.cos_sin, 1e-6, 4)
+assert (inputs.q == 42).all()
+assert vllm.install() == report
+""")
+
+
+@pytest.mark.parametrize("theirs", ["CPU", "CUDA"])
+def test_only_missing_devices_are_filled(scenario: Callable, theirs: str) -> None:
+    scenario(f"""
+library = torch.library.Library("_C", "FRAGMENT")
+library.define(QUANT + "({QUANT_ARGUMENTS}) -> Tensor")
+library.impl(QUANT, lambda q_in, *rest: torch.full_like(q_in, 42), "{theirs}")
+kernel_before = torch._C._dispatch_dump_table("_C::" + QUANT)
+assert vllm.install()["_C::" + QUANT] == "implemented"
+row = lambda table, key: [line for line in table.splitlines() if line.startswith(key + ":")]
+assert row(kernel_before, "{theirs}") == row(torch._C._dispatch_dump_table("_C::" + QUANT), "{theirs}") != []
+if "{theirs}" == "CPU":
+    assert (quant_insert(op(QUANT))[0] == 42).all()
+else:
+    assert_serves_quant_insert()
+""")
+
+
+@pytest.mark.parametrize(
+    ("schema", "difference"),
+    [
+        (f"(Tensor! q, {TENSORS}, float eps, int cache_block_size) -> ()", "argument 0 is Tensor! q, not Tensor q_in"),
+        (f"({QUANT_ARGUMENTS.replace('slot_mapping, Tensor position_ids', 'position_ids, Tensor slot_mapping')}) -> Tensor", "argument 3"),
+        (f"({QUANT_ARGUMENTS.replace('Tensor!', 'Tensor')}) -> Tensor", "argument 2 is Tensor k_cache, not Tensor! k_cache"),
+        (f"({QUANT_ARGUMENTS.replace('float eps', 'int eps')}) -> Tensor", "argument 7 is int eps, not float eps"),
+        (f"({QUANT_ARGUMENTS.replace('int cache_block_size', '*, int cache_block_size')}) -> Tensor", "keyword only"),
+        (f"({QUANT_ARGUMENTS.removesuffix(', int cache_block_size')}) -> Tensor", "argument 8 is missing"),
+        (f"({QUANT_ARGUMENTS}) -> Tensor[]", "returns"),
+        (f"({QUANT_ARGUMENTS}) -> ()", "returns"),
+        (f"({QUANT_ARGUMENTS}) -> (Tensor, Tensor)", "returns"),
+        (f"({QUANT_ARGUMENTS}, bool apply_q_norm) -> Tensor", "bool apply_q_norm is not an optional flag"),
+        (f"({QUANT_ARGUMENTS}, Tensor? scale=None) -> Tensor", "scale is not an optional flag"),
+        (f"({QUANT_ARGUMENTS}) -> Tensor", None),
+        (f"({QUANT_ARGUMENTS.replace('Tensor!', 'Tensor(a!)')}) -> Tensor", None),
+        (f"({QUANT_ARGUMENTS.replace('int q_head_padded', 'SymInt q_head_padded')}) -> Tensor", None),
+        (f"({QUANT_ARGUMENTS}, {LATER}) -> Tensor", None),
+        (f"({QUANT_ARGUMENTS}, *, {LATER}) -> Tensor", None),
+    ],
+)
+def test_schema_comparison(schema: str, difference: str | None) -> None:
+    expected = torch._C.parse_schema(vllm.ALIASES[0].schema)
+    found = vllm._difference(torch._C.parse_schema(f"_C::{QUANT}{schema}"), expected)
+    assert found == difference if difference is None else difference in (found or "")
+
+
+def test_an_incompatible_operator_is_left_alone(scenario: Callable) -> None:
+    scenario(f"""
+library = torch.library.Library("_C", "FRAGMENT")
+library.define(QUANT + "(Tensor! q, {TENSORS}, float eps, int cache_block_size) -> ()")
+table = torch._C._dispatch_dump_table("_C::" + QUANT)
+report = vllm.install()
+status = report["_C::" + QUANT]
+assert status.startswith("left alone: argument 0 is Tensor! q, not Tensor q_in") and "slot_mapping" in status, status
+assert torch._C._dispatch_dump_table("_C::" + QUANT) == table
+assert report["_C::" + BF16] == report["_C::" + FP8] == "registered", report
+""")
+
+
+def test_an_installed_vllm_goes_first(scenario: Callable, tmp_path: Path) -> None:
+    """Its binary defines the names, which fails if somebody has done so before."""
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "_C.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    (package / "_C_stable_libtorch.py").write_text(f"""
+import torch
+library = torch.library.Library("_C", "FRAGMENT")
+library.define("{QUANT}({QUANT_ARGUMENTS}, {LATER}) -> Tensor")
+library.impl("{QUANT}", lambda q_in, *rest: q_in, "CUDA")
+""")
+    scenario(
+        """
+import importlib
+report = vllm.install()
+assert report == {NAMES[0]: "implemented", NAMES[1]: "registered", NAMES[2]: "registered"}, report
+assert_serves_quant_insert()
+importlib.import_module("vllm._C_stable_libtorch")
+""",
+        first=package.parent,
+    )
+
+
+def test_a_vllm_that_cannot_load_is_tolerated(scenario: Callable, tmp_path: Path) -> None:
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('torch is too new')")
+    scenario("assert vllm.install() == dict.fromkeys(NAMES, 'registered')\nassert_serves_quant_insert()", first=package.parent)
+
+
+def test_wrong_arguments_raise_and_write_nothing(scenario: Callable) -> None:
+    scenario("""
+vllm.install()
+inputs = case.make("cpu", seed=7)
+before = inputs.guard.storage.clone()
+for wrong in (inputs.kv.float(), inputs.kv[:, :256], inputs.kv[:3], inputs.kv.to("meta")):
+    try:
+        op(QUANT)(inputs.q, wrong, inputs.cache, inputs.slots, inputs.positions, inputs.cos_sin, 8, 1e-6, 4)
+    except RuntimeError as error:
+        assert QUANT in str(error) and "kv" in str(error) and "expected" in str(error), error
+    else:
+        raise AssertionError(f"kv {wrong.shape} {wrong.dtype} {wrong.device} was accepted")
+assert_bitwise_equal(inputs.guard.storage, before)
+""")

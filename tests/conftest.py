@@ -1,0 +1,78 @@
+"""What every test may ask for: the device to run on, a seed, a fresh interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Test processes share few cores: OpenMP threads that spin while they wait slow each other down several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+import abiding
+from abiding import _library
+
+
+def require_cuda(gpus: int = 1) -> torch.device:
+    """The CUDA device; skips the calling test where there is none, or fails it if ABIDING_REQUIRE_CUDA=1 demands one."""
+    reason = None
+    if torch.cuda.device_count() < gpus:
+        reason = f"needs {gpus} GPU{'s' if gpus > 1 else ''}, torch {torch.__version__} sees {torch.cuda.device_count()}"
+    elif not _library.has_cuda_kernels():
+        reason = _library.cuda_unavailable_reason() or "the CUDA binary is not loaded"
+    if reason is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if os.environ.get("ABIDING_REQUIRE_CUDA") == "1":
+        pytest.fail(f"ABIDING_REQUIRE_CUDA=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that kernels exist for."""
+    return torch.device("cpu") if request.param == "cpu" else require_cuda()
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return require_cuda()
+
+
+@pytest.fixture
+def two_gpus() -> tuple[torch.device, torch.device]:
+    require_cuda(gpus=2)
+    return torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a fresh interpreter that finds the same abiding and torch; `first` goes before all else on its path."""
+
+    def run(code: str, *, first: Path | None = None, check: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
+        packages = Path(abiding.__file__).parent.parent
+        path = [*([str(first)] if first else []), *sys.path, str(packages)]
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if check and result.returncode != 0:
+            pytest.fail(f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}")
+        return result
+
+    return run

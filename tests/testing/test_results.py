@@ -1,0 +1,149 @@
+"""Result files survive the round trip, bad ones are refused by name, and tables and plots say what the files say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abiding.testing.benchmarks import GROUPS, run
+from abiding.testing.benchmarks.report import full_table, plot, rewrite, summary
+from abiding.testing.results import CaseResult, Results, validate
+from abiding.testing.timing import Floors
+
+BENCHMARK = GROUPS["mla_prologue"]
+
+
+def case(
+    tokens: int, us: float, *, warm: bool = False, op: str = BENCHMARK.ops[0], heads: int = 64, **peers: float
+) -> CaseResult:
+    params = {"tokens": tokens, "block_size": 64, "dtype": "bfloat16", "heads": heads, "padded_heads": heads}
+    return CaseResult(op, params, us, 0.1, warm, tokens * 0.1, peers)
+
+
+@pytest.fixture
+def results() -> Results:
+    cases = [case(1, 1.5, vllm=2.5), case(1, 1.4, warm=True), case(64, 9.0, vllm=8.8), case(256, 50.0)]
+    return Results(
+        "mla_prologue", "NVIDIA H100 80GB HBM3", "580.1", "2.11.0", "13.0", "c" * 40, "2026-01-02", 3005.0, 790.0, cases
+    )
+
+
+def test_a_file_is_named_after_group_and_gpu_and_reads_back_equal(results: Results, tmp_path: Path) -> None:
+    path = results.write(tmp_path / "deep" / "er")
+    assert path.name == "mla_prologue-h100-80gb-hbm3.json"
+    assert Results.read(path) == results
+    assert list(json.loads(path.read_text())) == [
+        *("group", "gpu", "driver", "torch", "cuda", "commit", "date", "copy_gbps", "matmul_tflops", "cases")
+    ]
+    assert list(json.loads(path.read_text())["cases"][0]) == [
+        "op",
+        "params",
+        "us",
+        "spread_us",
+        "warm",
+        "floor_us",
+        "peers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpu": None}, r"results.gpu is None; expected a str"),
+        ({"copy_gbps": "fast"}, r"results.copy_gbps is 'fast'; expected a number"),
+        ({"copy_gbps": True}, r"results.copy_gbps is True; expected a number"),
+        ({"cases": {}}, r"results.cases is \{\}; expected a list"),
+        ({"extra": 1}, r"has unknown \['extra'\]"),
+        ({"cases": [{"op": "x"}]}, r"cases\[0\] lacks \['params', 'us', "),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(change: dict[str, Any], message: str, results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(asdict(results) | change))
+    with pytest.raises(ValueError, match=rf"bad\.json: .*{message}"):
+        Results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"us": -1.0}, r"cases\[0\] has us -1.0"),
+        ({"warm": 1}, r"cases\[0\].warm is 1; expected a bool"),
+        ({"peers": {"vllm": "2"}}, r"cases\[0\].peers.vllm is '2'; expected a number"),
+        ({"params": {"tokens": [1]}}, r"cases\[0\].params.tokens is \[1\]"),
+    ],
+)
+def test_a_bad_case_is_refused_by_name(change: dict[str, Any], message: str, results: Results) -> None:
+    data = asdict(results)
+    data["cases"][0] |= change
+    with pytest.raises(ValueError, match=message):
+        validate(data)
+    with pytest.raises(ValueError, match="results is 3; expected an object"):
+        validate(3)
+
+
+def test_begin_describes_this_machine() -> None:
+    here = Results.begin("mla_prologue", torch.device("cpu"), Floors(12.345, 0.678))
+    assert (here.copy_gbps, here.matmul_tflops, here.torch) == (12.3, 0.7, torch.__version__)
+    assert here.gpu
+    assert here.commit
+    assert Results.begin("g", torch.device("cpu"), Floors(1, 1), commit="abc").commit == "abc"
+
+
+def test_a_target_is_met_only_within_it_and_beside_every_peer() -> None:
+    met = case(64, 8.0, vllm=8.0)
+    assert BENCHMARK.target_us(met) == pytest.approx(6.4 / 0.95 + 2.0)
+    assert BENCHMARK.verdict(met) == "met"
+    assert BENCHMARK.verdict(replace(met, us=8.8)) == "missed"
+    assert BENCHMARK.verdict(replace(met, peers={"vllm": 7.9})) == "missed"
+    assert BENCHMARK.verdict(replace(met, peers={"vllm": 7.95})) == "met"
+    assert BENCHMARK.target_us(case(1, 1.0)) == 1.6
+    assert BENCHMARK.verdict(case(64, 1.0, op="gather_kv")) == "-"
+
+
+def test_tables_hold_times_peers_ratios_and_verdicts(results: Results) -> None:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in full_table(results, BENCHMARK).splitlines()
+    ]
+    assert lines[0] == ["op", "case", "tokens", "L2", "us", "spread", "floor", "target", "vllm", "/ vllm", "verdict"]
+    assert lines[2][1:] == ["64 heads", "1", "cold", "1.50", "0.10", "0.10", "1.60", "2.50", "0.60", "met"]
+    assert lines[4][1:] == ["64 heads", "64", "cold", "9.00", "0.10", "6.40", "8.74", "8.80", "1.02", "missed"]
+    assert lines[5][-3:] == ["-", "-", "missed"]
+    text = summary(results, BENCHMARK)
+    assert "**NVIDIA H100 80GB HBM3** (driver 580.1, CUDA 13.0, torch 2.11.0; commit cccccccccccc, 2026-01-02)" in text
+    assert "Targets met: 2 of 4." in text
+
+
+def test_only_what_stands_between_the_markers_is_rewritten(results: Results) -> None:
+    text = "a\n<!-- results:mla_prologue -->\nold\n<!-- /results:mla_prologue -->\nb <!-- results:other -->\n"
+    once = rewrite(text, "mla_prologue", [results], BENCHMARK)
+    assert once.startswith("a\n<!-- results:mla_prologue -->\n")
+    assert once.endswith("<!-- /results:mla_prologue -->\nb <!-- results:other -->\n")
+    assert "old" not in once
+    assert rewrite(once, "mla_prologue", [results], BENCHMARK) == once
+    full = rewrite(text.replace("prologue -->", "prologue:full -->"), "mla_prologue", [results], BENCHMARK)
+    assert "verdict" in full
+    assert "verdict" not in once
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_same_results_plot_to_the_same_file(suffix: str, results: Results, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first, second = tmp_path / f"a{suffix}", tmp_path / "plots" / f"b{suffix}"
+    plot(results, BENCHMARK, first)
+    plot(results, BENCHMARK, second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_quick_run_writes_a_valid_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("mla_prologue", output=tmp_path, quick=True, ops=["gather_kv"])
+    assert Results.read(tmp_path / found.file_name) == found
+    assert {one.op for one in found.cases} == {"gather_kv"}
+    assert "verdict" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"ops \['nothing'\]; expected some of \['qnorm_rope_kv_insert'"):
+        run("mla_prologue", ops=["nothing"])
