@@ -103,6 +103,7 @@ class Argument {
   }
   // No two indices share an element: each outer stride steps over all that lies inside it.
   const Argument& no_overlap() const {
+    if (tensor_.numel() == 0) return *this;
     int64_t span = 1;
     for (int64_t d = tensor_.dim() - 1; d >= 0; --d) {
       if (tensor_.size(d) <= 1) continue;

@@ -180,7 +180,7 @@ __device__ __forceinline__ void query_row(const PrologueParams& p, int64_t token
 template <class T, CacheFormat kFormat>
 __global__ void __launch_bounds__(32 * kMaxWarps) prologue_kernel(const __grid_constant__ PrologueParams p) {
   const int lane = threadIdx.x % 32;
-  const unsigned rows = rows_per_token(p), warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const unsigned rows = rows_per_token(p), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const int64_t token = warp / rows, head = static_cast<int64_t>(warp % rows) - 1;
   if (token >= p.tokens) return;
   wait_for_earlier_grids();

@@ -23,9 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abiding._errors import translated
+from abiding._face import call, check_shape, check_tensor
 from abiding._fakes import register_fake, writes_in_place
-from abiding._library import require_cuda_kernels
 
 HEAD_DIM = 512
 ROPE_DIM = 64
@@ -100,19 +99,22 @@ def qnorm_rope_kv_insert(
         TypeError: an argument has a dtype that is not accepted, or is not a tensor.
         ValueError: an argument's device, shape, strides, alignment or value is not accepted.
     """
-    _check_shape("qnorm_rope_kv_insert", "q", q, ("T", "H", HEAD_DIM))
-    if padded_heads is None:
-        padded_heads = q.size(1) if out is None else out.size(1)
-    if padded_heads < q.size(1):
-        raise ValueError(
-            f"qnorm_rope_kv_insert: padded_heads is {padded_heads}; expected at least the {q.size(1)} heads of q"
+    function = "qnorm_rope_kv_insert"
+    check_shape(function, "q", q, ("T", "H", HEAD_DIM))
+    if out is not None:
+        check_shape(
+            function, "out", out, (q.size(0), "padded_heads" if padded_heads is None else padded_heads, HEAD_DIM)
         )
-    if out is None:
-        out = q.new_empty(q.size(0), padded_heads, HEAD_DIM)
     else:
-        _check_shape("qnorm_rope_kv_insert", "out", out, (q.size(0), padded_heads, HEAD_DIM))
-    _call(
-        "qnorm_rope_kv_insert",
+        padded_heads = q.size(1) if padded_heads is None else padded_heads
+        if not q.size(1) <= padded_heads < 2**31:
+            raise ValueError(
+                f"{function}: padded_heads is {padded_heads}; expected at least the {q.size(1)} heads of q, below 2^31"
+            )
+        out = q.new_empty(q.size(0), padded_heads, HEAD_DIM)
+    call(
+        function,
+        _FACE_NAMES,
         _ops.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert.out,
         q,
         kv,
@@ -145,7 +147,7 @@ def insert_kv(kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_s
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
     """
     op = _ops.fused_deepseek_v4_kv_rope_quant_insert.default
-    _call("insert_kv", op, kv, cache, slots, positions, cos_sin, block_size)
+    call("insert_kv", _FACE_NAMES, op, kv, cache, slots, positions, cos_sin, block_size)
 
 
 def gather_kv(cache: Tensor, slots: Tensor, *, block_size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -163,12 +165,12 @@ def gather_kv(cache: Tensor, slots: Tensor, *, block_size: int, dtype: torch.dty
     Raises:
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
     """
-    _check_tensor("gather_kv", "cache", cache)
-    _check_shape("gather_kv", "slots", slots, ("n",))
+    check_tensor("gather_kv", "cache", cache)
+    check_shape("gather_kv", "slots", slots, ("n",))
     if dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"gather_kv: dtype is {dtype}; expected torch.bfloat16 or torch.float16")
     out = torch.empty(slots.size(0), HEAD_DIM, dtype=dtype, device=cache.device)
-    _call("gather_kv", _ops.deepseek_v4_gather_kv.default, cache, slots, block_size, out=out)
+    call("gather_kv", _FACE_NAMES, _ops.deepseek_v4_gather_kv.default, cache, slots, block_size, out=out)
     return out
 
 
@@ -194,8 +196,20 @@ def qnorm_rope_full_cache_bf16_insert(
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
     """
     op = _ops.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert.default
-    _check_shape("qnorm_rope_full_cache_bf16_insert", "cache", cache, ("pages", "block_size", HEAD_DIM))
-    _call("qnorm_rope_full_cache_bf16_insert", op, q, kv, cache, slots, positions, cos_sin, eps, cache.size(1))
+    check_shape("qnorm_rope_full_cache_bf16_insert", "cache", cache, ("pages", "block_size", HEAD_DIM))
+    call(
+        "qnorm_rope_full_cache_bf16_insert",
+        _FACE_NAMES,
+        op,
+        q,
+        kv,
+        cache,
+        slots,
+        positions,
+        cos_sin,
+        eps,
+        cache.size(1),
+    )
 
 
 def qnorm_rope_full_cache_fp8_insert(
@@ -232,40 +246,28 @@ def qnorm_rope_full_cache_fp8_insert(
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
     """
     function = "qnorm_rope_full_cache_fp8_insert"
-    _check_shape(function, "q", q, ("T", "H", HEAD_DIM))
-    _check_shape(function, "cache", cache, ("pages", "block_size", HEAD_DIM))
+    check_shape(function, "q", q, ("T", "H", HEAD_DIM))
+    check_shape(function, "cache", cache, ("pages", "block_size", HEAD_DIM))
     if out is None:
         out = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
     op = _ops.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert.default
-    _call(function, op, q, kv, out, cache, slots, positions, cos_sin, kv_scale, q_scale_inv, eps, cache.size(1))
+    call(
+        function,
+        _FACE_NAMES,
+        op,
+        q,
+        kv,
+        out,
+        cache,
+        slots,
+        positions,
+        cos_sin,
+        kv_scale,
+        q_scale_inv,
+        eps,
+        cache.size(1),
+    )
     return out
-
-
-def _call(function: str, op: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
-    if isinstance(args[0], Tensor) and args[0].is_cuda:
-        require_cuda_kernels()
-    try:
-        op(*args, **kwargs)
-    except RuntimeError as error:
-        wanted = translated(error, function, _FACE_NAMES)
-        if wanted is error:
-            raise
-        raise wanted from None
-
-
-def _check_shape(function: str, name: str, tensor: object, shape: tuple[object, ...]) -> None:
-    """What has to hold before a function can make its own output: a tensor, of this rank, with the sizes given."""
-    tensor = _check_tensor(function, name, tensor)
-    same_size = all(not isinstance(size, int) or size == have for size, have in zip(shape, tensor.shape, strict=False))
-    if tensor.dim() != len(shape) or not same_size:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{function}: {name} has shape {list(tensor.shape)}; expected [{wanted}]")
-
-
-def _check_tensor(function: str, name: str, tensor: object) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{function}: {name} is a {type(tensor).__name__}; expected a Tensor")
-    return tensor
 
 
 def _quant_insert_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,11 +93,10 @@ def test_a_wrong_read_back_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> No
     assert "read-back of skipped slots" in text
 
 
-def test_unknown_groups_and_missing_results_are_told() -> None:
+def test_unknown_groups_and_missing_results_are_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "nothing"])
     assert result.exit_code == 2
-    with CliRunner().isolated_filesystem():
-        result = CliRunner().invoke(app, ["report"])
+    result = CliRunner().invoke(app, ["report", "--results", str(tmp_path)])
     assert result.exit_code == 1
     assert "holds no result files" in result.output
 

@@ -120,11 +120,11 @@ def test_tables_hold_times_peers_ratios_and_verdicts(results: Results) -> None:
 
 
 def test_only_what_stands_between_the_markers_is_rewritten(results: Results) -> None:
-    text = "a\n<!-- results:mla_prologue -->\nold\n<!-- /results:mla_prologue -->\nb <!-- results:other -->\n"
+    text = "a\n<!-- results:mla_prologue -->\nstale\n<!-- /results:mla_prologue -->\nb <!-- results:other -->\n"
     once = rewrite(text, "mla_prologue", [results], BENCHMARK)
     assert once.startswith("a\n<!-- results:mla_prologue -->\n")
     assert once.endswith("<!-- /results:mla_prologue -->\nb <!-- results:other -->\n")
-    assert "old" not in once
+    assert "stale" not in once
     assert rewrite(once, "mla_prologue", [results], BENCHMARK) == once
     full = rewrite(text.replace("prologue -->", "prologue:full -->"), "mla_prologue", [results], BENCHMARK)
     assert "verdict" in full

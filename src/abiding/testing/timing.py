@@ -84,7 +84,7 @@ def graph_us(calls: Calls, *, replays: int = 20, nodes: int | None = None) -> Ti
     calls if given. Every replay is a sample. Calls must not synchronise; what they allocate comes from the graph's
     own memory.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:3]:
@@ -157,7 +157,7 @@ def _capture(calls: Calls, rounds: int) -> torch.cuda.CUDAGraph:
 def _replay_us(graph: torch.cuda.CUDAGraph, calls: int, replays: int) -> list[float]:
     """Microseconds a call of each replay. Untimed replays in front keep the device busy while the host queues the
     rest."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     for _ in range(5):
         graph.replay()
     events[0].record()

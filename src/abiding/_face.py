@@ -1,0 +1,58 @@
+"""What every public module does around an operator: checks before it makes an output, errors that users expect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from abiding._library import require_cuda_kernels
+
+
+def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
+    """Run an operator that writes to its arguments; its argument errors become TypeError or ValueError.
+
+    Args:
+        function: the public function, which errors name.
+        names: the operator's argument names, mapped to the function's where they differ.
+        op: the operator, with its arguments.
+    """
+    if isinstance(args[0], Tensor) and args[0].is_cuda:
+        require_cuda_kernels()
+    try:
+        op(*args, **kwargs)
+    except RuntimeError as error:
+        wanted = _translated(error, function, names)
+        if wanted is error:
+            raise
+        raise wanted from None
+
+
+def check_tensor(function: str, name: str, tensor: object) -> Tensor:
+    """The argument as a tensor; TypeError if it is none."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{function}: {name} is a {type(tensor).__name__}; expected a Tensor")
+    return tensor
+
+
+def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str, ...]) -> None:
+    """Raise unless the argument is a tensor of this rank, with the sizes that are numbers."""
+    sizes = check_tensor(function, name, tensor).shape
+    fits = len(sizes) == len(shape)
+    if not fits or any(isinstance(want, int) and want != size for want, size in zip(shape, sizes, strict=True)):
+        raise ValueError(f"{function}: {name} has shape {list(sizes)}; expected [{', '.join(map(str, shape))}]")
+
+
+def _translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
+    """The TypeError or ValueError that an operator's argument error stands for; other errors come back as they are."""
+    text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
+    if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
+        complaint = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), match["complaint"])
+        return (TypeError if re.search(r" has dtype | is undefined;", text) else ValueError)(f"{function}: {complaint}")
+    mismatch = r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+    if match := re.search(mismatch, str(error)):
+        expected, argument, found = match.groups()
+        return TypeError(f"{function}: {names.get(argument, argument)} is a {found}; expected a {expected}")
+    return error

@@ -1,0 +1,201 @@
+"""Finding and loading the binaries, also where that cannot work: one clear sentence then, never a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import abiding
+from abiding import _library
+
+IMPORT_AND_REPORT = """
+try:
+    import abiding
+except ImportError as error:
+    print(type(error).__name__, error, sep=": ")
+else:
+    print("imported", abiding.binaries()[0])
+"""
+
+# Imports the copy in the folder COPY under the name of the package, whatever else is installed.
+IMPORT_COPY = """
+import importlib.util, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "abiding"]:
+    del sys.modules[name]
+spec = importlib.util.spec_from_file_location("abiding", COPY + "/__init__.py", submodule_search_locations=[COPY])
+module = sys.modules["abiding"] = importlib.util.module_from_spec(spec)
+try:
+    spec.loader.exec_module(module)
+except ImportError as error:
+    print(type(error).__name__, error, sep=": ")
+else:
+    print("imported", module.binaries()[0])
+"""
+
+WORKS = """
+import torch
+cache = torch.zeros(1, 584, dtype=torch.uint8)
+zero, table = torch.zeros(1, dtype=torch.int64), torch.ones(1, 64)
+torch.ops.abiding.fused_deepseek_v4_kv_rope_quant_insert(torch.ones(1, 512, dtype=torch.bfloat16), cache, zero, zero, table, 1)
+assert cache.any()
+print("works")
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """All files of the installed package, in another folder."""
+    target = tmp_path / "another place" / "abiding"
+    for folder in abiding.__path__:
+        if Path(folder).is_dir():
+            shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    assert (target / "libabiding.so").is_file()
+    return target
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.1.0", "1.13.1"])
+def test_an_old_torch_is_named(python: Callable, version: str) -> None:
+    result = python(f"import torch\ntorch.__version__ = {version!r}\n{IMPORT_AND_REPORT}")
+    (line,) = result.stdout.strip().splitlines()
+    assert line.startswith("ImportError: abiding needs torch >= 2.10"), line
+    assert version in line
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234", "2.15.0+cu132", "3.0.0", "10.1"])
+def test_a_new_torch_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    _library._check_torch()
+
+
+# --- the binaries -----------------------------------------------------------------------------------------------------
+
+
+def test_binaries_of_this_installation() -> None:
+    names = [path.name for path in abiding.binaries()]
+    assert names in (["libabiding.so"], ["libabiding.so", "libabiding_cuda.so"])
+    assert all(path.is_file() for path in abiding.binaries())
+    assert str(abiding.binaries()[0]) in Path("/proc/self/maps").read_text()
+
+
+def test_cuda_kernels_or_a_reason() -> None:
+    reason = abiding.cuda_unavailable_reason()
+    assert abiding.has_cuda_kernels() == (reason is None)
+    if reason is None:
+        return
+    assert len(reason.splitlines()) == 1
+    assert "CUDA" in reason or "cuda" in reason
+    with pytest.raises(RuntimeError) as caught:
+        _library.require_cuda_kernels()
+    assert str(caught.value) == reason
+
+
+def test_loading_again_changes_nothing(python: Callable) -> None:
+    python(f"import abiding, torch\nabiding._library.load()\ntorch.ops.load_library(abiding.binaries()[0])\n{WORKS}")
+
+
+def test_a_link_to_the_same_file_is_the_same_library(python: Callable, tmp_path: Path) -> None:
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "libabiding.so").symlink_to(abiding.binaries()[0].resolve())
+    result = python(f"import torch\ntorch.ops.load_library({str(tmp_path)!r} + '/link/libabiding.so')\nimport abiding\n{WORKS}")
+    assert result.stdout.strip() == "works"
+
+
+def test_only_torch_is_needed(python: Callable) -> None:
+    result = python("""
+import sys, torch
+before = {name.partition(".")[0] for name in sys.modules}
+import abiding, abiding.compat.vllm, abiding.reference, abiding.testing, abiding.testing.cases.mla_prologue
+after = {name.partition(".")[0] for name in sys.modules}
+print(sorted(after - before - set(sys.stdlib_module_names)))
+""")
+    assert last_line(result.stdout) == "['abiding']"
+
+
+# --- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_binary_is_named(python: Callable, copy: Path) -> None:
+    (copy / "libabiding.so").unlink()
+    result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}")
+    (line,) = result.stdout.strip().splitlines()
+    assert line.startswith("ImportError: ")
+    assert "libabiding.so" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(4096)], ids=["empty", "text", "cut short"])
+def test_a_binary_that_cannot_load_is_named(python: Callable, copy: Path, content: bytes) -> None:
+    (copy / "libabiding.so").write_bytes(content)
+    result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}", check=False)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.strip().splitlines()
+    assert line.startswith("ImportError: ")
+    assert str(copy / "libabiding.so") in line
+
+
+def test_a_second_package_is_refused(python: Callable, copy: Path) -> None:
+    result = python(f"import abiding\nfirst = abiding.binaries()[0]\nCOPY = {str(copy)!r}\n{IMPORT_COPY}\nprint(first)\n{WORKS}")
+    line, first, works = result.stdout.strip().splitlines()
+    assert line.startswith("ImportError: ")
+    assert "another copy" in line
+    assert str(copy / "libabiding.so") in line
+    assert first in line
+    assert works == "works"
+
+
+@pytest.mark.parametrize("name", ["libabiding.so", "renamed.so"])
+def test_a_second_library_is_refused(python: Callable, copy: Path, name: str) -> None:
+    """Loaded behind the package's back: the first keeps serving, and somebody says so."""
+    second = copy.parent / name
+    shutil.copy(copy / "libabiding.so", second)
+    code = f"""
+import abiding, torch
+try:
+    torch.ops.load_library({str(second)!r})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    result = python(code + WORKS, check=False)
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
+    said = (result.stderr + result.stdout.removesuffix("works\n")).strip()
+    assert len(said.splitlines()) == 1, said
+    assert str(second) in said
+    assert str(abiding.binaries()[0].resolve()) in said or str(abiding.binaries()[0]) in said
+    assert last_line(result.stdout) == "works"
+
+
+def test_the_package_is_refused_after_another_library(python: Callable, copy: Path) -> None:
+    result = python(f"import torch\ntorch.ops.load_library({str(copy / 'libabiding.so')!r})\n{IMPORT_AND_REPORT}{WORKS}")
+    line, works = result.stdout.strip().splitlines()
+    assert line.startswith("ImportError: ")
+    assert str(copy / "libabiding.so") in line
+    assert works == "works"
+
+
+def test_two_libraries_without_the_package(python: Callable, copy: Path) -> None:
+    first, second = copy / "libabiding.so", copy.parent / "libabiding.so"
+    shutil.copy(first, second)
+    result = python(f"import torch\ntorch.ops.load_library({str(first)!r})\ntorch.ops.load_library({str(second)!r})\n{WORKS}", check=False)
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert str(second) in result.stderr
+
+
+def test_importing_from_a_folder_with_odd_characters(python: Callable, copy: Path) -> None:
+    odd = copy.parent.parent / "ünï (copy) %s 'x'" / "abiding"
+    odd.parent.mkdir()
+    os.rename(copy, odd)
+    result = python(f"COPY = {str(odd)!r}\n{IMPORT_COPY}\n{WORKS}")
+    assert result.stdout.strip().splitlines() == [f"imported {odd / 'libabiding.so'}", "works"]

@@ -1,0 +1,126 @@
+"""Every operator has everything: kernels for CPU and CUDA, a fake, a documented function, a reference, cases, docs, tests."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import pytest
+import torch
+
+import abiding  # noqa: F401  (registers the operators)
+from abiding import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def operators() -> list[str]:
+    return sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("abiding"))
+
+
+def groups() -> list[str]:
+    return sorted(path.parent.name for path in ROOT.glob("csrc/*/schema.cpp"))
+
+
+def group_of(op: str) -> str | None:
+    name = op.partition("::")[2]
+    return next((group for group in groups() if f'"{name}(' in (ROOT / f"csrc/{group}/schema.cpp").read_text()), None)
+
+
+def public_functions(module: ModuleType) -> dict[str, FunctionType]:
+    """What a module defines for its users."""
+    named = inspect.getmembers(module, inspect.isfunction)
+    return {name: function for name, function in named if not name.startswith("_") and function.__module__ == module.__name__}
+
+
+def module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def missing(op: str) -> list[str]:
+    """What an operator lacks."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    group, name = group_of(op), op.partition("::")[2].partition(".")[0]
+    lacks = []
+    if not has_kernel(op, "CPU"):
+        lacks.append("CPU kernel")
+    if _library.has_cuda_kernels() and not has_kernel(op, "CUDA"):
+        lacks.append("CUDA kernel")
+    if not has_kernel(op, "Meta"):
+        lacks.append("fake kernel")
+    if group is None:
+        return [*lacks, "schema in csrc/<group>/schema.cpp"]
+    if not implemented_in_cuda(group, op.partition("::")[2]):
+        lacks.append(f"CUDA kernel in csrc/{group}/cuda.cpp")
+
+    face, reference = module(f"abiding.{group}"), module(f"abiding.reference.{group}")
+    callers = [] if face is None else [f for f in public_functions(face).values() if f".{name}" in inspect.getsource(f)]
+    if not callers:
+        lacks.append(f"function in abiding.{group}")
+    for function in callers:
+        if len(inspect.getdoc(function) or "") < 80:
+            lacks.append(f"docstring of {function.__name__}")
+        if reference is None or function.__name__ not in public_functions(reference):
+            lacks.append(f"reference of {function.__name__}")
+    cases = module(f"abiding.testing.cases.{group}")
+    lacks += [f"{kind} cases" for kind in ("REGULAR", "ODD", "CORNER", "PERFORMANCE") if not getattr(cases, kind, None)]
+    for path in (f"docs/{group}.md",):
+        if not (ROOT / path).is_file() or name not in (ROOT / path).read_text():
+            lacks.append(f"entry in {path}")
+    lacks += [
+        f"tests/{group}/{name}.py" for name in ("test_values", "test_errors", "test_contract") if not (ROOT / f"tests/{group}/{name}.py").is_file()
+    ]
+    return lacks
+
+
+def implemented_in_cuda(group: str, name: str) -> bool:
+    """Whether cuda.cpp registers the operator, itself or through the headers of its group."""
+    source = ROOT / f"csrc/{group}/cuda.cpp"
+    if not source.is_file() or "ABIDING_KERNELS(CUDA" not in source.read_text():
+        return False
+    headers = [header.read_text() for header in ROOT.glob(f"csrc/{group}/*.h") if f'"{group}/{header.name}"' in source.read_text()]
+    return any(f'm.impl("{name}"' in text for text in (source.read_text(), *headers))
+
+
+def test_there_are_operators_of_every_group() -> None:
+    assert groups()
+    assert {group_of(op) for op in operators()} == set(groups())
+
+
+@pytest.mark.parametrize("op", operators())
+def test_operator_has_everything(op: str) -> None:
+    assert missing(op) == []
+
+
+@pytest.mark.parametrize("group", groups())
+def test_reference_has_the_signatures_of_the_face(group: str) -> None:
+    face, reference = (public_functions(importlib.import_module(name)) for name in (f"abiding.{group}", f"abiding.reference.{group}"))
+    for name, function in face.items():
+        assert inspect.getdoc(function), f"{name} has no docstring"
+        if not any(parameter.annotation == "Tensor" for parameter in inspect.signature(function).parameters.values()):
+            continue
+        assert name in reference, f"abiding.reference.{group} has no {name}"
+        assert inspect.signature(function) == inspect.signature(reference[name]), name
+
+
+def test_an_operator_with_nothing_is_noticed() -> None:
+    with torch.library._scoped_library("abiding", "FRAGMENT") as library:
+        library.define("parity_probe(Tensor x) -> Tensor")
+        assert missing("abiding::parity_probe") == ["CPU kernel", *(["CUDA kernel"] * _library.has_cuda_kernels()), "fake kernel", "schema in csrc/<group>/schema.cpp"]
+
+
+def test_a_group_with_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "csrc/probe").mkdir(parents=True)
+    (tmp_path / "csrc/probe/schema.cpp").write_text('m.def("parity_probe(Tensor x) -> Tensor");')
+    (tmp_path / "csrc/probe/cuda.cpp").write_text("// no kernels")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    with torch.library._scoped_library("abiding", "FRAGMENT") as library:
+        library.define("parity_probe(Tensor x) -> Tensor")
+        lacks = missing("abiding::parity_probe")
+    for what in ("CPU kernel", "fake kernel", "CUDA kernel in", "function in", "REGULAR", "docs/probe.md", "tests/probe"):
+        assert any(what in item for item in lacks), (what, lacks)

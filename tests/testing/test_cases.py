@@ -1,0 +1,84 @@
+"""The cases contain what they promise; a test that runs on tame inputs proves little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from abiding import reference
+from abiding.testing import assert_bitwise_equal
+from abiding.testing.cases.mla_prologue import CORNER, ODD, PERFORMANCE, REGULAR, PrologueCase, finite_magnitudes
+
+CASES = pytest.mark.parametrize("case", [*REGULAR, *ODD, *CORNER], ids=str)
+
+
+@CASES
+def test_slots_are_distinct_and_as_many_are_skipped_as_asked(case: PrologueCase) -> None:
+    inputs = case.make()
+    capacity = inputs.cache.shape[0] * case.block_size
+    live = inputs.slots[(inputs.slots >= 0) & (inputs.slots < capacity)]
+    assert len(live.unique()) == len(live)
+    assert len(inputs.slots) == (case.tokens if case.inserted is None else case.inserted)
+    assert bool((inputs.slots < 0).any()) == (case.skipped > 0 and len(inputs.slots) > 0)
+    assert bool((inputs.positions >= case.max_position).any() or (inputs.slots >= capacity).any()) == (case.wild > 0)
+
+
+@CASES
+def test_the_layout_is_as_asked(case: PrologueCase) -> None:
+    inputs = case.make()
+    assert inputs.q.shape == (case.tokens, case.heads, 512)
+    assert inputs.q.dtype == inputs.kv.dtype == case.dtype
+    assert inputs.slots.dtype == case.index_dtype
+    assert inputs.cache.shape[1] == case.block_size * 584
+    if case.page_stride is not None:
+        assert inputs.cache.stride(0) == case.page_stride
+    if case.q_stride is not None:
+        assert inputs.q.stride(0) == case.q_stride
+    assert inputs.kv.data_ptr() % 64 == case.offset_bytes
+    assert bool((inputs.cache == 0xFF).all())
+    inputs.check()
+
+
+def test_a_seed_makes_the_same_inputs_again_and_another_seed_others() -> None:
+    case = REGULAR[4]
+    first, again, other = case.make(seed=1), case.make(seed=1), case.make(seed=2)
+    for name in ("q", "kv", "slots", "positions"):
+        assert_bitwise_equal(getattr(first, name), getattr(again, name), name)
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+def test_a_clone_has_a_cache_of_its_own() -> None:
+    for guards in (True, False):
+        inputs = REGULAR[0].make(guards=guards)
+        copy = inputs.clone()
+        copy.run(reference.mla_prologue)
+        assert not torch.equal(inputs.cache, copy.cache)
+        copy.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_every_amax_is_there(dtype: torch.dtype) -> None:
+    case = next(case for case in CORNER if case.values == "every_amax" and case.dtype == dtype)
+    amax = case.make().kv[:, :448].reshape(-1, 64).abs().amax(-1).view(torch.int16)
+    assert set(range(finite_magnitudes(dtype))) == set(amax.tolist())
+
+
+def test_special_values_are_there() -> None:
+    made = {case.values: case.make() for case in CORNER if case.dtype == torch.bfloat16 and case.tokens == 9}
+    assert not made["zero"].kv.any()
+    assert set(made["zero"].kv.signbit().unique().tolist()) == {False, True}
+    assert 0 < float(made["subnormal"].kv.abs().max()) < torch.finfo(torch.bfloat16).tiny
+    assert float(made["huge"].kv.abs().max()) > 1e38
+    assert bool(made["huge"].q.float().square().sum(-1).isfinite().all())
+    assert bool(made["nan"].kv.isnan()[0].all())
+    assert 0 < int(made["nan"].kv.isnan()[1:].sum()) < 400
+    assert bool(made["inf"].kv.isinf().any())
+    assert bool(made["bits"].kv.isnan().any())
+
+
+def test_performance_cases_are_the_whole_table() -> None:
+    found = {(case.tokens, case.heads, case.live_heads) for case in PERFORMANCE}
+    heads = ((16, 16), (16, 64), (64, 64), (128, 128))
+    assert found == {(t, *h) for t in (1, 4, 16, 64, 256, 1024, 4096, 16384) for h in heads}
+    one = next(case for case in PERFORMANCE if (case.tokens, case.heads, case.live_heads) == (1, 16, 64))
+    assert one.bytes == 16 * 1024 + 64 * 1024 + 1024 + 584 + 256 + 16
