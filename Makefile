@@ -6,8 +6,8 @@ BIN := .venv/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 # Without a GPU: the release that the C++ is developed against. With one: the newest that index and driver of that machine offer.
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
-# The CUDA binary is built where a GPU can run it, once asked for (ABIDING_CUDA=on|off|auto), or after "make build".
-CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),on,off))
+# The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and once "make build" was run.
+CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),auto,off))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
@@ -35,7 +35,7 @@ format: setup ## rewrite the sources in the project's style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: setup ## time every kernel group into benchmarks/results (needs a GPU)
+bench: $(if $(GPU),setup) ## time every kernel group into benchmarks/results (needs a GPU)
 ifeq ($(GPU),)
 	@echo "benchmarks need a GPU, and none is visible here"
 else

@@ -20,10 +20,12 @@ from abiding import _library
 
 
 def require_cuda(gpus: int = 1) -> torch.device:
-    """The CUDA device; skips the calling test where there is none, or fails it if ABIDING_REQUIRE_CUDA=1 demands one."""
+    """The CUDA device. Where there is none the calling test skips, or fails if ABIDING_REQUIRE_CUDA=1 demands one."""
     reason = None
     if torch.cuda.device_count() < gpus:
-        reason = f"needs {gpus} GPU{'s' if gpus > 1 else ''}, torch {torch.__version__} sees {torch.cuda.device_count()}"
+        reason = (
+            f"needs {gpus} GPU{'s' if gpus > 1 else ''}, torch {torch.__version__} sees {torch.cuda.device_count()}"
+        )
     elif not _library.has_cuda_kernels():
         reason = _library.cuda_unavailable_reason() or "the CUDA binary is not loaded"
     if reason is None:
@@ -58,9 +60,11 @@ def seed() -> int:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs code in a fresh interpreter that finds the same abiding and torch; `first` goes before all else on its path."""
+    """Runs code in a fresh interpreter that finds the same abiding and torch; `first` heads its path."""
 
-    def run(code: str, *, first: Path | None = None, check: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        code: str, *, first: Path | None = None, check: bool = True, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         packages = Path(abiding.__file__).parent.parent
         path = [*([str(first)] if first else []), *sys.path, str(packages)]
         result = subprocess.run(

@@ -40,8 +40,8 @@ else:
 WORKS = """
 import torch
 cache = torch.zeros(1, 584, dtype=torch.uint8)
-zero, table = torch.zeros(1, dtype=torch.int64), torch.ones(1, 64)
-torch.ops.abiding.fused_deepseek_v4_kv_rope_quant_insert(torch.ones(1, 512, dtype=torch.bfloat16), cache, zero, zero, table, 1)
+kv, zero, table = torch.ones(1, 512, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), torch.ones(1, 64)
+torch.ops.abiding.fused_deepseek_v4_kv_rope_quant_insert(kv, cache, zero, zero, table, 1)
 assert cache.any()
 print("works")
 """
@@ -109,7 +109,9 @@ def test_loading_again_changes_nothing(python: Callable) -> None:
 def test_a_link_to_the_same_file_is_the_same_library(python: Callable, tmp_path: Path) -> None:
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "libabiding.so").symlink_to(abiding.binaries()[0].resolve())
-    result = python(f"import torch\ntorch.ops.load_library({str(tmp_path)!r} + '/link/libabiding.so')\nimport abiding\n{WORKS}")
+    result = python(
+        f"import torch\ntorch.ops.load_library({str(tmp_path)!r} + '/link/libabiding.so')\nimport abiding\n{WORKS}"
+    )
     assert result.stdout.strip() == "works"
 
 
@@ -135,7 +137,9 @@ def test_a_missing_binary_is_named(python: Callable, copy: Path) -> None:
     assert "libabiding.so" in line
 
 
-@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(4096)], ids=["empty", "text", "cut short"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a library", b"\x7fELF" + bytes(4096)], ids=["empty", "text", "cut short"]
+)
 def test_a_binary_that_cannot_load_is_named(python: Callable, copy: Path, content: bytes) -> None:
     (copy / "libabiding.so").write_bytes(content)
     result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}", check=False)
@@ -146,7 +150,9 @@ def test_a_binary_that_cannot_load_is_named(python: Callable, copy: Path, conten
 
 
 def test_a_second_package_is_refused(python: Callable, copy: Path) -> None:
-    result = python(f"import abiding\nfirst = abiding.binaries()[0]\nCOPY = {str(copy)!r}\n{IMPORT_COPY}\nprint(first)\n{WORKS}")
+    result = python(
+        f"import abiding\nfirst = abiding.binaries()[0]\nCOPY = {str(copy)!r}\n{IMPORT_COPY}\nprint(first)\n{WORKS}"
+    )
     line, first, works = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: ")
     assert "another copy" in line
@@ -177,7 +183,9 @@ except Exception as error:
 
 
 def test_the_package_is_refused_after_another_library(python: Callable, copy: Path) -> None:
-    result = python(f"import torch\ntorch.ops.load_library({str(copy / 'libabiding.so')!r})\n{IMPORT_AND_REPORT}{WORKS}")
+    result = python(
+        f"import torch\ntorch.ops.load_library({str(copy / 'libabiding.so')!r})\n{IMPORT_AND_REPORT}{WORKS}"
+    )
     line, works = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: ")
     assert str(copy / "libabiding.so") in line
@@ -187,7 +195,10 @@ def test_the_package_is_refused_after_another_library(python: Callable, copy: Pa
 def test_two_libraries_without_the_package(python: Callable, copy: Path) -> None:
     first, second = copy / "libabiding.so", copy.parent / "libabiding.so"
     shutil.copy(first, second)
-    result = python(f"import torch\ntorch.ops.load_library({str(first)!r})\ntorch.ops.load_library({str(second)!r})\n{WORKS}", check=False)
+    result = python(
+        f"import torch\ntorch.ops.load_library({str(first)!r})\ntorch.ops.load_library({str(second)!r})\n{WORKS}",
+        check=False,
+    )
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
     assert len(result.stderr.strip().splitlines()) == 1
     assert str(second) in result.stderr

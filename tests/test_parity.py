@@ -1,4 +1,4 @@
-"""Every operator has everything: kernels for CPU and CUDA, a fake, a documented function, a reference, cases, docs, tests."""
+"""Every operator has everything: CPU and CUDA kernels, a fake, a documented function, a reference, cases, docs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def group_of(op: str) -> str | None:
 def public_functions(module: ModuleType) -> dict[str, FunctionType]:
     """What a module defines for its users."""
     named = inspect.getmembers(module, inspect.isfunction)
-    return {name: function for name, function in named if not name.startswith("_") and function.__module__ == module.__name__}
+    return {
+        name: function
+        for name, function in named
+        if not name.startswith("_") and function.__module__ == module.__name__
+    }
 
 
 def module(name: str) -> ModuleType | None:
@@ -73,7 +77,9 @@ def missing(op: str) -> list[str]:
         if not (ROOT / path).is_file() or name not in (ROOT / path).read_text():
             lacks.append(f"entry in {path}")
     lacks += [
-        f"tests/{group}/{name}.py" for name in ("test_values", "test_errors", "test_contract") if not (ROOT / f"tests/{group}/{name}.py").is_file()
+        f"tests/{group}/{name}.py"
+        for name in ("test_values", "test_errors", "test_contract")
+        if not (ROOT / f"tests/{group}/{name}.py").is_file()
     ]
     return lacks
 
@@ -83,7 +89,11 @@ def implemented_in_cuda(group: str, name: str) -> bool:
     source = ROOT / f"csrc/{group}/cuda.cpp"
     if not source.is_file() or "ABIDING_KERNELS(CUDA" not in source.read_text():
         return False
-    headers = [header.read_text() for header in ROOT.glob(f"csrc/{group}/*.h") if f'"{group}/{header.name}"' in source.read_text()]
+    headers = [
+        header.read_text()
+        for header in ROOT.glob(f"csrc/{group}/*.h")
+        if f'"{group}/{header.name}"' in source.read_text()
+    ]
     return any(f'm.impl("{name}"' in text for text in (source.read_text(), *headers))
 
 
@@ -99,7 +109,9 @@ def test_operator_has_everything(op: str) -> None:
 
 @pytest.mark.parametrize("group", groups())
 def test_reference_has_the_signatures_of_the_face(group: str) -> None:
-    face, reference = (public_functions(importlib.import_module(name)) for name in (f"abiding.{group}", f"abiding.reference.{group}"))
+    face, reference = (
+        public_functions(importlib.import_module(name)) for name in (f"abiding.{group}", f"abiding.reference.{group}")
+    )
     for name, function in face.items():
         assert inspect.getdoc(function), f"{name} has no docstring"
         if not any(parameter.annotation == "Tensor" for parameter in inspect.signature(function).parameters.values()):
@@ -111,7 +123,12 @@ def test_reference_has_the_signatures_of_the_face(group: str) -> None:
 def test_an_operator_with_nothing_is_noticed() -> None:
     with torch.library._scoped_library("abiding", "FRAGMENT") as library:
         library.define("parity_probe(Tensor x) -> Tensor")
-        assert missing("abiding::parity_probe") == ["CPU kernel", *(["CUDA kernel"] * _library.has_cuda_kernels()), "fake kernel", "schema in csrc/<group>/schema.cpp"]
+        assert missing("abiding::parity_probe") == [
+            "CPU kernel",
+            *(["CUDA kernel"] * _library.has_cuda_kernels()),
+            "fake kernel",
+            "schema in csrc/<group>/schema.cpp",
+        ]
 
 
 def test_a_group_with_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,5 +139,13 @@ def test_a_group_with_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     with torch.library._scoped_library("abiding", "FRAGMENT") as library:
         library.define("parity_probe(Tensor x) -> Tensor")
         lacks = missing("abiding::parity_probe")
-    for what in ("CPU kernel", "fake kernel", "CUDA kernel in", "function in", "REGULAR", "docs/probe.md", "tests/probe"):
+    for what in (
+        "CPU kernel",
+        "fake kernel",
+        "CUDA kernel in",
+        "function in",
+        "REGULAR",
+        "docs/probe.md",
+        "tests/probe",
+    ):
         assert any(what in item for item in lacks), (what, lacks)

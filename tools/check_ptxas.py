@@ -1,6 +1,6 @@
 """Fail if ptxas spilled registers or serialised wgmma in a kernel, or a CUDA file was not compiled for Hopper.
 
-    python tools/check_ptxas.py BUILD_FOLDER
+python tools/check_ptxas.py BUILD_FOLDER
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check(build: Path) -> list[str]:
             complaints.append(f"{name}: no kernel for sm_90a")
         for entry in entries:
             if entry["spilled"] != "0":
-                complaints.append(f"{name}: {entry['kernel']} for {entry['arch']} spills {entry['spilled']} bytes")
+                complaints.append(f"{name}: spills {entry['spilled']} bytes on {entry['arch']} in {entry['kernel']}")
         complaints += [f"{name}: {warning}" for warning in PERFORMANCE_WARNING.findall(text)]
     return complaints
 

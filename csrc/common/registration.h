@@ -9,40 +9,48 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "common/check.h"
 
 namespace abiding {
 
-// The path of another loaded library with the file name of this one, or "" if there is none.
+// Whoever exports this symbol is a copy of this binary, whatever its file is called.
+#define ABIDING_MARKER_NAME2(binary) binary##_registers_operators
+#define ABIDING_MARKER_NAME(binary) ABIDING_MARKER_NAME2(binary)
+#define ABIDING_STRING2(name) #name
+#define ABIDING_STRING(name) ABIDING_STRING2(name)
+extern "C" __attribute__((visibility("default"), weak)) const char ABIDING_MARKER_NAME(ABIDING_BINARY) = 1;
+
+// The path of another loaded copy of this binary, or "" if there is none.
 inline const std::string& other_copy() {
   static const std::string path = [] {
-    struct Search {
-      ElfW(Addr) self_base;
-      const char* file_name;
-      std::string found;
-    };
     Dl_info self{};
     dladdr(reinterpret_cast<void*>(&other_copy), &self);
-    const char* slash = std::strrchr(self.dli_fname, '/');
-    Search search{reinterpret_cast<ElfW(Addr)>(self.dli_fbase), slash ? slash + 1 : self.dli_fname, ""};
+    struct Loaded {
+      ElfW(Addr) self;
+      std::vector<std::string> others;
+    } loaded{reinterpret_cast<ElfW(Addr)>(self.dli_fbase), {}};
     dl_iterate_phdr(
         [](dl_phdr_info* library, size_t, void* data) {
-          auto* wanted = static_cast<Search*>(data);
-          const char* name = std::strrchr(library->dlpi_name, '/');
-          name = name ? name + 1 : library->dlpi_name;
-          if (library->dlpi_addr == wanted->self_base || std::strcmp(name, wanted->file_name) != 0) return 0;
-          wanted->found = library->dlpi_name;
-          return 1;
+          auto* list = static_cast<Loaded*>(data);
+          if (library->dlpi_addr != list->self && *library->dlpi_name) list->others.push_back(library->dlpi_name);
+          return 0;
         },
-        &search);
-    if (!search.found.empty())
+        &loaded);
+    for (const std::string& other : loaded.others) {
+      void* handle = dlopen(other.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+      if (!handle) continue;
+      const bool marked = dlsym(handle, ABIDING_STRING(ABIDING_MARKER_NAME(ABIDING_BINARY))) != nullptr;
+      dlclose(handle);
+      if (!marked) continue;
       std::fprintf(stderr, "abiding: %s was loaded but not registered, since %s already serves this process.\n",
-                   self.dli_fname, search.found.c_str());
-    return search.found;
+                   self.dli_fname, other.c_str());
+      return other;
+    }
+    return std::string();
   }();
   return path;
 }

@@ -15,7 +15,7 @@ constexpr int kMaxWarps = 8;
 constexpr int kHalfRow = kHeadDim / 2, kFirstRopeLane = 24;
 
 // A few rows are spread over as many multiprocessors as they can get.
-int warps_per_block(int64_t rows) { return rows <= 512 ? 2 : kMaxWarps; }
+int warps_per_block(int64_t rows) { return rows <= 600 ? 1 : kMaxWarps; }
 
 ABIDING_HD unsigned rows_per_token(const PrologueParams& p) {
   return 1 + static_cast<unsigned>(p.zero_padding ? p.padded_heads : p.heads);

@@ -48,7 +48,10 @@ def load() -> None:
         raise ImportError(
             "abiding has no libabiding.so beside its Python files: install a wheel, or build one with `pip install .`"
         )
-    _load_once(cpu)
+    try:
+        _load_once(cpu)
+    except OSError as error:
+        raise ImportError(f"abiding's binary {cpu} does not load here: {error}") from None
     _cuda_reason = _load_cuda()
 
 

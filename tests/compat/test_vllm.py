@@ -1,4 +1,4 @@
-"""vLLM's operator names on Abiding's kernels. Every scenario has an interpreter of its own: operators are registered for good."""
+"""vLLM's operator names on Abiding's kernels. A scenario has an interpreter of its own: registration is for good."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ BF16 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert"
 FP8 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert"
 TENSORS = "Tensor kv, Tensor! k_cache, Tensor slot_mapping, Tensor position_ids, Tensor cos_sin_cache"
 QUANT_ARGUMENTS = f"Tensor q_in, {TENSORS}, int q_head_padded, float eps, int cache_block_size"
+SWAPPED = QUANT_ARGUMENTS.replace("slot_mapping, Tensor position_ids", "position_ids, Tensor slot_mapping")
 LATER = "bool apply_q_norm=True, bool kv_mxfp8=False, bool apply_q_rope=True, bool is_q_interleaved=False"
 
 PRELUDE = f"""
@@ -214,8 +215,14 @@ else:
     ("schema", "difference"),
     [
         (f"(Tensor! q, {TENSORS}, float eps, int cache_block_size) -> ()", "argument 0 is Tensor! q, not Tensor q_in"),
-        (f"({QUANT_ARGUMENTS.replace('slot_mapping, Tensor position_ids', 'position_ids, Tensor slot_mapping')}) -> Tensor", "argument 3"),
-        (f"({QUANT_ARGUMENTS.replace('Tensor!', 'Tensor')}) -> Tensor", "argument 2 is Tensor k_cache, not Tensor! k_cache"),
+        (
+            f"({SWAPPED}) -> Tensor",
+            "argument 3 is Tensor position_ids, not Tensor slot_mapping",
+        ),
+        (
+            f"({QUANT_ARGUMENTS.replace('Tensor!', 'Tensor')}) -> Tensor",
+            "argument 2 is Tensor k_cache, not Tensor! k_cache",
+        ),
         (f"({QUANT_ARGUMENTS.replace('float eps', 'int eps')}) -> Tensor", "argument 7 is int eps, not float eps"),
         (f"({QUANT_ARGUMENTS.replace('int cache_block_size', '*, int cache_block_size')}) -> Tensor", "keyword only"),
         (f"({QUANT_ARGUMENTS.removesuffix(', int cache_block_size')}) -> Tensor", "argument 8 is missing"),
@@ -278,7 +285,10 @@ def test_a_vllm_that_cannot_load_is_tolerated(scenario: Callable, tmp_path: Path
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('torch is too new')")
-    scenario("assert vllm.install() == dict.fromkeys(NAMES, 'registered')\nassert_serves_quant_insert()", first=package.parent)
+    scenario(
+        "assert vllm.install() == dict.fromkeys(NAMES, 'registered')\nassert_serves_quant_insert()",
+        first=package.parent,
+    )
 
 
 def test_wrong_arguments_raise_and_write_nothing(scenario: Callable) -> None:

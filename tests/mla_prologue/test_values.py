@@ -1,6 +1,7 @@
 """What the prologue computes: against its reference byte for byte, and both against rules written a second time here.
 
-The second writing uses exact rational numbers and torch's own float8 casts, so that reference and kernel cannot be wrong together.
+The second writing uses rational numbers and torch's own float8 casts, so that reference and kernel cannot be wrong
+together.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def test_case(case: PrologueCase, device: torch.device) -> None:
     assert_bitwise_equal(ours.guard.storage, theirs.guard.storage, "cache, with what lies around it")
     assert_query(out, ours)
     assert_padding(out, case.heads)
-    for name, before in zip(("q", "kv", "slots", "positions", "cos_sin"), given):
+    for name, before in zip(("q", "kv", "slots", "positions", "cos_sin"), given, strict=True):
         assert_bitwise_equal(getattr(ours, name), before, f"{name}, which is not to be written,")
 
     rows = (kv_only.kv, kv_only.cache, kv_only.slots, kv_only.positions, kv_only.cos_sin)
@@ -133,7 +134,11 @@ def test_case(case: PrologueCase, device: torch.device) -> None:
     assert_close(gathered, reference.mla_prologue.gather_kv(ours.cache, ours.slots, **read), name="gather_kv")
 
 
-@pytest.mark.parametrize("options", [{}, {"apply_q_norm": False}, {"apply_q_rope": False}, {"apply_q_norm": False, "apply_q_rope": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"apply_q_norm": False}, {"apply_q_rope": False}, {"apply_q_norm": False, "apply_q_rope": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("values", ["normal", "nan", "inf", "huge"])
 @DTYPES
 def test_query_options(options: dict[str, bool], values: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -166,10 +171,9 @@ def test_plain_operator_agrees_with_the_face(tokens: int, device: torch.device) 
 def test_cuda_agrees_with_cpu(cuda: torch.device) -> None:
     for case in [case for case in (*ODD, *CORNER) if case.tokens]:
         here = case.make("cpu", seed=5)
-        there = replace(
-            here, **{name: getattr(here, name).to(cuda) for name in ("q", "kv", "slots", "positions", "cos_sin")},
-            cache=guarded(here.cache.shape, torch.uint8, cuda, strides=here.cache.stride(), fill=here.cache.to(cuda)).tensor,
-        )  # fmt: skip
+        moved = {name: getattr(here, name).to(cuda) for name in ("q", "kv", "slots", "positions", "cos_sin")}
+        pages = guarded(here.cache.shape, torch.uint8, cuda, strides=here.cache.stride(), fill=here.cache.to(cuda))
+        there = replace(here, **moved, cache=pages.tensor)
         here.run(mla_prologue)
         there.run(mla_prologue)
         assert_bitwise_equal(there.cache.cpu(), here.cache, f"{case}: cache")
@@ -282,7 +286,7 @@ def rotated_exactly(row: list[float], cos: list[float], sin: list[float]) -> lis
 
 
 def cancelling_rows(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pairs and tables whose rotation is nothing but rounding error: any other contraction of the sums changes every bit."""
+    """Pairs and tables whose rotation is nothing but rounding error: another contraction changes every bit of it."""
     angle = torch.rand(rows, 64)
     angle[:, 32:] = angle[:, :32]
     kv = torch.randn(rows, 512).to(dtype)
@@ -300,7 +304,9 @@ def test_rotation_is_two_fused_multiply_adds(face: ModuleType, dtype: torch.dtyp
     rows = 24
     kv, table = cancelling_rows(rows, dtype)
     exact = [rotated_exactly(kv[i, 448:].tolist(), table[i, :32].tolist(), table[i, 32:].tolist()) for i in range(rows)]
-    expected = torch.tensor([[nearest(Fraction(value), dtype) for value in row] for row in exact], dtype=torch.float64).to(dtype)
+    expected = torch.tensor(
+        [[nearest(Fraction(value), dtype) for value in row] for row in exact], dtype=torch.float64
+    ).to(dtype)
     slots = positions = torch.arange(rows, device=device)
     kv, table = kv.to(device), table.to(device)
 
@@ -311,7 +317,9 @@ def test_rotation_is_two_fused_multiply_adds(face: ModuleType, dtype: torch.dtyp
     scale = torch.full((1,), 2.0**-24, device=device)
     one = torch.ones(1, device=device)
     cache8 = torch.zeros(rows, 1, 512, dtype=torch.uint8, device=device)
-    face.qnorm_rope_full_cache_fp8_insert(kv[:, None], kv, cache8, slots, positions, table, kv_scale=scale, q_scale_inv=one)
+    face.qnorm_rope_full_cache_fp8_insert(
+        kv[:, None], kv, cache8, slots, positions, table, kv_scale=scale, q_scale_inv=one
+    )
     scaled = torch.tensor(exact, dtype=torch.float64).float() * 2.0**24
     assert_bitwise_equal(cache8[:, 0, 448:].cpu(), e4m3_by_torch(scaled), "e4m3 cache")
     if dtype == torch.bfloat16:
@@ -327,10 +335,14 @@ def test_rotation_of_q_is_the_same(dtype: torch.dtype, device: torch.device) -> 
     kv, table = cancelling_rows(rows, dtype)
     positions = torch.arange(rows)
     exact = [rotated_exactly(kv[i, 448:].tolist(), table[i, :32].tolist(), table[i, 32:].tolist()) for i in range(rows)]
-    expected = torch.tensor([[nearest(Fraction(value), dtype) for value in row] for row in exact], dtype=torch.float64).to(dtype)
+    expected = torch.tensor(
+        [[nearest(Fraction(value), dtype) for value in row] for row in exact], dtype=torch.float64
+    ).to(dtype)
     q, table, positions = kv.to(device), table.to(device), positions.to(device)
     cache = torch.zeros(0, 584, dtype=torch.uint8, device=device)
-    out = mla_prologue.qnorm_rope_kv_insert(q[:, None], q, cache, positions[:0], positions, table, block_size=1, apply_q_norm=False)
+    out = mla_prologue.qnorm_rope_kv_insert(
+        q[:, None], q, cache, positions[:0], positions, table, block_size=1, apply_q_norm=False
+    )
     assert_bitwise_equal(out[:, 0, 448:].cpu(), expected, "q")
     assert_bitwise_equal(out[:, 0, :448], q[:, :448], "q")
 
@@ -342,7 +354,9 @@ def test_quantised_values_are_rounded_to_the_dtype_of_kv_first(device: torch.dev
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     cache8 = torch.zeros(1, 1, 512, dtype=torch.uint8, device=device)
     one = torch.ones(1, device=device)
-    mla_prologue.qnorm_rope_full_cache_fp8_insert(kv[:, None], kv, cache8, zero, zero, table, kv_scale=one, q_scale_inv=one)
+    mla_prologue.qnorm_rope_full_cache_fp8_insert(
+        kv[:, None], kv, cache8, zero, zero, table, kv_scale=one, q_scale_inv=one
+    )
     assert int(cache8[0, 0, 448]) == 0x39, "1.0625 + 2^-10 is rounded once, to 1.125"
 
 
@@ -352,7 +366,9 @@ def test_quantised_values_are_rounded_to_the_dtype_of_kv_first(device: torch.dev
 @FACES
 @DTYPES
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_gather_of_every_code_and_byte(face: ModuleType, dtype: torch.dtype, index_dtype: torch.dtype, device: torch.device) -> None:
+def test_gather_of_every_code_and_byte(
+    face: ModuleType, dtype: torch.dtype, index_dtype: torch.dtype, device: torch.device
+) -> None:
     block_size, pages = 16, 10
     rows = block_size * pages
     blocks = torch.arange(rows * 7)
@@ -361,7 +377,13 @@ def test_gather_of_every_code_and_byte(face: ModuleType, dtype: torch.dtype, ind
     rope = torch.randint(0, 256, (rows, 128), dtype=torch.uint8)
     data = torch.cat([values.reshape(rows, 448), rope], dim=1).reshape(pages, -1)
     scales = torch.cat([codes.reshape(rows, 7), torch.full((rows, 1), 0xEE)], dim=1).to(torch.uint8).reshape(pages, -1)
-    cache = guarded((pages, block_size * 584), torch.uint8, device, strides=(block_size * 584 + 24, 1), fill=torch.cat([data, scales], 1).to(device))
+    cache = guarded(
+        (pages, block_size * 584),
+        torch.uint8,
+        device,
+        strides=(block_size * 584 + 24, 1),
+        fill=torch.cat([data, scales], 1).to(device),
+    )
 
     order = torch.randperm(rows)
     slots = torch.cat([order, torch.tensor([-1, rows, -(1 << 31), (1 << 31) - 1, rows + 5])]).to(index_dtype)
@@ -374,7 +396,7 @@ def test_gather_of_every_code_and_byte(face: ModuleType, dtype: torch.dtype, ind
     actual[order] = shuffled[:rows]
 
     factor = torch.where(codes == 255, math.nan, torch.exp2(codes.double() - 127))
-    exact = values.view(torch.float8_e4m3fn).double() * factor[:, None]  # a product that float32 holds exactly, or overflows
+    exact = values.view(torch.float8_e4m3fn).double() * factor[:, None]  # what float32 holds exactly, or overflows
     assert_close(actual[:, :448], exact.reshape(rows, 448).float().to(dtype), name="values")
     signs = torch.signbit(actual[:, :448]) == torch.signbit(values.view(torch.float8_e4m3fn).float().reshape(rows, 448))
     assert bool((signs | actual[:, :448].isnan()).all())
@@ -391,10 +413,10 @@ def test_round_trip(face: ModuleType, scale: float, dtype: torch.dtype, device: 
     cache = torch.zeros(4, 64 * 584, dtype=torch.uint8, device=device)
     face.insert_kv(kv, cache, slots, positions, table, block_size=64)
     back = face.gather_kv(cache, slots, block_size=64, dtype=dtype)
-    assert_close(back[:, 448:], kv[:, 448:], name="RoPE values")  # a zero may change its sign when it is rotated by nothing
+    assert_close(back[:, 448:], kv[:, 448:], name="RoPE values")  # -0 may become +0, even when nothing is rotated
     x, y = kv[:, :448].double(), back[:, :448].double()
     amax = x.abs().unflatten(1, (7, 64)).amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1).clamp(min=1e-4)
-    # The scale is less than 2 * amax / 448; the step of e4m3 is 2^-9 up to 2^-6, and 2^-3 of a power of two from there on.
+    # The scale is less than 2 * amax / 448; e4m3 has steps of 2^-9 up to 2^-6, of 2^-3 of a power of two above.
     subnormal = 2.0**-10 * 2 * amax / 448
     allowed = torch.maximum(x.abs() * 2.0**-4, subnormal)
     if dtype == torch.float16:
@@ -471,7 +493,9 @@ def test_cache_over_2_gib(pages: int, stride: int, block_size: int, slots: list[
     where = torch.tensor(slots, device=device)
     replace(inputs, cache=cache, slots=where).run(mla_prologue, block_size=block_size)
     small = torch.zeros(5, 584, dtype=torch.uint8, device=device)
-    reference.mla_prologue.insert_kv(inputs.kv, small, torch.arange(5, device=device), inputs.positions, inputs.cos_sin, block_size=1)
+    reference.mla_prologue.insert_kv(
+        inputs.kv, small, torch.arange(5, device=device), inputs.positions, inputs.cos_sin, block_size=1
+    )
     for token, slot in enumerate(slots):
         page, index = divmod(slot, block_size)
         scales = block_size * 576 + index * 8
@@ -518,24 +542,35 @@ def test_bf16_sibling(case: PrologueCase, strided: bool, device: torch.device) -
 )
 @DTYPES
 @pytest.mark.parametrize("case", SIBLING_CASES, ids=str)
-def test_fp8_sibling(case: PrologueCase, dtype: torch.dtype, cache_dtype: torch.dtype, strided: bool, device: torch.device) -> None:
+def test_fp8_sibling(
+    case: PrologueCase, dtype: torch.dtype, cache_dtype: torch.dtype, strided: bool, device: torch.device
+) -> None:
     case = replace(case, dtype=dtype)
     inputs, untouched = case.make(device), case.make(device)
     shape = (inputs.cache.shape[0], case.block_size, 512)
     strides = (case.block_size * 528 + 16, 528, 1) if strided else None
     ours = guarded(shape, cache_dtype, device, strides=strides, fill=0x11)
     theirs = ours.clone()
-    scales = {"kv_scale": torch.tensor([0.37], device=device), "q_scale_inv": torch.tensor([3.1], device=device), "eps": case.eps}
+    scales = {
+        "kv_scale": torch.tensor([0.37], device=device),
+        "q_scale_inv": torch.tensor([3.1], device=device),
+        "eps": case.eps,
+    }
     rest = (inputs.slots, inputs.positions, inputs.cos_sin)
     q8 = guarded(inputs.q.shape, torch.float8_e4m3fn, device)
-    out = mla_prologue.qnorm_rope_full_cache_fp8_insert(inputs.q, inputs.kv, ours.tensor, *rest, **scales, out=q8.tensor)
+    out = mla_prologue.qnorm_rope_full_cache_fp8_insert(
+        inputs.q, inputs.kv, ours.tensor, *rest, **scales, out=q8.tensor
+    )
     assert out is q8.tensor
-    expected = reference.mla_prologue.qnorm_rope_full_cache_fp8_insert(inputs.q, inputs.kv, theirs.tensor, *rest, **scales)
+    expected = reference.mla_prologue.qnorm_rope_full_cache_fp8_insert(
+        inputs.q, inputs.kv, theirs.tensor, *rest, **scales
+    )
     ours.check()
     q8.check()
     assert_bitwise_equal(ours.storage, theirs.storage, "cache, with what lies around it")
     assert expected.dtype == torch.float8_e4m3fn
     assert_close(out, expected, ulps=1, name="q")
+    assert bool((out.view(torch.uint8)[out.float().isnan()] == 0x7F).all()), "NaN is 0x7F, whatever its sign was"
     off = int((ulp_distance(out, expected) > 0).sum())
     assert off <= 2 + out.numel() / 2000, f"{off} of {out.numel()} Q values are not the exact ones rounded once"
     assert_bitwise_equal(inputs.q, untouched.q, "q, which is not to be written,")
@@ -559,5 +594,3 @@ def test_fp8_sibling_of_every_value(face: ModuleType, dtype: torch.dtype, device
         factor = nearest(1 / Fraction(float(kv_scale)), torch.float32)
         product = kv[:, :448].double() * factor  # exact in float64; one rounding to float32 follows
         assert_bitwise_equal(cache[:, 0, :448].cpu(), e4m3_by_torch(product.float()), f"scale {scale}")
-
-

@@ -1,12 +1,14 @@
 """vLLM's operator names, served by Abiding's kernels.
 
-:func:`install` gives ``torch.ops._C.*`` what is missing there, so that an engine which calls vLLM's operators by name runs on
-Abiding without a change. It only fills gaps: an operator that has its own kernel keeps it, and one whose schema is not the
-expected one is not touched. Call it before or after vLLM's own Python, which may register fakes for these names itself.
+:func:`install` gives ``torch.ops._C.*`` what is missing there, so that an engine which calls vLLM's operators by name
+runs on Abiding without a change. It only fills gaps: an operator that has its own kernel keeps it, and one whose schema
+is not the expected one is not touched. Call it before or after vLLM's own Python, which may register fakes for these
+names itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,10 +115,8 @@ def install() -> dict[str, str]:
 def _load_vllm() -> None:
     """Let an installed vLLM define its operators first: its binary cannot load once somebody else has defined them."""
     for module in ("vllm._C", "vllm._C_stable_libtorch"):
-        try:
+        with contextlib.suppress(ImportError, OSError):
             importlib.import_module(module)
-        except (ImportError, OSError):
-            pass
 
 
 def _install(alias: Alias) -> str:
@@ -131,8 +131,8 @@ def _install(alias: Alias) -> str:
         return f"kept: {owner}"
     else:
         done = "implemented"
-    # CompositeExplicitAutograd yields to any kernel registered for a device, and claims no Meta kernel: fake tensors flow on
-    # to the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
+    # CompositeExplicitAutograd yields to any kernel registered for a device, and claims no Meta kernel: fake tensors
+    # flow on to the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
     _library(alias).impl(alias.name.partition("::")[2], _adapt(alias, expected, found), "CompositeExplicitAutograd")
     return done
 
@@ -166,7 +166,9 @@ def _difference(found: torch.FunctionSchema, expected: torch.FunctionSchema) -> 
 
     def described(argument: torch.Argument) -> str:
         written = argument.alias_info is not None and argument.alias_info.is_write
-        return f"{argument.type}{'!' if written else ''} {argument.name}{' (keyword only)' if argument.kwarg_only else ''}"
+        return (
+            f"{argument.type}{'!' if written else ''} {argument.name}{' (keyword only)' if argument.kwarg_only else ''}"
+        )
 
     for position, wanted in enumerate(expected.arguments):
         if position >= len(found.arguments):
@@ -187,7 +189,7 @@ def _adapt(alias: Alias, expected: torch.FunctionSchema, found: torch.FunctionSc
     extras = found.arguments[count:]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        given = {extra.name: value for extra, value in zip(extras, args[count:])} | kwargs
+        given = {extra.name: value for extra, value in zip(extras, args[count:], strict=False)} | kwargs
         for extra in extras:
             value = given.get(extra.name, extra.default_value)
             if extra.name not in alias.options and value != extra.default_value:

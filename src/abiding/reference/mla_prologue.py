@@ -1,8 +1,8 @@
 """DeepSeek V4's fused MLA prologue, in plain PyTorch.
 
-Arithmetic on Q is float64, rounded once. Cache bytes are part of a file format, so their arithmetic is pinned down to
-the rounding: the rotation is two fused multiply-adds in float32, K is rounded to its own dtype, and scales follow the
-integer rule of :func:`block_exponent`.
+Arithmetic on Q is float64 (:func:`qnorm_rope` returns it unrounded). Cache bytes are part of a file format, so their
+arithmetic is pinned down to the rounding: the rotation is two fused multiply-adds in float32, K is rounded to its own
+dtype, and scales follow the integer rule of :func:`block_exponent`.
 """
 
 from __future__ import annotations

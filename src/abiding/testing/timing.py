@@ -138,11 +138,12 @@ def matmul_tflops(device: torch.device | str) -> float:
 
 
 def _queued_us(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call that lasts far longer than its launch."""
+    """Median time of a call that lasts far longer than its launch. Not from a graph: there, copy engines do the copies,
+    and they are slower than the multiprocessors."""
     if device.type != "cuda":
         return eager_us([call], repetitions=5).us
     with torch.cuda.device(device):
-        return graph_us([call], nodes=1).us
+        return statistics.median(_event_us(call, repetitions=15, warmup=5))
 
 
 def _capture(calls: Calls, rounds: int) -> torch.cuda.CUDAGraph:
@@ -155,14 +156,19 @@ def _capture(calls: Calls, rounds: int) -> torch.cuda.CUDAGraph:
 
 
 def _replay_us(graph: torch.cuda.CUDAGraph, calls: int, replays: int) -> list[float]:
-    """Microseconds a call of each replay. Untimed replays in front keep the device busy while the host queues the
-    rest."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    for _ in range(5):
-        graph.replay()
+    """Microseconds a call of each replay."""
+    return [us / calls for us in _event_us(graph.replay, repetitions=replays, warmup=5)]
+
+
+def _event_us(call: Callable[[], object], *, repetitions: int, warmup: int) -> list[float]:
+    """Microseconds between events around each call. Untimed calls in front keep the device busy while the host queues
+    the rest."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    for _ in range(warmup):
+        call()
     events[0].record()
     for event in events[1:]:
-        graph.replay()
+        call()
         event.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 / calls for start, end in itertools.pairwise(events)]
+    return [start.elapsed_time(end) * 1e3 for start, end in itertools.pairwise(events)]

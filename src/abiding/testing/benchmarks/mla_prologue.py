@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,10 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, warm: bool, settings: Settings) -> CaseResult:
     device = settings.device
     sets = 1 if warm else rotations(operator.bytes(case), device)
-    inputs = [case.make(device, seed, guards=False) for seed in range(sets)]
+    # The layers of a model share a step's slots, positions and angles; what each has of its own is rotated.
+    first = case.make(device, guards=False)
+    made = (case.make(device, seed, guards=False) for seed in range(1, sets))
+    inputs = [first, *(replace(one, slots=first.slots, positions=first.positions) for one in made)]
     ours = call_us([operator.ours(one).run for one in inputs], device)
     peers = {}
     if peer is not None and operator.peer is not None:
