@@ -294,6 +294,8 @@ RECORD_CACHE: dict[str, Spoil] = {
     "meta": to_meta,
     "misaligned": misaligned(4),
     "short pages": resized(d1=PAGE - 1),
+    "short pages far apart": lambda call, name: torch.zeros(PAGES, PAGE, dtype=torch.uint8)[:, :-1],
+    "one short page": resized(d0=1, d1=PAGE - 1),
     "empty pages": resized(d1=0),
     "short page stride": lambda call, name: torch.zeros(3 * PAGE, dtype=torch.uint8).as_strided(
         (PAGES, PAGE), (PAGE - 8, 1)
