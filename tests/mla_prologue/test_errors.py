@@ -294,17 +294,17 @@ RECORD_CACHE: dict[str, Spoil] = {
     "meta": to_meta,
     "misaligned": misaligned(4),
     "short pages": resized(d1=PAGE - 1),
-    "short pages far apart": lambda call, name: torch.zeros(PAGES, PAGE, dtype=torch.uint8)[:, :-1],
+    "short pages far apart": lambda call, name: call.args[name].new_zeros(PAGES, PAGE)[:, :-1],
     "one short page": resized(d0=1, d1=PAGE - 1),
     "empty pages": resized(d1=0),
-    "short page stride": lambda call, name: torch.zeros(3 * PAGE, dtype=torch.uint8).as_strided(
-        (PAGES, PAGE), (PAGE - 8, 1)
+    "short page stride": lambda call, name: (
+        call.args[name].new_zeros(3 * PAGE).as_strided((PAGES, PAGE), (PAGE - 8, 1))
     ),
-    "same page": lambda call, name: torch.zeros(1, PAGE, dtype=torch.uint8).expand(PAGES, PAGE),
+    "same page": lambda call, name: call.args[name].new_zeros(1, PAGE).expand(PAGES, PAGE),
     "odd page stride": strided(PAGE + 4, 1),
     "spread bytes": strided(2 * PAGE, 2),
-    "holes in pages": lambda call, name: torch.zeros(PAGES, BLOCK, 592, dtype=torch.uint8)[:, :, :584],
-    "transposed": lambda call, name: torch.zeros(PAGES, 584, BLOCK, dtype=torch.uint8).transpose(1, 2),
+    "holes in pages": lambda call, name: call.args[name].new_zeros(PAGES, BLOCK, 592)[:, :, :584],
+    "transposed": lambda call, name: call.args[name].new_zeros(PAGES, 584, BLOCK).transpose(1, 2),
 }
 ROW_CACHE: dict[str, Spoil] = {
     "float32": other_dtype(torch.float32),
