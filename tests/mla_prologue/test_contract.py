@@ -233,6 +233,8 @@ def test_compile_with_dynamic_shapes(step: Step, device: torch.device) -> None:
 def test_compile_with_inductor(device: torch.device) -> None:
     if device.type == "cpu" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
+    if device.type == "cpu" and " " in torch.__file__:
+        pytest.skip("inductor does not quote a torch whose path has spaces")
     torch._dynamo.reset()
     compiled = torch.compile(decode_step, fullgraph=True)
     assert_compiles(decode_step, compiled, CASE, device)
