@@ -58,8 +58,8 @@ inline const std::string& other_copy() {
 using Library = torch::stable::detail::StableLibrary;
 
 // Kept for the life of the process: taking operators down at exit would race with the interpreter's own end.
-inline bool register_once(Library::Kind kind, void (*init)(Library&), const char* key) {
-  if (other_copy().empty()) new torch::stable::detail::StableTorchLibraryInit(kind, init, "abiding", key, "abiding", 0);
+inline bool register_once(Library::Kind kind, void (*init)(Library&), const char* ns, const char* key) {
+  if (other_copy().empty()) new torch::stable::detail::StableTorchLibraryInit(kind, init, ns, key, "abiding", 0);
   return true;
 }
 
@@ -79,13 +79,14 @@ struct Boxed<function> {
 
 }  // namespace abiding
 
-#define ABIDING_REGISTER(kind, key, name, m)                                                            \
-  static void name(::abiding::Library&);                                                                \
-  static const bool name##_done = ::abiding::register_once(::abiding::Library::Kind::kind, &name, key); \
-  static_assert(std::is_same_v<decltype(name##_done), const bool>);                                     \
+#define ABIDING_REGISTER(kind, ns, key, name, m)                                                             \
+  static void name(::abiding::Library&);                                                                     \
+  static const bool name##_done = ::abiding::register_once(::abiding::Library::Kind::kind, &name, #ns, key); \
+  static_assert(std::is_same_v<decltype(name##_done), const bool>);                                          \
   static void name(::abiding::Library& m)
 
-// Schemas: `ABIDING_SCHEMAS(group, m) { m.def("..."); }`. Kernels: `ABIDING_KERNELS(CPU, group, m) { m.impl("op", ABIDING_BOX(op)); }`.
-#define ABIDING_SCHEMAS(group, m) ABIDING_REGISTER(FRAGMENT, nullptr, group##_schemas, m)
-#define ABIDING_KERNELS(key, group, m) ABIDING_REGISTER(IMPL, #key, group##_##key##_kernels, m)
+// `ABIDING_SCHEMAS(abiding, group, m) { m.def("..."); }` and, for a dispatch key,
+// `ABIDING_KERNELS(abiding, CPU, group, m) { m.impl("op", ABIDING_BOX(op)); }`.
+#define ABIDING_SCHEMAS(ns, group, m) ABIDING_REGISTER(FRAGMENT, ns, nullptr, ns##_##group##_schemas, m)
+#define ABIDING_KERNELS(ns, key, group, m) ABIDING_REGISTER(IMPL, ns, #key, ns##_##group##_##key##_kernels, m)
 #define ABIDING_BOX(function) ::abiding::Boxed<&function>::call

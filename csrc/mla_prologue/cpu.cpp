@@ -138,6 +138,6 @@ struct Backend : CpuScope {
 
 }  // namespace
 
-ABIDING_KERNELS(CPU, mla_prologue, m) { Operators<Backend>::implement(m); }
+ABIDING_KERNELS(abiding, CPU, mla_prologue, m) { Operators<Backend>::implement(m); }
 
 }  // namespace abiding::mla_prologue

@@ -14,6 +14,6 @@ struct Backend : CudaScope {
 
 }  // namespace
 
-ABIDING_KERNELS(CUDA, mla_prologue, m) { Operators<Backend>::implement(m); }
+ABIDING_KERNELS(abiding, CUDA, mla_prologue, m) { Operators<Backend>::implement(m); }
 
 }  // namespace abiding::mla_prologue

@@ -1,6 +1,6 @@
 #include "common/registration.h"
 
-ABIDING_SCHEMAS(mla_prologue, m) {
+ABIDING_SCHEMAS(abiding, mla_prologue, m) {
   m.def(
       "fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(Tensor q_in, Tensor kv, Tensor! k_cache, Tensor slot_mapping, "
       "Tensor position_ids, Tensor cos_sin_cache, int q_head_padded, float eps, int cache_block_size) -> Tensor");

@@ -9,8 +9,18 @@ from abiding import _library
 
 _library.load()
 
-from abiding import mla_prologue, reference  # noqa: E402  (their fakes need the operators)
+from abiding import mla_prologue, reduce_rms, reference  # noqa: E402  (their fakes need the operators)
 from abiding._library import binaries, cuda_unavailable_reason, has_cuda_kernels  # noqa: E402
+from abiding.communicator import Communicator, Route  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["binaries", "cuda_unavailable_reason", "has_cuda_kernels", "mla_prologue", "reference"]
+__all__ = [
+    "Communicator",
+    "Route",
+    "binaries",
+    "cuda_unavailable_reason",
+    "has_cuda_kernels",
+    "mla_prologue",
+    "reduce_rms",
+    "reference",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from abiding._library import require_cuda_kernels
 
 
-def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
-    """Run an operator that writes to its arguments; its argument errors become TypeError or ValueError.
+def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *args: object, **kwargs: object) -> Any:
+    """Run an operator and return its result; its argument errors become TypeError or ValueError.
 
     Args:
         function: the public function, which errors name.
@@ -22,7 +23,7 @@ def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *ar
     if isinstance(args[0], Tensor) and args[0].is_cuda:
         require_cuda_kernels()
     try:
-        op(*args, **kwargs)
+        return op(*args, **kwargs)
     except RuntimeError as error:
         wanted = _translated(error, function, names)
         if wanted is error:

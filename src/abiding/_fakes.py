@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Result = Tensor | tuple[Tensor, ...] | None
 
-def register_fake(name: str, result: Callable[..., Tensor | None]) -> None:
+
+def register_fake(name: str, result: Callable[..., Result]) -> None:
     """Register the fake of ``abiding::<name>``: all tensors must be on one device, and ``result`` makes the output.
 
     The device check matters outside of compilation too: a meta tensor among others sends a call to the fake.
@@ -16,7 +18,7 @@ def register_fake(name: str, result: Callable[..., Tensor | None]) -> None:
     packet, _, overload = name.partition(".")
     arguments = getattr(getattr(torch.ops.abiding, packet), overload or "default")._schema.arguments
 
-    def fake(*args: object, **kwargs: object) -> Tensor | None:
+    def fake(*args: object, **kwargs: object) -> Result:
         given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
         first = next(iter(tensors))

@@ -98,7 +98,10 @@ def _load_cuda() -> str | None:
         _load_once(path)
     except OSError as error:
         return f"abiding's CUDA binary does not load here: {error}"
-    binary = ctypes.CDLL(str(path))
+    binary, cpu = ctypes.CDLL(str(path)), ctypes.CDLL(str(_find("libabiding.so")))
+    # Communicators are kept by the CPU binary; each kind of memory is known to the binary that makes it.
+    binary.abiding_cuda_connect.restype = ctypes.c_void_p
+    cpu.abiding_peer_use_cuda(ctypes.c_void_p(binary.abiding_cuda_connect(cpu.abiding_peer_find)))
     needed, found = binary.abiding_cuda_runtime_version(), binary.abiding_cuda_driver_version()
     if found // 1000 < needed // 1000:
         have = f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}" if found else "there is no CUDA driver"

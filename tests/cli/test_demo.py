@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from abiding.cli.app import app
+from abiding.cli.demo import collectives
 from abiding.cli.demo import mla_prologue as section
 
 
@@ -108,3 +109,24 @@ def test_without_the_extra_one_sentence_says_what_to_install(python: Any) -> Non
     )
     assert result.returncode == 1
     assert result.stderr.strip() == "abiding's command line needs typer; install it with: pip install 'abiding[cli]'"
+
+
+def test_the_collectives_are_held_against_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that is one bit off on one rank, and a norm that is two steps off."""
+    run_processes = collectives.run_processes
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        everyone = run_processes(*args, **kwargs)
+        by_name = {answer.call: answer for answer in everyone[1]}
+        by_name["all_reduce"].results[0].view(torch.int16)[5, 17] ^= 1
+        by_name["qk_norm"].results[1].view(torch.int16)[3] += 2
+        return everyone
+
+    monkeypatch.setattr(collectives, "run_processes", wrong)
+    monkeypatch.setattr(section, "CASES", section.CASES[:1])
+    status, text = demo()
+    assert status == 1
+    assert "all_reduce on rank 1: 1 of" in text
+    assert "all_reduce on ranks 0 and 1" in text
+    assert "qk_norm on rank 1:" in text
+    assert text.count("WRONG ") >= 3

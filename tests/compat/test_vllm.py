@@ -27,7 +27,8 @@ from abiding.testing.cases.mla_prologue import PrologueCase
 from abiding.testing.comparison import assert_bitwise_equal
 
 QUANT, BF16, FP8 = "{QUANT}", "{BF16}", "{FP8}"
-NAMES = ["_C::" + name for name in (QUANT, BF16, FP8)]
+NAMES = [alias.name for alias in vllm.ALIASES]
+assert NAMES[:3] == ["_C::" + name for name in (QUANT, BF16, FP8)]
 case = PrologueCase(5, 3, 8, block_size=4, skipped=0.2)
 
 def op(name, namespace="_C"):
@@ -273,7 +274,7 @@ library.impl("{QUANT}", lambda q_in, *rest: q_in, "CUDA")
         """
 import importlib
 report = vllm.install()
-assert report == {NAMES[0]: "implemented", NAMES[1]: "registered", NAMES[2]: "registered"}, report
+assert report == dict.fromkeys(NAMES, "registered") | {NAMES[0]: "implemented"}, report
 assert_serves_quant_insert()
 importlib.import_module("vllm._C_stable_libtorch")
 """,
@@ -304,4 +305,93 @@ for wrong in (inputs.kv.float(), inputs.kv[:, :256], inputs.kv[:3], inputs.kv.to
     else:
         raise AssertionError(f"kv {wrong.shape} {wrong.dtype} {wrong.device} was accepted")
 assert_bitwise_equal(inputs.guard.storage, before)
+""")
+
+
+COLLECTIVES = """
+ops, ranks, most = torch.ops._C_custom_ar, 2, 1 << 16
+
+def drive():
+    meta = [torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(ops.meta_size() + most)[0] for _ in "ab"]
+    handles = [ops.init_custom_ar(meta, torch.empty(8, dtype=torch.uint8), rank, True) for rank in range(ranks)]
+    for fa in handles:
+        ops.register_buffer(fa, meta)
+        assert ops.get_graph_buffer_ipc_meta(fa) == ([], [])
+        ops.register_graph_buffers(fa, [[], []], [[], []])
+    xs, outs = [torch.full((5,), rank + 1.0) for rank in range(ranks)], [torch.zeros(5) for _ in range(ranks)]
+    with ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(lambda rank: ops.all_reduce(handles[rank], xs[rank], outs[rank], 0, 0), range(ranks)))
+    for fa, address, out in zip(handles, meta, outs):
+        assert_bitwise_equal(out, torch.full((5,), 3.0))
+        ops.dispose(fa)
+        ops.free_shared_buffer(address)
+"""
+
+
+def test_the_custom_all_reduce_is_served(scenario: Callable) -> None:
+    scenario(f"""
+from concurrent.futures import ThreadPoolExecutor
+{COLLECTIVES}
+vllm.install()
+for alias in vllm.ALIASES:
+    if alias.name.startswith("_C_custom_ar::"):
+        name = alias.name.partition("::")[2]
+        assert str(op(name, "_C_custom_ar").default._schema) == str(
+            op(name, "abiding_custom_ar").default._schema).replace("abiding_custom_ar::", "_C_custom_ar::"), name
+drive()
+_, handle = torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(64)
+assert ops.open_mem_handle(handle) > 0
+try:
+    ops.dispose(123)
+except RuntimeError as error:
+    assert "expected the handle of a communicator that is open" in str(error), error
+""")
+
+
+@pytest.mark.parametrize("key", ["CUDA", "CompositeExplicitAutograd"])
+def test_a_custom_all_reduce_is_served_whole_or_not_at_all(scenario: Callable, key: str) -> None:
+    """A handle that one library gives out means nothing to the other."""
+    scenario(f"""
+theirs = torch.library.Library("_C_custom_ar", "FRAGMENT")
+theirs.define("meta_size() -> int")
+theirs.define("dispose(int fa) -> ()")
+theirs.impl("dispose", lambda fa: None, "{key}")
+report = vllm.install()
+own = {{name: what for name, what in report.items() if name.startswith("_C_custom_ar::")}}
+assert len(own) == 10
+assert set(own.values()) == {{"kept: _C_custom_ar::dispose has kernels of its own, and shares handles with it"}}, own
+assert not hasattr(torch.ops._C_custom_ar, "init_custom_ar")
+assert report[NAMES[0]] == "registered"
+""")
+
+
+def test_a_custom_all_reduce_with_schemas_alone_is_filled(scenario: Callable) -> None:
+    scenario(f"""
+from concurrent.futures import ThreadPoolExecutor
+{COLLECTIVES}
+theirs = torch.library.Library("_C_custom_ar", "FRAGMENT")
+for alias in vllm.ALIASES[5:9]:
+    theirs.define(alias.schema.partition("::")[2])
+report = vllm.install()
+assert [report[alias.name] for alias in vllm.ALIASES[5:9]] == ["implemented"] * 4, report
+drive()
+""")
+
+
+def test_minimax_reduce_rms_is_served_and_compiles(scenario: Callable) -> None:
+    scenario("""
+vllm.install()
+def call(rows, wq, wk, table):
+    q, k = torch.ops._C.minimax_allreduce_rms_qk(rows, wq, wk, table, 32, 8, 0, 1, 1e-6)
+    return q, k, torch.ops._C.minimax_allreduce_rms(rows[:, :32].contiguous(), wq, table, 0, 1, 1e-6)
+slots, counters = torch.full((3 * 4096,), -0.0), torch.zeros(3, dtype=torch.int32)
+sizes = torch.tensor([0, 16384])
+table = torch.tensor([0, 0, slots.data_ptr(), counters.data_ptr(), sizes.data_ptr()])
+rows, wq, wk = torch.randn(5, 48), torch.randn(32), torch.randn(8)
+q, k, single = call(rows, wq, wk, table)
+for out, x, w in ((q, rows[:, :32], wq), (k, rows[:, 32:40], wk), (single, rows[:, :32], wq)):
+    torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, x.shape[1:], w, 1e-6))
+compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+for actual, expected in zip(compiled(rows, wq, wk, table), (q, k, single)):
+    assert_bitwise_equal(actual, expected)
 """)

@@ -1,9 +1,9 @@
 """vLLM's operator names, served by Abiding's kernels.
 
-:func:`install` gives ``torch.ops._C.*`` what is missing there, so that an engine which calls vLLM's operators by name
-runs on Abiding without a change. It only fills gaps: an operator that has its own kernel keeps it, and one whose schema
-is not the expected one is not touched. Call it before or after vLLM's own Python, which may register fakes for these
-names itself.
+:func:`install` gives ``torch.ops._C.*`` and ``torch.ops._C_custom_ar.*`` what is missing there, so that an engine
+which calls vLLM's operators by name runs on Abiding without a change. It only fills gaps: an operator that has its own
+kernel keeps it, and one whose schema is not the expected one is not touched. Call it before or after vLLM's own Python,
+which may register fakes for these names itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ class Alias:
     """One operator name of vLLM: its schema, and what runs under it.
 
     ``implementation`` takes the schema's arguments by position. Newer releases of vLLM append arguments with defaults;
-    those that ``options`` names are passed on by keyword, the others are served at their default value alone.
+    those that ``options`` names are passed on by keyword, the others are served at their default value alone. Names of
+    a ``family`` share handles, so they are served together or not at all.
     """
 
     schema: str
     implementation: Callable[..., Any]
     options: frozenset[str] = frozenset()
+    family: str | None = None
 
     @property
     def name(self) -> str:
@@ -69,6 +71,22 @@ def _full_cache_fp8_insert(*args: Any) -> None:
     torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert(*args)
 
 
+def _minimax_rms(*args: Any) -> Tensor:
+    result: Tensor = torch.ops.abiding.minimax_allreduce_rms(*args)
+    return result
+
+
+def _minimax_rms_qk(*args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = torch.ops.abiding.minimax_allreduce_rms_qk(*args)
+    return result
+
+
+def _custom_all_reduce(schema: str) -> Alias:
+    """An operator of the custom all-reduce, whose schemas Abiding's own have."""
+    operator = getattr(torch.ops.abiding_custom_ar, schema.partition("(")[0])
+    return Alias(f"_C_custom_ar::{schema}", lambda *args: operator(*args), family="custom all-reduce")
+
+
 ALIASES = (
     Alias(
         "_C::fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(Tensor q_in, Tensor kv, Tensor! k_cache, "
@@ -88,6 +106,31 @@ ALIASES = (
         "Tensor q_fp8_scale_inv, float eps, int cache_block_size) -> ()",
         _full_cache_fp8_insert,
     ),
+    Alias(
+        "_C::minimax_allreduce_rms(Tensor input, Tensor norm_weight, Tensor workspace, int rank, int nranks, "
+        "float eps) -> Tensor",
+        _minimax_rms,
+    ),
+    Alias(
+        "_C::minimax_allreduce_rms_qk(Tensor qkv, Tensor norm_weight_q, Tensor norm_weight_k, Tensor workspace, "
+        "int q_size, int kv_size, int rank, int nranks, float eps) -> (Tensor, Tensor)",
+        _minimax_rms_qk,
+    ),
+    *map(
+        _custom_all_reduce,
+        (
+            "init_custom_ar(int[] ipc_tensors, Tensor rank_data, int rank, bool fully_connected) -> int",
+            "all_reduce(int fa, Tensor inp, Tensor! out, int reg_buffer, int reg_buffer_sz_bytes) -> ()",
+            "open_mem_handle(Tensor mem_handle) -> int",
+            "dispose(int fa) -> ()",
+            "meta_size() -> int",
+            "register_buffer(int fa, int[] ipc_tensors) -> ()",
+            "get_graph_buffer_ipc_meta(int fa) -> (int[], int[])",
+            "register_graph_buffers(int fa, int[][] handles, int[][] offsets) -> ()",
+            "allocate_shared_buffer_and_handle(int size) -> (int, Tensor)",
+            "free_shared_buffer(int ptr) -> ()",
+        ),
+    ),
 )
 
 # A torch Library takes its registrations back when it is collected, so these live as long as the process.
@@ -103,12 +146,18 @@ def install() -> dict[str, str]:
     * ``kept: ...``: the operator has its own kernels.
     * ``left alone: ...``: the operator has another schema.
 
+    Operators that share handles, those of the custom all-reduce, are all kept where one of them has a kernel.
+
     Calling it again changes nothing and returns the same report.
     """
     if not _report:
         _load_vllm()
+        kept = {alias.family: alias.name for alias in ALIASES if alias.family and _has_kernel(alias.name)}
         for alias in ALIASES:
-            _report[alias.name] = _install(alias)
+            owner = kept.get(alias.family or "")
+            _report[alias.name] = (
+                f"kept: {owner} has kernels of its own, and shares handles with it" if owner else _install(alias)
+            )
     return dict(_report)
 
 
@@ -148,6 +197,12 @@ def _registered_schema(name: str) -> torch.FunctionSchema | None:
     namespace, _, operator = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), operator, None)
     return None if packet is None or "default" not in packet.overloads() else packet.default._schema
+
+
+def _has_kernel(name: str) -> bool:
+    keys = ("CPU", "CUDA", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+    defined = _registered_schema(name) is not None
+    return defined and any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
 
 def _owner(name: str) -> str | None:

@@ -3,6 +3,6 @@
 Nothing here is fast, and nothing here knows the rest of the package. A kernel is right when it agrees with this.
 """
 
-from abiding.reference import mla_prologue
+from abiding.reference import all_reduce, mla_prologue, reduce_rms
 
-__all__ = ["mla_prologue"]
+__all__ = ["all_reduce", "mla_prologue", "reduce_rms"]

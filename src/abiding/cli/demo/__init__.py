@@ -10,10 +10,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import abiding
-from abiding.cli.demo import mla_prologue
+from abiding.cli.demo import collectives, mla_prologue
 from abiding.cli.demo.section import Row, Section
 
-SECTIONS = [mla_prologue.SECTION]
+SECTIONS = [mla_prologue.SECTION, collectives.SECTION]
 
 
 def run() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import abiding
-from abiding.testing.benchmarks import mla_prologue
+from abiding.testing.benchmarks import all_reduce, mla_prologue, reduce_rms
 from abiding.testing.benchmarks.base import Benchmark, Settings
 from abiding.testing.benchmarks.report import full_table
 from abiding.testing.results import Results
@@ -18,7 +18,7 @@ from abiding.testing.timing import Floors
 
 __all__ = ["GROUPS", "Benchmark", "Settings", "main", "run"]
 
-GROUPS: dict[str, Benchmark] = {mla_prologue.BENCHMARK.group: mla_prologue.BENCHMARK}
+GROUPS: dict[str, Benchmark] = {one.BENCHMARK.group: one.BENCHMARK for one in (mla_prologue, all_reduce, reduce_rms)}
 
 DEFAULT_OUTPUT = Path("benchmarks/results")
 

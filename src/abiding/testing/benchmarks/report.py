@@ -71,8 +71,8 @@ def _between(body: str, markers: re.Match[str]) -> str:
 
 
 def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
-    """Cold times of the group's first operator over the axis: ours, the peers', the floor. The suffix chooses SVG or
-    PNG."""
+    """Times of the group's first operator over the axis, cold ones if there are any: ours, the peers', the floor. The
+    suffix chooses SVG or PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -80,7 +80,8 @@ def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = benchmark.group
     from matplotlib import pyplot
 
-    cases = [case for case in results.cases if case.op == benchmark.ops[0] and not case.warm]
+    cases = [case for case in results.cases if case.op == benchmark.ops[0]]
+    cases = [case for case in cases if not case.warm] or cases
     rows = _rows(cases, benchmark)
     columns = min(len(rows), 2)
     lines = -(-len(rows) // columns)
@@ -98,7 +99,7 @@ def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
         axis.set(xscale="log", yscale="log", title=label, xlabel=benchmark.axis, ylabel="us a call")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, L2 cold")
+    figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, L2 {'warm' if cases[0].warm else 'cold'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

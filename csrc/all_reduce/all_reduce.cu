@@ -1,0 +1,289 @@
+// Messages travel as packs of 16 bytes. A block owns a run of packs; a thread takes every blockDim-th of them, and the same ones
+// in each step, so that threads need not wait for each other. Sums are float32 in rank order, rounded once.
+#include <cuda_runtime.h>
+
+#include "all_reduce/kernels.h"
+#include "common/half.cuh"
+#include "peer/device.cuh"
+
+namespace abiding::all_reduce {
+namespace {
+
+using peer::Peers;
+using peer::Turn;
+
+union Elements {
+  uint4 pack;
+  uint32_t words[4];
+  uint16_t halves[8];
+};
+
+// The elements of a pack that exist, one by one.
+template <int kSize>
+__device__ __noinline__ uint4 load_elements(const void* from, int64_t count) {
+  Elements e{};
+  for (int j = 0; j < 16 / kSize && j < count; ++j) {
+    if constexpr (kSize == 4)
+      e.words[j] = static_cast<const uint32_t*>(from)[j];
+    else
+      e.halves[j] = static_cast<const uint16_t*>(from)[j];
+  }
+  return e.pack;
+}
+template <int kSize>
+__device__ __noinline__ void store_elements(void* to, uint4 pack, int64_t count) {
+  const Elements e{pack};
+  for (int j = 0; j < 16 / kSize && j < count; ++j) {
+    if constexpr (kSize == 4)
+      static_cast<uint32_t*>(to)[j] = e.words[j];
+    else
+      static_cast<uint16_t*>(to)[j] = e.halves[j];
+  }
+}
+
+// Packs of a message that may start anywhere and end within a pack.
+template <class T, bool kAligned>
+struct Message {
+  static constexpr int kElements = 16 / sizeof(T);
+  const T* input;
+  T* out;
+  int64_t numel;
+
+  __device__ __forceinline__ bool whole(int64_t i) const { return kAligned && (i + 1) * kElements <= numel; }
+  __device__ __forceinline__ uint4 load(int64_t i) const {
+    return whole(i) ? reinterpret_cast<const uint4*>(input)[i]
+                    : load_elements<sizeof(T)>(input + i * kElements, numel - i * kElements);
+  }
+  __device__ __forceinline__ void store(int64_t i, const uint4& pack) const {
+    if (whole(i))
+      reinterpret_cast<uint4*>(out)[i] = pack;
+    else
+      store_elements<sizeof(T)>(out + i * kElements, pack, numel - i * kElements);
+  }
+};
+
+template <class T>
+struct Sum {
+  static constexpr int kElements = 16 / sizeof(T);
+  float values[kElements];
+
+  static __device__ __forceinline__ void convert(const uint4& pack, float (&x)[kElements]) {
+    if constexpr (sizeof(T) == 4)
+      memcpy(x, &pack, 16);
+    else
+      unpack<T>(pack, x);
+  }
+  __device__ __forceinline__ void add(const uint4& pack, bool first) {
+    float more[kElements];
+    convert(pack, more);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) values[i] = first ? more[i] : values[i] + more[i];
+  }
+  __device__ __forceinline__ uint4 rounded() const {
+    if constexpr (sizeof(T) == 4) {
+      uint4 pack;
+      memcpy(&pack, values, 16);
+      return pack;
+    } else {
+      return pack<T>(values);
+    }
+  }
+};
+
+// What the output holds after a fault.
+template <class T>
+__device__ __forceinline__ uint4 nans() {
+  uint32_t word = 0x7FC00000;
+  if constexpr (sizeof(T) == 2) word = Pair<T>::kNan | Pair<T>::kNan << 16;
+  return {word, word, word, word};
+}
+
+// Packs of a thread that are in flight at once, so that all ranks' words of them fit the registers.
+template <int kRanks, bool kAligned>
+constexpr int kUnroll = kAligned && kRanks == 2 ? 2 : 1;
+
+// A block's share of `packs`, `each` packs to a block: `count` from `begin`.
+struct Run {
+  int64_t begin;
+  int count;
+  __device__ __forceinline__ Run(int64_t packs, int each)
+      : begin(int64_t{each} * blockIdx.x), count(static_cast<int>(min(int64_t{each}, packs - begin))) {}
+};
+
+// Calls body(k), k the thread's packs of a run from the run's begin, kBatch at a time.
+template <int kBatch, class Body>
+__device__ __forceinline__ void for_packs(const Run& run, Body body) {
+  for (int k = threadIdx.x; k < run.count; k += kBatch * blockDim.x) body(k);
+}
+
+// The rank that comes i after this one.
+__device__ __forceinline__ int after(const Peers& peers, int ranks, int i) {
+  return peers.rank + i < ranks ? peers.rank + i : peers.rank + i - ranks;
+}
+
+// Adds up packs k, k + blockDim, ... of every rank and hands each to done(u, sum). own(j) loads this rank's pack j; in(j) says
+// whether there is one.
+template <class T, int kRanks, int kBatch, class In, class Own, class Done>
+__device__ __forceinline__ void add_up(Turn& turn, const Peers& peers, int k, In in, Own own, Done done) {
+  constexpr int kWords = kRanks ? kRanks : 1;
+  uint4 words[kBatch][kWords];
+  const auto place = [&](int u, int r) {
+    return turn.place<uint4>(peer::kDirect, 0, r) + k + u * static_cast<int>(blockDim.x);
+  };
+  const auto load = [&](int u, int r) {
+    return r == peers.rank ? peer::encode(own(k + u * blockDim.x)) : peer::load_volatile(place(u, r));
+  };
+  if constexpr (kRanks > 0) {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r)
+        if (in(k + u * blockDim.x)) words[u][r] = load(u, r);
+  }
+  const int ranks = kRanks ? kRanks : peers.ranks;
+#pragma unroll
+  for (int u = 0; u < kBatch; ++u) {
+    if (!in(k + u * blockDim.x)) continue;
+    Sum<T> sum;
+#pragma unroll
+    for (int r = 0; r < ranks; ++r) {
+      uint4& wire = words[u][kRanks ? r : 0];
+      if constexpr (kRanks == 0) wire = load(u, r);
+      if (r != peers.rank) turn.receive(place(u, r), wire, r);
+      sum.add(peer::decode(wire), r == 0);
+    }
+    done(u, turn.ok() ? sum.rounded() : nans<T>());
+  }
+}
+
+template <class T, bool kAligned, int kRanks>
+__global__ void __launch_bounds__(512, 1)
+    one_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
+  constexpr int kBatch = kUnroll<kRanks, kAligned>;
+  const int ranks = kRanks ? kRanks : peers.ranks;
+  const Run run(packs, each);
+  wait_for_earlier_grids();
+  Turn turn(peers, ranks, peer::kDirect, peer::Op::kAllReduce);
+  const auto in = [&](int k) { return k < run.count; };
+
+  for_packs<kBatch>(run, [&](int k) {
+    uint4 words[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      if (in(k + u * blockDim.x)) words[u] = peer::encode(message.load(run.begin + k + u * blockDim.x));
+#pragma unroll
+    for (int r = 1; r < ranks; ++r) {
+      uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank) + k;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u)
+        if (in(k + u * blockDim.x)) peer::store_volatile(place + u * blockDim.x, words[u]);
+    }
+  });
+  for_packs<kBatch>(run, [&](int k) {
+    add_up<T, kRanks, kBatch>(
+        turn, peers, k, in, [&](int j) { return message.load(run.begin + j); },
+        [&](int u, const uint4& sum) { message.store(run.begin + k + u * blockDim.x, sum); });
+  });
+  turn.end();
+  launch_dependents();
+}
+
+template <class T, bool kAligned, int kRanks>
+__global__ void __launch_bounds__(512, 1)
+    two_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
+  constexpr int kBatch = kUnroll<kRanks, kAligned>;
+  const int ranks = kRanks ? kRanks : peers.ranks;
+  const int64_t part = (packs + ranks - 1) / ranks;
+  const Run run(part, each);
+  wait_for_earlier_grids();
+  Turn turn(peers, ranks, peer::kDirect, peer::Op::kAllReduce);
+  const auto in = [&](int owner, int64_t k) { return k < run.count && owner * part + run.begin + k < packs; };
+
+  // Every part but the own one goes to its owner.
+  for_packs<kBatch>(run, [&](int k) {
+#pragma unroll
+    for (int r = 1; r < ranks; ++r) {
+      const int to = after(peers, ranks, r);
+      uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank) + k;
+      uint4 words[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u)
+        if (in(to, k + u * blockDim.x)) words[u] = message.load(to * part + run.begin + k + u * blockDim.x);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u)
+        if (in(to, k + u * blockDim.x)) peer::store_volatile(place + u * blockDim.x, peer::encode(words[u]));
+    }
+  });
+  // The own part is added up, and its sum goes to everyone.
+  for_packs<kBatch>(run, [&](int k) {
+    const auto in_own = [&](int j) { return in(peers.rank, j); };
+    const int64_t own_part = peers.rank * part + run.begin;
+    const auto own = [&](int j) { return message.load(own_part + j); };
+    add_up<T, kRanks, kBatch>(turn, peers, k, in_own, own, [&](int u, const uint4& sum) {
+      message.store(own_part + k + u * blockDim.x, sum);
+      const uint4 words = peer::encode(sum);
+#pragma unroll
+      for (int r = 1; r < ranks; ++r) {
+        peer::store_volatile(turn.place<uint4>(peer::kResult, r, peers.rank) + k + u * blockDim.x, words);
+      }
+    });
+  });
+  for_packs<1>(run, [&](int k) {
+#pragma unroll
+    for (int r = 1; r < ranks; ++r) {
+      const int from = after(peers, ranks, r);
+      if (!in(from, k)) continue;
+      uint4* place = turn.place<uint4>(peer::kResult, 0, from) + k;
+      uint4 words = peer::load_volatile(place);
+      message.store(from * part + run.begin + k, turn.receive(place, words, from) ? peer::decode(words) : nans<T>());
+    }
+  });
+  turn.end();
+  launch_dependents();
+}
+
+template <class T, bool kAligned, int kRanks>
+cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
+                         cudaStream_t stream) {
+  const Message<T, kAligned> message{static_cast<const T*>(p.input), static_cast<T*>(p.out), p.numel};
+  const int64_t packs = (p.numel * static_cast<int64_t>(sizeof(T)) + 15) / 16;
+  const int64_t run = algorithm == Algorithm::kOneShot ? packs : (packs + peers.ranks - 1) / peers.ranks;
+  const Shape shape = choose_shape(run, max_blocks);
+  const int each = static_cast<int>((run + shape.blocks - 1) / shape.blocks);
+  const auto kernel =
+      algorithm == Algorithm::kOneShot ? one_shot_kernel<T, kAligned, kRanks> : two_shot_kernel<T, kAligned, kRanks>;
+  return launch(kernel, shape.blocks, shape.threads, stream, peers, message, packs, each);
+}
+
+template <class T, bool kAligned>
+cudaError_t launch_aligned(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
+                           cudaStream_t stream) {
+  switch (peers.ranks) {
+    case 2: return launch_ranks<T, kAligned, 2>(peers, p, algorithm, max_blocks, stream);
+    case 4: return launch_ranks<T, kAligned, 4>(peers, p, algorithm, max_blocks, stream);
+    case 8: return launch_ranks<T, kAligned, 8>(peers, p, algorithm, max_blocks, stream);
+    default: return launch_ranks<T, kAligned, 0>(peers, p, algorithm, max_blocks, stream);
+  }
+}
+
+template <class T>
+cudaError_t launch_type(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
+                        cudaStream_t stream) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.out)) % 16 == 0;
+  return aligned ? launch_aligned<T, true>(peers, p, algorithm, max_blocks, stream)
+                 : launch_aligned<T, false>(peers, p, algorithm, max_blocks, stream);
+}
+
+}  // namespace
+
+cudaError_t all_reduce(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
+                       cudaStream_t stream) {
+  switch (p.type) {
+    case Type::kFloat32: return launch_type<float>(peers, p, algorithm, max_blocks, stream);
+    case Type::kFloat16: return launch_type<__half>(peers, p, algorithm, max_blocks, stream);
+    case Type::kBfloat16: break;
+  }
+  return launch_type<__nv_bfloat16>(peers, p, algorithm, max_blocks, stream);
+}
+
+}  // namespace abiding::all_reduce

@@ -1,0 +1,44 @@
+// What the checks hand to a kernel. No torch here.
+#pragma once
+
+#include "peer/protocol.h"
+
+namespace abiding::all_reduce {
+
+using peer::Type;
+
+struct AllReduceParams {
+  const void* input;
+  void* out;  // may be `input`
+  int64_t numel;
+  Type type;
+};
+
+// Every rank sends the whole message to every other, or each rank adds up one part and sends the sum back: (N - 1) * S bytes
+// leave a rank in one hop, or 2 * (N - 1) / N * S in two.
+enum class Algorithm { kOneShot, kTwoShot };
+
+// For 2 ranks both send the same bytes, and one hop is always better.
+constexpr Algorithm choose_algorithm(int ranks, int64_t bytes) {
+  if (ranks <= 2) return Algorithm::kOneShot;
+  return bytes <= (ranks <= 4 ? 384 << 10 : 128 << 10) ? Algorithm::kOneShot : Algorithm::kTwoShot;
+}
+
+// The most bytes that one call of the protocol moves; longer messages take several.
+constexpr int64_t capacity(Algorithm algorithm, int ranks, int max_blocks = peer::kMaxBlocks) {
+  const int64_t direct = peer::share_bytes(peer::kDirect, ranks) * max_blocks;
+  return algorithm == Algorithm::kOneShot ? direct : direct * ranks;
+}
+
+// Blocks and threads for a run of packs: a pack a thread while that lasts, on as many multiprocessors as may be taken.
+struct Shape {
+  unsigned blocks, threads;
+};
+constexpr Shape choose_shape(int64_t packs, int max_blocks) {
+  unsigned threads = 128;
+  while (threads < 512 && packs > int64_t{threads} * max_blocks) threads *= 2;
+  const int64_t wanted = (packs + threads - 1) / threads;
+  return {static_cast<unsigned>(wanted < 1 ? 1 : wanted < max_blocks ? wanted : max_blocks), threads};
+}
+
+}  // namespace abiding::all_reduce

@@ -1,0 +1,96 @@
+#include "common/cuda.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+
+#include "peer/communicator.h"
+
+namespace abiding::peer {
+namespace {
+
+// Allocation is allowed while a graph is being captured elsewhere in the process.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+static_assert(sizeof(cudaIpcMemHandle_t) == kHandleBytes);
+
+void clear(void* at, int64_t bytes) {
+  STD_CUDA_CHECK(cudaMemset(at, 0, static_cast<size_t>(bytes)));
+  STD_CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+void* allocate(int64_t bytes, uint8_t* handle) {
+  const RelaxedCapture relaxed;
+  void* memory = nullptr;
+  STD_CUDA_CHECK(cudaMalloc(&memory, static_cast<size_t>(bytes)));
+  clear(memory, bytes);
+  cudaIpcMemHandle_t ipc;
+  STD_CUDA_CHECK(cudaIpcGetMemHandle(&ipc, memory));
+  std::memcpy(handle, &ipc, sizeof ipc);
+  return memory;
+}
+
+void* open(const uint8_t* handle) {
+  cudaIpcMemHandle_t ipc;
+  std::memcpy(&ipc, handle, sizeof ipc);
+  void* memory = nullptr;
+  STD_CUDA_CHECK(cudaIpcOpenMemHandle(&memory, ipc, cudaIpcMemLazyEnablePeerAccess));
+  return memory;
+}
+
+void close(void* opened) { STD_CUDA_CHECK(cudaIpcCloseMemHandle(opened)); }
+void release(void* allocated) { STD_CUDA_CHECK(cudaFree(allocated)); }
+
+FaultRecord* new_record() {
+  const RelaxedCapture relaxed;
+  void* record = nullptr;
+  STD_CUDA_CHECK(cudaHostAlloc(&record, sizeof(FaultRecord), cudaHostAllocPortable | cudaHostAllocMapped));
+  std::memset(record, 0, sizeof(FaultRecord));
+  return static_cast<FaultRecord*>(record);
+}
+void free_record(FaultRecord* record) { STD_CUDA_CHECK(cudaFreeHost(record)); }
+
+Header* header(const Communicator& communicator, int rank) {
+  return reinterpret_cast<Header*>(communicator.workspaces[rank]);
+}
+
+void send_probes(const Communicator& communicator) {
+  const uint32_t mark = static_cast<uint32_t>(communicator.rank) + 1;
+  for (int r = 0; r < communicator.ranks; ++r)
+    STD_CUDA_CHECK(
+        cudaMemcpy(&header(communicator, r)->probes[communicator.rank], &mark, sizeof mark, cudaMemcpyDefault));
+  STD_CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+void read_probes(const Communicator& communicator, uint32_t* probes) {
+  STD_CUDA_CHECK(cudaMemcpy(probes, header(communicator, communicator.rank)->probes,
+                            sizeof(uint32_t) * static_cast<size_t>(communicator.ranks), cudaMemcpyDefault));
+}
+
+Communicator* (*find_communicator)(Handle) = nullptr;
+
+}  // namespace
+
+Communicator* find(Handle handle) { return find_communicator ? find_communicator(handle) : nullptr; }
+
+const Memory* cuda_memory() {
+  static constexpr Memory memory{allocate,   open,        close,       release,    clear,
+                                 new_record, free_record, send_probes, read_probes};
+  return &memory;
+}
+
+}  // namespace abiding::peer
+
+// How the Python loader introduces the two binaries to each other.
+extern "C" __attribute__((visibility("default"))) const abiding::peer::Memory* abiding_cuda_connect(
+    abiding::peer::Communicator* (*find)(abiding::peer::Handle)) {
+  abiding::peer::find_communicator = find;
+  return abiding::peer::cuda_memory();
+}

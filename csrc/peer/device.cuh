@@ -1,0 +1,140 @@
+// The push protocol on the device: packs of four words, epochs, and waits that end.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/launch.cuh"
+#include "peer/protocol.h"
+
+namespace abiding::peer {
+
+__device__ __forceinline__ uint4 load_volatile(const uint4* at) {
+  uint4 v;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+__device__ __forceinline__ void store_volatile(uint4* at, const uint4& v) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint2 load_volatile(const uint2* at) {
+  uint2 v;
+  asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+  return v;
+}
+__device__ __forceinline__ void store_volatile(uint2* at, const uint2& v) {
+  asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ uint32_t load_volatile(const uint32_t* at) {
+  return *static_cast<const volatile uint32_t*>(at);
+}
+__device__ __forceinline__ void store_volatile(uint32_t* at, uint32_t v) { *static_cast<volatile uint32_t*>(at) = v; }
+
+__device__ __forceinline__ uint64_t now_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+
+__device__ __forceinline__ uint4 encode(const uint4& v) { return {encode(v.x), encode(v.y), encode(v.z), encode(v.w)}; }
+__device__ __forceinline__ uint4 decode(const uint4& v) { return {decode(v.x), decode(v.y), decode(v.z), decode(v.w)}; }
+__device__ __forceinline__ bool has_empty(const uint4& v) {
+  return v.x == kEmpty || v.y == kEmpty || v.z == kEmpty || v.w == kEmpty;
+}
+__device__ __forceinline__ bool has_empty(const uint2& v) { return v.x == kEmpty || v.y == kEmpty; }
+__device__ __forceinline__ bool has_empty(uint32_t v) { return v == kEmpty; }
+
+// The head of the workspace of rank (rank + i) % ranks.
+__device__ __forceinline__ Header* header(const Peers& peers, int i) {
+  return reinterpret_cast<Header*>(peers.workspaces[i]);
+}
+
+// The first fault of a rank is kept for the host, and every rank is told. Returns false.
+__device__ __noinline__ inline bool give_up(const Peers& peers, uint32_t poison, Op op, uint32_t epoch,
+                                            uint64_t waited_ns) {
+  FaultRecord* record = peers.record;
+  if (atomicCAS_system(&record->fault, 0u, ~0u) == 0) {
+    record->op = op;
+    record->epoch = epoch;
+    record->block = blockIdx.x;
+    record->rank = poison >> 8 & 0xFF;
+    record->found_by = poison >> 16;
+    record->waited_ns = waited_ns;
+    __threadfence_system();
+    store_volatile(&record->fault, poison & 0xFF);
+  }
+  for (int i = 0; i < peers.ranks; ++i)
+    if (load_volatile(&header(peers, i)->poison) == 0) store_volatile(&header(peers, i)->poison, poison);
+  __threadfence_system();
+  return false;
+}
+
+// Once in 1024 polls: has a rank given up, is the time over? Returns when the wait began (now, if since is 0), or 0 to stop.
+__device__ __noinline__ inline uint64_t keep_waiting(const Peers& peers, Op op, uint32_t epoch, int source,
+                                                     uint64_t since) {
+  const uint64_t now = now_ns(), waited = since ? now - since : 0;
+  uint32_t poison = load_volatile(&header(peers, 0)->poison);
+  if (poison == 0 && waited > peers.timeout_ns) poison = poison_word(Fault::kTimeout, source, peers.rank);
+  if (poison != 0) return give_up(peers, poison, op, epoch, waited);
+  return since ? since : now;
+}
+
+// A block's part in one call: its epoch, and how long it may wait.
+class Turn {
+ public:
+  // All threads of the block call this, after the wait for earlier grids. `ranks` is peers.ranks, for a kernel that knows it
+  // when it is compiled.
+  __device__ __forceinline__ Turn(const Peers& peers, int ranks, Channel channel, Op op)
+      : peers_(peers), ranks_(ranks), channel_(channel), op_(op) {
+    Header* own = header(peers, 0);
+    // A second kernel on another stream would find this one's turn open. The answer is looked at last.
+    if (threadIdx.x == 0) turn_ = atomicAdd(&own->turns[channel][blockIdx.x], 1u);
+    epoch_ = load_volatile(&own->epochs[channel][blockIdx.x]);
+    poison_ =
+        load_volatile(&own->poison);  // looked at when a result is written: a call's own loads need not wait for it
+  }
+
+  __device__ __forceinline__ void end() {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (poison_ != 0) give_up(peers_, poison_, op_, epoch_, 0);
+    if (turn_ != 2 * epoch_) give_up(peers_, poison_word(Fault::kConcurrent, peers_.rank, peers_.rank), op_, epoch_, 0);
+    store_volatile(&header(peers_, 0)->epochs[channel_][blockIdx.x], epoch_ + 1);
+    store_volatile(&header(peers_, 0)->turns[channel_][blockIdx.x], 2 * (epoch_ + 1));
+  }
+
+  // False: the results are NaN, whatever was received.
+  __device__ __forceinline__ bool ok() const { return ok_ && poison_ == 0; }
+
+  // This block's place for the words of `source` in the workspace of rank (rank + i) % ranks.
+  template <class Word>
+  __device__ __forceinline__ Word* place(Channel channel, int i, int source) const {
+    return reinterpret_cast<Word*>(peers_.workspaces[i] + share_at(channel, epoch_, ranks_, source, blockIdx.x));
+  }
+
+  // Polls until the words are there and empties them. `words` was read from `at` just before. False: the call is over.
+  template <class Words>
+  __device__ __forceinline__ bool receive(Words* at, Words& words, int source) {
+    uint32_t polls = 0;
+    uint64_t since = 0;
+    while (has_empty(words)) {
+      if (!ok_) return false;
+      if (++polls % 1024 == 0 && !(since = keep_waiting(peers_, op_, epoch_, source, since))) ok_ = false;
+      words = load_volatile(at);
+    }
+    store_volatile(at, Words{});
+    return true;
+  }
+
+ private:
+  const Peers& peers_;
+  int ranks_;
+  Channel channel_;
+  Op op_;
+  uint32_t epoch_, poison_, turn_ = 0;
+  bool ok_ = true;
+};
+
+}  // namespace abiding::peer

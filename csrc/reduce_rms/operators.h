@@ -1,0 +1,101 @@
+// The group's operators over a backend: find the communicator, check, launch. Both backends register these.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/registration.h"
+#include "peer/fault.h"
+#include "reduce_rms/ops.h"
+
+namespace abiding::reduce_rms {
+
+using peer::Communicator;
+
+constexpr uint64_t kTableTimeoutNs = 300'000'000'000;
+
+// Backend(tensor) makes the tensor's device current and has reduce_rms(communicator, params), capacity(communicator) tokens
+// at a time, and reduce_rms(table, params).
+template <class Backend>
+struct Operators {
+  static void run(const char* op, int64_t handle, const Tensor& rows, const ReduceRmsParams& p) {
+    const Communicator& communicator = peer::find_or_fail(op, "comm", handle);
+    const Backend backend(rows);
+    check(communicator.memory == Backend::memory(), op,
+          "comm was made for another kind of device than the rows are on; "
+          "expected the same");
+    peer::check_running(op, communicator);
+    const int64_t most = Backend::capacity(communicator);
+    for (int64_t done = 0; done < p.tokens; done += most) {
+      ReduceRmsParams some = p;
+      some.tokens = std::min(most, p.tokens - done);
+      for (int i = 0; i < p.part_count; ++i) {
+        const int64_t size = peer::size_of(p.type);
+        some.parts[i].input = static_cast<const char*>(p.parts[i].input) + done * p.parts[i].input_stride * size;
+        some.parts[i].out = static_cast<char*>(p.parts[i].out) + done * p.parts[i].width * size;
+      }
+      backend.reduce_rms(communicator, some);
+    }
+    if constexpr (Backend::kBlocking) peer::check_running(op, communicator);
+  }
+
+  static Tensor reduce_rms(const Tensor& input, const Tensor& weight, const Tensor& /*state*/, int64_t comm,
+                           double eps) {
+    const RmsNorm call = check_rms_norm("reduce_rms", "input", input, "weight", weight, eps);
+    run("reduce_rms", comm, input, call.params);
+    return call.out;
+  }
+
+  static std::tuple<Tensor, Tensor> reduce_rms_qk(const Tensor& qkv, const Tensor& weight_q, const Tensor& weight_k,
+                                                  const Tensor& /*state*/, int64_t comm, double eps) {
+    const QkNorm call = check_qk_norm("reduce_rms_qk", qkv, "weight_q", weight_q, "weight_k", weight_k, eps);
+    run("reduce_rms_qk", comm, qkv, call.params);
+    return {call.q, call.k};
+  }
+
+  static void run_table(const char* op, const Tensor& rows, const Tensor& workspace, int64_t rank, int64_t nranks,
+                        const ReduceRmsParams& p) {
+    check_rank(op, rank, nranks);
+    check_table(op, workspace, {op, "input", rows}, nranks);
+    const Backend backend(rows);
+    const auto* pointers = static_cast<void* const*>(workspace.const_data_ptr());
+    if (p.tokens > 0)
+      backend.reduce_rms({pointers, static_cast<int>(rank), static_cast<int>(nranks), kTableTimeoutNs}, p);
+  }
+
+  static Tensor minimax_allreduce_rms(const Tensor& input, const Tensor& norm_weight, const Tensor& workspace,
+                                      int64_t rank, int64_t nranks, double eps) {
+    const char* op = "minimax_allreduce_rms";
+    const Argument rows{op, "input", input};
+    check(input.dim() >= 1, op, "input has shape ", rows.shape(), "; expected at least one dimension");
+    rows.contiguous();
+    const int64_t columns = input.size(input.dim() - 1);
+    const Tensor flat = torch::stable::view(input, {columns ? input.numel() / columns : 0, columns});
+    const RmsNorm call = check_rms_norm(op, "input", flat, "norm_weight", norm_weight, eps);
+    run_table(op, flat, workspace, rank, nranks, call.params);
+    return torch::stable::view(call.out, input.sizes());
+  }
+
+  static std::tuple<Tensor, Tensor> minimax_allreduce_rms_qk(const Tensor& qkv, const Tensor& norm_weight_q,
+                                                             const Tensor& norm_weight_k, const Tensor& workspace,
+                                                             int64_t q_size, int64_t kv_size, int64_t rank,
+                                                             int64_t nranks, double eps) {
+    const char* op = "minimax_allreduce_rms_qk";
+    const QkNorm call = check_qk_norm(op, qkv, "norm_weight_q", norm_weight_q, "norm_weight_k", norm_weight_k, eps);
+    check(q_size == norm_weight_q.numel(), op, "q_size is ", q_size, "; expected the ", norm_weight_q.numel(),
+          " elements of norm_weight_q");
+    check(kv_size == norm_weight_k.numel(), op, "kv_size is ", kv_size, "; expected the ", norm_weight_k.numel(),
+          " elements of norm_weight_k");
+    run_table(op, qkv, workspace, rank, nranks, call.params);
+    return {call.q, call.k};
+  }
+
+  static void implement(Library& m) {
+    m.impl("reduce_rms", ABIDING_BOX(reduce_rms));
+    m.impl("reduce_rms_qk", ABIDING_BOX(reduce_rms_qk));
+    m.impl("minimax_allreduce_rms", ABIDING_BOX(minimax_allreduce_rms));
+    m.impl("minimax_allreduce_rms_qk", ABIDING_BOX(minimax_allreduce_rms_qk));
+  }
+};
+
+}  // namespace abiding::reduce_rms

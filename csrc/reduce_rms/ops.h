@@ -1,0 +1,89 @@
+// The contract of the group's operators: every argument is checked here, once, for both backends.
+#pragma once
+
+#include <cmath>
+
+#include "common/check.h"
+#include "reduce_rms/params.h"
+
+namespace abiding::reduce_rms {
+
+inline Type type_of(const Argument& argument) {
+  return argument.is(aoti_torch_dtype_float32)   ? Type::kFloat32
+         : argument.is(aoti_torch_dtype_float16) ? Type::kFloat16
+                                                 : Type::kBfloat16;
+}
+
+inline void check_eps(const char* op, double eps) {
+  check(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, "; expected a finite number, not negative");
+}
+
+inline void check_rank(const char* op, int64_t rank, int64_t nranks) {
+  check(1 <= nranks && nranks <= peer::kMaxRanks, op, "nranks is ", nranks, "; expected 1 to ", peer::kMaxRanks);
+  check(0 <= rank && rank < nranks, op, "rank is ", rank, "; expected 0 or more and less than ", nranks);
+}
+
+inline void check_rows(const Argument& rows) {
+  rows.dtype({aoti_torch_dtype_float32, aoti_torch_dtype_float16, aoti_torch_dtype_bfloat16}).rank(2).dense_rows(1);
+}
+
+inline void check_weight(const Argument& weight, const Argument& rows) {
+  weight.same_dtype(rows).same_device(rows).rank(1).contiguous();
+}
+
+// Columns [first, first + width) of `rows`, normalised into `out`.
+inline Part part(const Tensor& rows, int64_t first, const Tensor& weight, const Tensor& out) {
+  const char* begin = static_cast<const char*>(rows.const_data_ptr());
+  return {begin + first * static_cast<int64_t>(rows.element_size()), weight.const_data_ptr(), out.mutable_data_ptr(),
+          weight.numel(), rows.size(0) > 1 ? rows.stride(0) : rows.size(1)};
+}
+
+inline void check_table(const char* op, const Tensor& workspace, const Argument& rows, int64_t nranks) {
+  const Argument table{op, "workspace", workspace};
+  table.dtype({aoti_torch_dtype_int64}).rank(1).contiguous().same_device(rows);
+  check(workspace.size(0) >= 3 * nranks + 2, op, "workspace has shape ", table.shape(), "; expected at least [",
+        3 * nranks + 2, "] for ", nranks, " ranks");
+}
+
+struct RmsNorm {
+  ReduceRmsParams params;
+  Tensor out;
+};
+
+inline RmsNorm check_rms_norm(const char* op, const char* input_name, const Tensor& input, const char* weight_name,
+                              const Tensor& weight, double eps) {
+  const Argument rows{op, input_name, input}, scale{op, weight_name, weight};
+  check_rows(rows);
+  check_weight(scale, rows);
+  scale.size(0, input.size(1), ", the columns of ", input_name);
+  check_eps(op, eps);
+  Tensor out = new_empty(op, input, {input.size(0), input.size(1)});
+  return {{{part(input, 0, weight, out)}, 1, input.size(0), static_cast<float>(eps), type_of(rows)}, out};
+}
+
+struct QkNorm {
+  ReduceRmsParams params;
+  Tensor q, k;
+};
+
+inline QkNorm check_qk_norm(const char* op, const Tensor& qkv, const char* weight_q_name, const Tensor& weight_q,
+                            const char* weight_k_name, const Tensor& weight_k, double eps) {
+  const Argument rows{op, "qkv", qkv}, scale_q{op, weight_q_name, weight_q}, scale_k{op, weight_k_name, weight_k};
+  check_rows(rows);
+  check_weight(scale_q, rows);
+  check_weight(scale_k, rows);
+  const int64_t q_width = weight_q.numel(), k_width = weight_k.numel();
+  check(qkv.size(1) == q_width + 2 * k_width, op, "qkv has shape ", rows.shape(), "; expected ", q_width + 2 * k_width,
+        " columns, q's ", q_width, " and twice k's ", k_width);
+  check_eps(op, eps);
+  Tensor q = new_empty(op, qkv, {qkv.size(0), q_width}), k = new_empty(op, qkv, {qkv.size(0), k_width});
+  return {{{part(qkv, 0, weight_q, q), part(qkv, q_width, weight_k, k)},
+           2,
+           qkv.size(0),
+           static_cast<float>(eps),
+           type_of(rows)},
+          q,
+          k};
+}
+
+}  // namespace abiding::reduce_rms

@@ -1,0 +1,59 @@
+// What the checks hand to a kernel. No torch here.
+#pragma once
+
+#include "peer/protocol.h"
+
+namespace abiding::reduce_rms {
+
+using peer::Type;
+
+// One or two tensors that are normalised over their full width, of which each rank holds `width` columns.
+constexpr int kMaxParts = 2;
+struct Part {
+  const void* input;
+  const void* weight;
+  void* out;
+  int64_t width;
+  int64_t input_stride;  // elements from row to row; the output is dense
+};
+
+struct ReduceRmsParams {
+  Part parts[kMaxParts];
+  int part_count;
+  int64_t tokens;
+  float eps;
+  Type type;
+};
+
+// Upstream's workspace, a device array of 3 N + 2 pointers: [2N, 3N) the ranks' buffers, each of three slots whose words are
+// -0.0 where empty; [3N] three counters {blocks that are done, -, epoch}; [3N + 1] two sizes {-, bytes of a slot}.
+struct TableParams {
+  void* const* pointers;
+  int rank, ranks;
+  uint64_t timeout_ns;
+};
+
+// In such a slot each source has its own part, and in it each token one or two words.
+constexpr uint32_t kTableEmpty = 0x80000000;
+
+// Tokens that one call of the protocol can take: each block has a share of 8 bytes a token.
+constexpr int64_t capacity(int ranks, int max_blocks) {
+  return peer::share_bytes(peer::kScalars, ranks) / 8 * max_blocks;
+}
+
+// Warps to a token: a pack a thread where tokens are few, what the registers of a team can hold where they are many. And teams
+// to a block, as many as it takes to give every token one at once.
+constexpr int kMaxTeam = 16, kMaxBlockWarps = 32, kCachedPacks = 4;
+struct Shape {
+  int team, teams;
+};
+constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
+  const int64_t packs_a_thread = tokens <= 2 * max_blocks ? 1 : kCachedPacks;
+  int team = 1;
+  while (team < kMaxTeam && packs > team * 32 * packs_a_thread) team *= 2;
+  const int most = team == 1 ? kMaxBlockWarps : team == 2 ? 15 : kMaxBlockWarps / team;  // a block has 16 barriers
+  const int64_t wanted = (tokens + max_blocks - 1) / max_blocks;
+  return {team, static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most)};
+}
+
+}  // namespace abiding::reduce_rms

@@ -1,0 +1,318 @@
+"""A group of ranks on one host that write into each other's memory: all-reduce for messages where latency counts.
+
+A :class:`Communicator` stands beside a ``torch.distributed`` group. What its kernels serve goes through memory that
+all ranks share (CUDA IPC between GPUs, POSIX shared memory between CPU processes), everything else through the group
+itself, behind the same call; :meth:`Communicator.explain` says which, and why.
+
+The sum is the one in rank order in float32, rounded once, whatever the size: bitwise equal on all ranks. No wait is
+for ever: a rank that does not come ends in an error that names it, on every other rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abiding import _face, _library
+from abiding._fakes import register_fake, writes_in_place
+from abiding._link import Link, connect
+from abiding._meeting import Step
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_ops = torch.ops.abiding
+_FACE_NAMES = {"inp": "x", "input": "x"}
+_CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who serves a tensor, and why."""
+
+    backend: Literal["abiding", "torch.distributed", "copy"]
+    reason: str
+
+
+def choose_route(
+    *, ranks: int, nbytes: int, dtype: torch.dtype, dense: bool, max_bytes: int, unavailable: str | None
+) -> Route:
+    """The rule by which messages are sent, from what all ranks know alike.
+
+    Args:
+        ranks: size of the group.
+        nbytes, dtype, dense: of the message; dense means without gaps or overlaps, in any order of strides.
+        max_bytes: the communicator's limit.
+        unavailable: why there is no shared memory between the ranks, if there is none.
+    """
+    if ranks == 1:
+        return Route("copy", "the group has one rank")
+    if unavailable is not None:
+        return Route("torch.distributed", unavailable)
+    if dtype not in DTYPES:
+        return Route("torch.distributed", "the dtype is none of float32, float16 and bfloat16")
+    if nbytes > max_bytes:
+        return Route("torch.distributed", "the message is larger than max_bytes")
+    if not dense:
+        return Route("torch.distributed", "the tensor's memory has gaps or overlaps")
+    return Route("abiding", "the message is dense, of a dtype that is summed in float32, and within max_bytes")
+
+
+def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these sizes and strides cover their memory without gaps or overlaps, in whatever order."""
+    if 0 in sizes:
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, sizes, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Communicator:
+    """Ranks of one host that share memory, beside their ``torch.distributed`` group.
+
+    All ranks make it together, and then the same calls with the same sizes, dtypes and strides in the same order, as
+    with any collective. It may be used in CUDA graphs (a replay is a call), under ``torch.compile(fullgraph=True)``
+    and in inference mode. One communicator serves one stream and one thread at a time; make several for several.
+
+    After a fault (a rank that did not come in time, two streams at once) every call raises a RuntimeError that names
+    operator and rank, until all ranks have called :meth:`reset`. Captured graphs survive that.
+
+    Args:
+        group: the ranks, 16 at most for shared memory. Default: the default group, or this process alone where
+            ``torch.distributed`` is not initialised.
+        device: where messages are. Default: the current CUDA device if the group's backend has NCCL, or if the group
+            has one rank and there are CUDA kernels; else the CPU.
+        max_bytes: larger messages go through ``torch.distributed``. The same on all ranks.
+        timeout_s: how long a rank waits for another before it gives up.
+
+    Raises:
+        ValueError: an argument is out of range or differs between ranks, or this process is not in the group.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str | None = None,
+        max_bytes: int = 8 << 20,
+        timeout_s: float = 300.0,
+    ) -> None:
+        alone = group is None and not (dist.is_available() and dist.is_initialized())
+        self.group = group
+        self.rank = 0 if alone else dist.get_rank(group)
+        self.ranks = 1 if alone else dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("Communicator: this process is not in group; expected a group that it is a member of")
+        self._start(_default_device(group, self.ranks) if device is None else device, max_bytes, timeout_s)
+        self._set_link(*connect(group, self.rank, self.ranks, self.device, max_bytes))
+
+    @classmethod
+    def of_link(cls, link: Link, rank: int, ranks: int, max_bytes: int, timeout_s: float) -> Communicator:
+        """One of several ranks in this process, which have no group behind them."""
+        self = cls.__new__(cls)
+        self.group, self.rank, self.ranks = None, rank, ranks
+        self._start(link.device, max_bytes, timeout_s)
+        self._set_link(link, None)
+        return self
+
+    def _start(self, device: torch.device | str, max_bytes: int, timeout_s: float) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"Communicator: max_bytes is {max_bytes}; expected at least 0")
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"Communicator: timeout_s is {timeout_s}; expected a positive number of seconds")
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"Communicator: device is {device}; expected cpu or cuda")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device, self.max_bytes, self.timeout_s = device, max_bytes, timeout_s
+        self._closed, self._resets = False, 0
+        self._interrupted: str | None = None  # a reset that other ranks did not finish
+
+    def _set_link(self, link: Link | None, unavailable: str | None) -> None:
+        self._link, self._unavailable = link, unavailable
+        self._handle = -1 if link is None else link.handle
+        with torch.inference_mode(False):
+            self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if link is not None:
+            link.configure(self.timeout_s)
+            self._finalizer = weakref.finalize(self, link.release)
+
+    # --- all-reduce ---------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum of all ranks' ``x``: of float32, float16 and bfloat16 in float32, in rank order, rounded once.
+
+        Args:
+            x: any size from 0, any alignment; memory without gaps, in any order of strides, stays in that order. Not
+                modified unless ``out`` is x.
+            out: where the sum goes, of x's shape, strides and dtype, possibly x itself. Default a new tensor.
+
+        Returns:
+            ``out``, or a new tensor.
+
+        Raises:
+            RuntimeError: the communicator has stopped or is closed; the message names operator and rank.
+            TypeError, ValueError: an argument's dtype, device or layout is not accepted.
+        """
+        route = self.explain(x)
+        if route.backend == "abiding":
+            if out is None:
+                result: Tensor = self.run("all_reduce", _FACE_NAMES, _ops.all_reduce.default, (x,))
+                return result
+            self.run("all_reduce", _FACE_NAMES, _ops.all_reduce.out, (x,), out=out)
+            return out
+        self._check_open("all_reduce")
+        if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+            raise ValueError(
+                f"all_reduce: out is {out.dtype}{list(out.shape)} on {out.device}; "
+                f"expected {x.dtype}{list(x.shape)} on {x.device} as x"
+            )
+        with torch.no_grad():
+            if route.backend == "copy":
+                return x.clone() if out is None else out.copy_(x)
+            result = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(result, group=self.group)
+            return result if out is None else out.copy_(result)
+
+    def explain(self, tensor: Tensor) -> Route:
+        """Who would serve this tensor in :meth:`all_reduce`, and why: the rule is :func:`choose_route`."""
+        self.check_device("all_reduce", "x", tensor)
+        return choose_route(
+            ranks=self.ranks,
+            nbytes=tensor.numel() * tensor.element_size(),
+            dtype=tensor.dtype,
+            dense=tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride()),
+            max_bytes=self.max_bytes,
+            unavailable=self._unavailable,
+        )
+
+    @property
+    def unavailable_reason(self) -> str | None:
+        """Why the ranks do not share memory, so that ``torch.distributed`` serves all; None where they do."""
+        return self._unavailable
+
+    def check_device(self, function: str, name: str, tensor: Tensor) -> None:
+        """Raise unless an argument of a public function is a tensor on the communicator's device."""
+        if _face.check_tensor(function, name, tensor).device != self.device:
+            raise ValueError(f"{function}: {name} is on {tensor.device}; expected {self.device} as the communicator")
+
+    def run(
+        self,
+        function: str,
+        names: Mapping[str, str],
+        op: torch._ops.OpOverload,
+        tensors: Sequence[Tensor],
+        *rest: object,
+        **out: Tensor,
+    ) -> Any:
+        """Run an operator over the shared memory: for the modules of operator groups.
+
+        Args:
+            function, names, op: as in ``abiding._face.call``.
+            tensors: what the operator takes before ``state`` and ``comm``.
+            rest, out: what it takes after those.
+        """
+        if self._interrupted is not None:
+            raise RuntimeError(self._interrupted)
+        try:
+            with torch.no_grad():
+                return _face.call(function, names, op, *tensors, self._token, self._handle, *rest, **out)
+        except (RuntimeError, ValueError):
+            self._check_open(function)
+            if fault := self.fault:
+                raise RuntimeError(fault) from None
+            raise
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Literal["ready", "stopped", "closed"]:
+        """``stopped`` after a fault, until :meth:`reset`; does not wait for work that is still queued on a GPU."""
+        return "closed" if self._closed else "ready" if self.fault is None else "stopped"
+
+    @property
+    def fault(self) -> str | None:
+        """What happened, with operator and rank, if anything did."""
+        return None if self._closed or self._link is None else self._link.fault() or self._interrupted
+
+    def check(self) -> None:
+        """Wait for queued work, which may take up to the timeout, and raise if the communicator has stopped.
+
+        A call raises by itself; the replay of a CUDA graph cannot.
+        """
+        self._check_open("check")
+        self._synchronize()
+        if fault := self.fault:
+            raise RuntimeError(fault)
+
+    def reset(self) -> None:
+        """Bring a stopped communicator back. All ranks call it; it is harmless where nothing has happened.
+
+        Raises:
+            RuntimeError: a rank did not come within the timeout; the message names it. Calling again is fine.
+        """
+        self._check_open("reset")
+        if self._link is None:
+            return
+        self._synchronize()
+        self._resets += 1
+        try:
+            self._resets = self._link.meet(Step.STOPPED, self._resets, self.timeout_s)
+            self._link.clear()
+            self._interrupted = "abiding::reset: not all ranks have finished it; reset() on every rank again"
+            self._link.meet(Step.CLEARED, self._resets, self.timeout_s)
+            self._interrupted = None
+        except RuntimeError as error:
+            raise RuntimeError(f"abiding::reset: {error}; expected all {self.ranks} ranks to call it") from None
+
+    def close(self) -> None:
+        """Give the shared memory back, once all ranks close or 10 s (the timeout, if that is less) have passed."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._link is not None:
+            with contextlib.suppress(RuntimeError):
+                self._synchronize()
+                self._link.meet(Step.CLOSING, 1, min(self.timeout_s, _CLOSE_TIMEOUT_S))
+            self._finalizer()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank {self.rank} of {self.ranks}, {self.device}, {self.state})"
+
+    def _check_open(self, function: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"abiding::{function}: communicator is closed; expected an open one")
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _default_device(group: dist.ProcessGroup | None, ranks: int) -> torch.device:
+    has_nccl = ranks > 1 and "nccl" in dist.get_backend(group)
+    on_gpu = has_nccl or (ranks == 1 and _library.has_cuda_kernels() and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+register_fake("all_reduce", lambda input, state, comm: torch.empty_like(input))
+register_fake("all_reduce.out", writes_in_place)

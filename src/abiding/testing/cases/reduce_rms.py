@@ -1,0 +1,141 @@
+"""Inputs of the reduce-RMS: `REGULAR[0].make(ranks=2)` has every rank's rows and weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from abiding.reference.reduce_rms import normalised
+
+Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf"]
+
+
+@dataclass(frozen=True)
+class RmsCase:
+    """One call's sizes, layout and contents; without `kv` it is `rms_norm` on `q` columns."""
+
+    tokens: int
+    q: int = 3072
+    kv: int | None = 512
+    dtype: torch.dtype = torch.bfloat16
+    row_stride: int | None = None
+    """Elements from row to row; the gaps hold NaN."""
+    offset: int = 0
+    """Elements from a 64-byte boundary to the rows."""
+    eps: float = 1e-6
+    values: Values = "normal"
+
+    def __str__(self) -> str:
+        parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
+        return "-".join(f"{name}={value}" for name, value in changed)
+
+    @property
+    def columns(self) -> int:
+        """Of a row, with V."""
+        return self.q + 2 * (self.kv or 0)
+
+    @property
+    def bytes(self) -> int:
+        """What must cross a rank's memory bus: Q and K in and out, the weights in."""
+        return (self.q + (self.kv or 0)) * self.dtype.itemsize * (2 * self.tokens + 1)
+
+    def make(self, ranks: int, device: torch.device | str = "cpu", seed: int = 0) -> list[RmsInputs]:
+        """Fresh random inputs of all ranks; V and the gaps between rows hold NaN."""
+        rng = torch.Generator(device).manual_seed(seed)
+        shards = [self._rank(rng) for _ in range(ranks)]
+        return [RmsInputs(self, *shard, [rows for rows, *_ in shards], rank) for rank, shard in enumerate(shards)]
+
+    def _rank(self, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        stride = self.columns if self.row_stride is None else self.row_stride
+        size = self.offset + self.tokens * stride + self.columns
+        around = torch.full((size,), math.nan, dtype=self.dtype, device=rng.device)
+        rows = around.as_strided((self.tokens, self.columns), (stride, 1), self.offset)
+        live = self.q + (self.kv or 0)
+        x = torch.randn(self.tokens, live, generator=rng, device=rng.device)
+        if self.values == "zero":
+            x = torch.zeros_like(x).copysign_(x)
+        elif self.values == "tiny":
+            x = x * 1e-4
+        elif self.values == "huge":
+            # The squares of a row still sum to a finite float32.
+            x = x * (2.0**56 if self.dtype != torch.float16 else 2.0**13)
+        elif self.values in ("nan", "inf"):
+            x[::2, ::37] = math.nan if self.values == "nan" else math.inf
+        rows[:, :live] = x.to(self.dtype)
+        weights = [
+            torch.randn(width, generator=rng, device=rng.device).to(self.dtype) for width in (self.q, self.kv or 0)
+        ]
+        return rows, weights[0], None if self.kv is None else weights[1]
+
+
+@dataclass(frozen=True)
+class RmsInputs:
+    """One rank's rows and weights, and the rows of all ranks."""
+
+    case: RmsCase
+    rows: Tensor
+    wq: Tensor
+    wk: Tensor | None
+    everyone: list[Tensor]
+    rank: int
+
+    def run(self, module: ModuleType, comm: Any) -> list[Tensor]:
+        """The results of `module`, which is :mod:`abiding.reduce_rms` or a module with its functions."""
+        if self.wk is None:
+            return [module.rms_norm(self.rows, self.wq, comm, eps=self.case.eps)]
+        return list(module.qk_norm(self.rows, self.wq, self.wk, comm, eps=self.case.eps))
+
+    def expected(self) -> list[Tensor]:
+        """In float64."""
+        ends = [0, self.case.q] + ([self.case.q + self.case.kv] if self.case.kv is not None else [])
+        parts = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+        weights = [weight for weight in (self.wq, self.wk) if weight is not None]
+        return [
+            normalised(self.rows[:, part], weight, [rows[:, part] for rows in self.everyone], eps=self.case.eps)
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+
+
+REGULAR = [
+    RmsCase(tokens, 6144 // share, 1024 // share, dtype)
+    for share, dtype in ((2, torch.bfloat16), (4, torch.float16), (8, torch.float32))
+    for tokens in (1, 16, 130)
+]
+
+ODD = [
+    RmsCase(5, 64, 8),
+    RmsCase(7, 33, 5),
+    RmsCase(9, 1, 1, torch.float32),
+    RmsCase(3, 8, 24, torch.float16),
+    RmsCase(3, 16000, 3, torch.float32),
+    RmsCase(333, 768, 128),
+    RmsCase(12, 768, 128, row_stride=2048),
+    RmsCase(12, 768, 128, row_stride=1031, offset=3),
+    RmsCase(11, 256, None),
+    RmsCase(4, 6144, None, torch.float32),
+    RmsCase(6, 100, None, torch.float16, row_stride=204, offset=1),
+    RmsCase(5, 96, 0),
+    RmsCase(5, 0, 96),
+    RmsCase(6, 64, 64, eps=0.3),
+    RmsCase(4097, 16, 8),
+]
+
+CORNER = [
+    RmsCase(0),
+    RmsCase(0, 64, None),
+    *(RmsCase(6, 256, 64, dtype, values="zero") for dtype in (torch.bfloat16, torch.float32)),
+    *(RmsCase(6, 256, 64, dtype, values="tiny") for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    *(RmsCase(6, 256, 64, dtype, values="huge") for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    RmsCase(6, 256, 64, values="nan"),
+    RmsCase(6, 256, 64, values="inf"),
+    RmsCase(6, 64, 8, eps=0.0),
+]
+
+PERFORMANCE = [RmsCase(tokens, 6144 // ranks, 1024 // ranks) for ranks in (2, 4) for tokens in (1, 16, 128, 1024)]

@@ -1,0 +1,174 @@
+"""What the all-reduce refuses and how it says so; nothing is written then, and no other rank waits for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from abiding import Communicator
+from abiding.testing.comparison import assert_bitwise_equal
+from abiding.testing.ranks import virtual_ranks
+
+raw = torch.ops.abiding_custom_ar
+
+
+def base(device: torch.device) -> Tensor:
+    return torch.zeros(64, device=device)
+
+
+WRONG: dict[str, tuple[Callable[[Tensor], tuple[Any, ...]], type[Exception], str]] = {
+    "no tensor": (lambda t: ([1.0],), TypeError, "all_reduce: x is a list; expected a Tensor"),
+    "out is no tensor": (lambda t: (t, 3), TypeError, "out is a int; expected a Tensor"),
+    "another device": (lambda t: (t.to("meta"),), ValueError, "all_reduce: x is on meta; expected"),
+    "out on another device": (lambda t: (t, t.to("meta")), ValueError, "out is on meta"),
+    "out of another dtype": (
+        lambda t: (t, t.half()),
+        TypeError,
+        "out has dtype float16; expected dtype float32",
+    ),
+    "out of another size": (lambda t: (t[:32], t), ValueError, r"all_reduce: out has shape \[64\].*expected \[32\]"),
+    "out of other strides": (
+        lambda t: (t[:16].view(4, 4), t[16:32].view(4, 4).t()),
+        ValueError,
+        r"all_reduce: out has shape \[4, 4\] and strides \[1, 4\]; expected \[4, 4\] and \[4, 1\] as x",
+    ),
+    "out with gaps": (
+        lambda t: (t[:8], t[16:32:2]),
+        ValueError,
+        "out has .*; expected memory without gaps or overlaps",
+    ),
+    "out overlaps": (lambda t: (t[:8], t[4:12]), ValueError, "all_reduce: out overlaps x; expected memory of its own"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name: str, device: torch.device) -> None:
+    make, error, text = WRONG[name]
+    with virtual_ranks(2, device) as comms:
+        memory = base(device)
+        with pytest.raises(error, match=text):
+            comms[0].all_reduce(*make(memory))
+        assert_bitwise_equal(memory, base(device))
+        assert comms[0].state == "ready"
+        comms[0].check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"max_bytes": -1}, "max_bytes is -1; expected at least 0"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0; expected a positive number of seconds"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"device": "meta"}, "device is meta; expected cpu or cuda"),
+    ],
+)
+def test_wrong_arguments_of_the_communicator(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text.replace(".", r"\.")):
+        Communicator(**arguments)
+
+
+def test_raw_operators_check_their_arguments(device: torch.device) -> None:
+    with virtual_ranks(2, device) as (comm, _):
+        fa, x = comm._handle, base(device)
+        data, handle = torch.empty(0, dtype=torch.uint8, device=device), torch.zeros(64, dtype=torch.uint8)
+        for op, arguments, text in (
+            (raw.init_custom_ar, ([], data, 0, True), "ipc_tensors has 0 entries; expected one for each of 1 to 16"),
+            (raw.init_custom_ar, ([1] * 17, data, 0, True), "ipc_tensors has 17 entries"),
+            (raw.init_custom_ar, ([4096, 0], data, 0, True), r"ipc_tensors\[1\] is 0; expected the address"),
+            (raw.init_custom_ar, ([4096, 4096], data, 2, True), "rank is 2; expected 0 or more and less than 2"),
+            (raw.init_custom_ar, ([4096, 4096], data, -1, True), "rank is -1"),
+            (raw.register_buffer, (fa, [1]), "ipc_tensors has 1 entries; expected one for each of 2 ranks"),
+            (raw.register_graph_buffers, (fa, [[]], [[]]), "handles and offsets have 1 and 1 entries"),
+            (raw.configure, (fa, 0.0, 8), "timeout_s is 0; expected seconds"),
+            (raw.configure, (fa, 1.0, 0), "max_blocks is 0; expected 1 or more"),
+            (raw.configure, (fa, 1.0, 65), "max_blocks is 65"),
+            (raw.allocate_shared_memory_and_handle, (0,), "size is 0; expected a number of bytes"),
+            (raw.open_mem_handle, (handle[:63],), r"mem_handle has shape \[63\]; expected \[64\]"),
+            (raw.open_mem_handle, (handle.int(),), "mem_handle has dtype int32; expected dtype uint8"),
+            (raw.open_mem_handle, (handle,), "CUDA"),
+            (raw.close_mem_handle, (4096,), "ptr is 4096; expected what open_mem_handle returned, once"),
+            (
+                raw.free_shared_buffer,
+                (comm._link.own + 64,),
+                "what allocate_shared_buffer_and_handle returned",
+            ),
+            (raw.all_reduce, (fa, x, x, 4096, 8), "inp has 256 bytes; expected at most 8"),
+            (raw.all_reduce, (fa, x.double(), x.double(), 0, 0), "inp has dtype float64; expected"),
+            (raw.all_reduce, (fa, x[::2], x[::2], 0, 0), "inp has .*; expected memory without gaps"),
+            (
+                raw.all_reduce,
+                (fa, x[:1].expand(2), x[:2], 0, 0),
+                "inp has .*; expected memory without gaps",
+            ),
+        ):
+            with pytest.raises(RuntimeError, match=text):
+                op(*arguments)
+        assert_bitwise_equal(x, base(device))
+        assert comm.state == "ready"
+
+
+def test_stale_and_foreign_handles_are_refused(device: torch.device) -> None:
+    x = base(device)
+    with virtual_ranks(1, device) as (comm,):
+        stale, token = comm._handle, comm._token
+    with virtual_ranks(1, device) as (comm,):
+        assert comm._handle != stale, "the place is used again, the handle is not"
+        for handle in (stale, 0, -1, 1, 1 << 62, comm._handle + 1):
+            for call in (
+                lambda handle=handle: torch.ops.abiding.all_reduce(x, token, handle),
+                lambda handle=handle: raw.all_reduce(handle, x, x, 0, 0),
+                lambda handle=handle: raw.dispose(handle),
+                lambda handle=handle: raw.fault(handle),
+                lambda handle=handle: raw.clear(handle),
+            ):
+                with pytest.raises(RuntimeError, match="expected the handle of a communicator that is open"):
+                    call()
+    assert_bitwise_equal(x, base(device))
+
+
+@pytest.mark.gpu
+def test_a_communicator_of_another_kind_of_device(cuda: torch.device) -> None:
+    with virtual_ranks(1, "cpu") as (host,), virtual_ranks(1, cuda) as (gpu,):
+        for comm, x in ((host, base(cuda)), (gpu, base(torch.device("cpu")))):
+            with pytest.raises(RuntimeError, match=r"another kind of device|expected device"):
+                torch.ops.abiding.all_reduce(x, comm._token.to(x.device), comm._handle)
+            with pytest.raises(ValueError, match="all_reduce: x is on"):
+                comm.all_reduce(x)
+
+
+def test_memory_of_a_process_that_has_ended_is_refused() -> None:
+    """Its handle leads nowhere, also if another process has its number by now."""
+    code = "import torch, abiding; print(torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(64)[1].tolist())"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    handle = torch.tensor(eval(made.stdout), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"handle leads to .*; expected a running process"):
+        raw.open_mem_handle(handle)
+    _, own = raw.allocate_shared_memory_and_handle(64)
+    own[16:24] += 1
+    with pytest.raises(RuntimeError, match="which is now another file"):
+        raw.open_mem_handle(own)
+
+
+def test_a_communicator_that_is_forgotten_gives_its_memory_back(python: Callable[..., Any]) -> None:
+    """Without close(), at the end of its life or of the interpreter's."""
+    result = python("""
+import gc, pathlib, torch
+from abiding import Communicator
+def maps():
+    return sum("abiding (deleted)" in line for line in pathlib.Path("/proc/self/maps").read_text().splitlines())
+assert maps() == 0
+comm = Communicator(device="cpu")
+assert maps() == 1
+del comm
+gc.collect()
+assert maps() == 0
+kept = Communicator(device="cpu")
+""")
+    assert result.stderr == ""

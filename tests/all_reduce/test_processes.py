@@ -1,0 +1,391 @@
+"""Real processes over shared memory: values against torch.distributed, faults of every kind, and the way back."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abiding import Communicator, reduce_rms, reference
+from abiding.communicator import DTYPES
+from abiding.testing.comparison import assert_bitwise_equal, assert_close
+from abiding.testing.ranks import RanksFailedError, run_processes
+
+TIMEOUT_S = 1.0
+GRACE_S = 10.0
+
+
+# --- what ranks do; a function here runs in every process -------------------------------------------------------------
+
+
+def random_calls(rank: int, ranks: int, calls: int, seed: int) -> None:
+    """Random operators, sizes, dtypes and delays on two communicators, twenty calls without a pause.
+
+    Small integers, so that every sum is exact; torch.distributed then sums all that the calls summed.
+    """
+    same, own = random.Random(seed), random.Random(1000 * seed + rank)
+    rng = torch.Generator().manual_seed(1000 * seed + rank)
+    with Communicator(timeout_s=30.0) as first, Communicator(timeout_s=30.0, max_bytes=4096) as second:
+        for batch in range(calls // 20):
+            summed: list[Tensor] = []
+            checks: list[Callable[[Tensor, str], None]] = []
+            for _ in range(20):
+                comm, dtype = same.choice([first, first, second]), same.choice(DTYPES)
+                if own.random() < 0.02:
+                    time.sleep(own.random() * 3e-3)
+                if same.random() < 0.6:
+                    count = same.choice([0, 1, 2, 7, 64, same.randrange(1000), same.randrange(9000), 40_000])
+                    x = torch.randint(-9, 10, (count,), generator=rng).to(dtype)
+                    summed.append(x.double())
+                    out = comm.all_reduce(x, x if same.random() < 0.3 else None)
+                    checks.append(lambda total, name, out=out: assert_bitwise_equal(out, total.to(out.dtype), name))
+                    continue
+                tokens, q, kv = same.randrange(6), same.randrange(1, 40), same.randrange(20)
+                rows = torch.randint(-9, 10, (tokens, q + 2 * kv), generator=rng).to(dtype)
+                wq, wk = torch.ones(q, dtype=dtype), torch.ones(kv, dtype=dtype)
+                parts = rows.split([q, kv, kv], 1)[:2] if same.random() < 0.5 else (rows[:, :q],)
+                outs = (
+                    reduce_rms.qk_norm(rows, wq, wk, comm)
+                    if len(parts) == 2
+                    else (reduce_rms.rms_norm(rows[:, :q], wq, comm),)
+                )
+                for part, out in zip(parts, outs, strict=True):
+                    summed.append(part.double().square().sum(1))
+                    checks.append(partial(assert_normalised, out, part, ranks))
+            totals = torch.cat(summed)
+            dist.all_reduce(totals)
+            for number, (total, check) in enumerate(zip(totals.split([len(x) for x in summed]), checks, strict=True)):
+                check(total, f"rank {rank}, batch {batch}, sum {number}")
+        first.check()
+        second.check()
+
+
+def assert_normalised(out: Tensor, part: Tensor, ranks: int, squares: Tensor, name: str) -> None:
+    scale = 1 / torch.sqrt(squares / max(ranks * part.shape[1], 1) + 1e-6)
+    assert_close(out, part.double() * scale[:, None], ulps=2, name=name)
+
+
+def caught(call: Callable[[], Any]) -> str:
+    """The error of a call that has to fail, and in time."""
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        call()
+    assert time.monotonic() - begin < TIMEOUT_S + GRACE_S
+    return str(error.value)
+
+
+def fails(*args: Any) -> Any:
+    raise RuntimeError("out of luck\nand more")
+
+
+def recovers(comm: Communicator) -> None:
+    """All ranks together: reset, and then the sum is right again, whatever lay in the workspaces."""
+    assert comm.state == "stopped"
+    dist.barrier()
+    comm.reset()
+    assert (comm.state, comm.fault) == ("ready", None)
+    for count in (1, 3000, 70_000):
+        x = torch.full((count,), float(comm.rank + 1))
+        assert_bitwise_equal(comm.all_reduce(x), torch.full((count,), comm.ranks * (comm.ranks + 1) / 2))
+
+
+def faults(rank: int) -> dict[str, list[str]]:
+    """Three ranks go through every fault that leaves all alive; what each was told, by scenario."""
+    told: dict[str, list[str]] = {}
+    x = torch.ones(1000)
+    with Communicator(timeout_s=TIMEOUT_S) as comm:
+        comm.all_reduce(x)
+
+        # Rank 1 never comes; when it does later, it learns that the others have given up.
+        if rank == 1:
+            time.sleep(TIMEOUT_S + 0.5)
+        told["absent"] = [caught(lambda: comm.all_reduce(x)), caught(lambda: comm.all_reduce(x)), caught(comm.check)]
+        recovers(comm)
+
+        # Rank 2 brings twice as much: whoever waits for the rest stops, and tells those who are done already.
+        if rank == 2:
+            told["sizes"] = [caught(lambda: comm.all_reduce(torch.ones(2000)))]
+        else:
+            comm.all_reduce(x)
+            told["sizes"] = [caught(lambda: comm.all_reduce(x))]
+        recovers(comm)
+
+        # Rank 0 calls another operator.
+        other = torch.ones(3, 8)
+        call = (lambda: reduce_rms.rms_norm(other, other[0], comm)) if rank == 0 else (lambda: comm.all_reduce(x))
+        told["operators"] = [caught(call)]
+        recovers(comm)
+
+        # Two threads of rank 0 at once, which the late rank 1 keeps inside of their calls.
+        if rank == 0:
+            errors: list[str] = []
+            threads = [threading.Thread(target=lambda: errors.append(caught(lambda: comm.all_reduce(x)))) for _ in "ab"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            told["threads"] = errors
+        else:
+            time.sleep(0.3)
+            told["threads"] = [caught(lambda: comm.all_reduce(x))]
+        recovers(comm)
+
+        # Rank 2 does not reset with the others: they say so, and a second attempt of all works.
+        if rank == 2:
+            time.sleep(TIMEOUT_S + 0.5)
+        told["reset"] = [caught(lambda: comm.all_reduce(x))]
+        if rank != 2:
+            told["reset"].append(caught(comm.reset))
+        recovers(comm)
+
+        # Rank 2 fails in the middle of a reset: the others are not ready before it has made up for that.
+        told["half a reset"] = []
+        if rank == 2:
+            clear, comm._link.clear = comm._link.clear, fails
+        told["half a reset"].append(caught(comm.reset))
+        if rank == 2:
+            comm._link.clear = clear
+        else:
+            told["half a reset"] += [caught(lambda: comm.all_reduce(x)), str(comm.fault)]
+            assert comm.state == "stopped"
+        dist.barrier()
+        comm.reset()
+        assert comm.state == "ready"
+        assert float(comm.all_reduce(x)[0]) == 3
+    assert comm.state == "closed"
+    return told
+
+
+def killed(rank: int) -> tuple[str, str, float, list[str]]:
+    """Rank 1 dies in the middle of its calls; what the others are told then, and what is left of the memory."""
+    comm = Communicator(timeout_s=30.0)
+    x = torch.ones(50_000)
+    if rank == 1:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    begin = time.monotonic()
+    error = caught(lambda: [comm.all_reduce(x) for _ in range(1_000_000)])
+    with pytest.raises(RuntimeError) as gone:
+        comm.reset()
+    comm.close()
+    elapsed = time.monotonic() - begin
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "abiding (deleted)" in line]
+    return error, str(gone.value), elapsed, maps
+
+
+def life(rank: int) -> None:
+    """What a communicator says of itself, from making it to after its end."""
+    with pytest.raises(ValueError, match=r"max_bytes is \[10, 11\] on the ranks; expected the same on all"):
+        Communicator(max_bytes=10 + rank)
+    with Communicator(max_bytes=100) as comm:
+        assert repr(comm) == f"Communicator(rank {rank} of 2, cpu, ready)"
+        assert comm.explain(torch.ones(25)).backend == "abiding"
+        for x, reason in (
+            (torch.ones(26), "larger than max_bytes"),
+            (torch.ones(3, dtype=torch.int64), "dtype"),
+            (torch.ones(3, dtype=torch.float64), "dtype"),
+            (torch.ones(4, 4)[:, :2], "gaps or overlaps"),
+            (torch.ones(2, 1).expand(2, 3), "gaps or overlaps"),
+        ):
+            route = comm.explain(x)
+            assert route.backend == "torch.distributed"
+            assert reason in route.reason
+            assert_bitwise_equal(comm.all_reduce(x), 2 * x.contiguous())
+            out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            assert comm.all_reduce(x, out) is out
+            assert_bitwise_equal(out, 2 * x.contiguous())
+            with pytest.raises(ValueError, match=r"out is torch\.float16"):
+                comm.all_reduce(x, torch.zeros(x.shape, dtype=torch.float16))
+        comm.check()
+        comm.reset()
+    comm.close()
+    assert comm.state == "closed"
+    assert comm.fault is None
+    for call in (
+        lambda: comm.all_reduce(torch.ones(3)),
+        lambda: comm.all_reduce(torch.ones(99)),
+        comm.check,
+        comm.reset,
+    ):
+        with pytest.raises(RuntimeError, match="communicator is closed; expected an open one"):
+            call()
+    with torch.inference_mode(), Communicator() as comm:
+        assert_bitwise_equal(comm.all_reduce(torch.ones(5)), torch.full((5,), 2.0))
+        made_outside = comm
+        with torch.inference_mode(False):
+            assert_bitwise_equal(made_outside.all_reduce(torch.ones(5)), torch.full((5,), 2.0))
+    assert not any("abiding (deleted)" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def subgroups(rank: int) -> None:
+    """Two groups side by side, and one that this process is not in."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    with Communicator(groups[rank % 2]) as comm, Communicator() as everyone:
+        assert (comm.rank, comm.ranks) == (rank // 2, 2)
+        x = torch.full((5,), float(10**rank))
+        assert_bitwise_equal(comm.all_reduce(x), torch.full((5,), 101.0 if rank % 2 == 0 else 1010.0))
+        assert_bitwise_equal(everyone.all_reduce(x), torch.full((5,), 1111.0))
+        assert_bitwise_equal(reference.all_reduce.all_reduce(x, comm), comm.all_reduce(x))
+    with pytest.raises(ValueError, match="this process is not in group"):
+        Communicator(groups[1 - rank % 2])
+
+
+def without_shared_memory(rank: int, broken: str) -> tuple[str, list[str]]:
+    """A step of making the shared memory fails on rank 1: everyone goes through torch.distributed."""
+    from abiding import _link
+
+    if broken == "host":
+        _link._host = lambda: f"host {rank}"
+    elif rank == 1:
+        setattr(_link.Link, broken, (lambda self: None) if broken == "send_probe" else fails)
+    with warnings.catch_warnings(record=True) as caught_warnings:
+        warnings.simplefilter("always")
+        comm = Communicator()
+    with comm:
+        x = torch.full((3, 8), rank + 1.0)
+        route = comm.explain(x)
+        assert route.backend == "torch.distributed"
+        assert_bitwise_equal(comm.all_reduce(x), torch.full((3, 8), 3.0))
+        rows = torch.cat([x, x], 1)
+        q, k = reduce_rms.qk_norm(rows, torch.ones(8), torch.ones(4), comm)
+        for out in (q, k, reduce_rms.rms_norm(x, torch.ones(8), comm)):
+            assert_close(out, torch.full(out.shape, (rank + 1.0) / 2.5**0.5), ulps=4)
+        assert comm.state == "ready"
+        comm.check()
+        comm.reset()
+    surprises = [one for one in caught_warnings if "abiding" in str(one.message)]
+    assert all(one.filename == __file__ for one in surprises), "the line that makes the communicator is to blame"
+    return route.reason, [str(one.message) for one in surprises]
+
+
+def compiled(rank: int, backend: str) -> None:
+    """Calls inside of a compiled function, in their order, with one compilation for all sizes."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend(backend)
+    with Communicator() as comm, Communicator() as second:
+        weight = torch.ones(8, requires_grad=True)
+
+        def step(x: Tensor) -> tuple[Tensor, ...]:
+            once = comm.all_reduce(x * 2) + 1
+            comm.all_reduce(x)  # unused, and still a call that other ranks wait for
+            twice = second.all_reduce(once)
+            out = torch.zeros_like(x)
+            comm.all_reduce(x, out)
+            return once, twice, out, reduce_rms.rms_norm(x, weight, comm)
+
+        function = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+        compilations = []
+        for rows in (4, 5, 9):
+            x = torch.full((rows, 8), rank + 1.0)
+            for actual, expected in zip(function(x), step(x), strict=True):
+                assert_bitwise_equal(actual, expected)
+                assert not actual.requires_grad
+            compilations.append(counter.frame_count)
+        assert compilations == compilations[:1] * 3, "another number of rows compiles again"
+        comm.check()
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "calls"), [(2, 5000), (3, 3000), (4, 2000)])
+def test_random_calls_agree_with_torch_distributed(ranks: int, calls: int) -> None:
+    run_processes(random_calls, ranks, ranks, calls, ranks)
+
+
+def test_every_fault_is_told_to_all_and_reset_brings_the_group_back() -> None:
+    told = run_processes(faults, 3)
+    for rank, scenarios in enumerate(told):
+        for scenario, texts in scenarios.items():
+            for text in texts:
+                assert text.startswith("abiding::"), (rank, scenario, text)
+    absent = [text for scenarios in told for text in scenarios["absent"]]
+    assert all("all_reduce: this communicator has stopped: rank 1 did not send in time" in text for text in absent)
+    assert all("did not send in time" in text for scenarios in told for text in scenarios["sizes"])
+    assert any("rms_norm: this communicator has stopped: rank" in text for text in told[0]["operators"])
+    assert all("all_reduce: this communicator has stopped: rank" in told[rank]["operators"][0] for rank in (1, 2))
+    assert len(told[0]["threads"]) == 2
+    for scenarios in told:
+        assert all("rank 0 made two calls at once" in text for text in scenarios["threads"])
+    for rank in (0, 1):
+        assert "abiding::reset: rank 2 is missing after 1 s" in told[rank]["reset"][1]
+        assert "abiding::reset: rank 2 is missing after 1 s" in told[rank]["half a reset"][0]
+        assert all("not all ranks have finished" in text for text in told[rank]["half a reset"][1:])
+    assert "abiding::reset: out of luck" in told[2]["half a reset"][0]
+
+
+def test_a_killed_rank_is_named_and_leaves_nothing() -> None:
+    told = run_processes(killed, 3, may_die={1})
+    assert told[1] is None
+    for rank in (0, 2):
+        error, reset, elapsed, maps = told[rank]
+        assert "all_reduce: this communicator has stopped: rank 1 is gone" in error
+        assert "abiding::reset: rank 1 is gone; expected all 3 ranks to call it" in reset
+        assert elapsed < 10, "the end of a process is seen at once"
+        assert maps == []
+
+
+def test_life() -> None:
+    run_processes(life, 2)
+
+
+def test_subgroups() -> None:
+    run_processes(subgroups, 4)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("host", "the ranks are on several hosts"),
+        ("allocate", "rank 1 failed to make shared memory (out of luck)"),
+        ("open", "rank 1 failed to open its peers' memory (out of luck)"),
+        ("init", "rank 1 failed to register its peers' memory (out of luck)"),
+        ("send_probe", "rank 0 failed to see its peers' writes (nothing has arrived from ranks [1])"),
+    ],
+)
+def test_where_there_is_no_shared_memory_torch_distributed_serves_all(broken: str, reason: str) -> None:
+    told = run_processes(without_shared_memory, 2, broken)
+    assert all(found.startswith(reason) for found, _ in told)
+    assert told[0][0] == told[1][0]
+    assert len(told[0][1]) == (0 if broken == "host" else 1), "one warning where it is a surprise"
+    assert told[1][1] == []
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str) -> None:
+    run_processes(compiled, 2, backend, timeout_s=150)
+
+
+# --- the helper itself ------------------------------------------------------------------------------------------------
+
+
+def goes_wrong(rank: int, how: str) -> int:
+    if rank == 1:
+        if how == "raises":
+            raise ValueError("no such thing")
+        if how == "dies":
+            os._exit(3)
+        time.sleep(1000)
+    return rank
+
+
+@pytest.mark.parametrize(
+    ("how", "text"), [("raises", "ValueError: no such thing"), ("dies", "died without a word"), ("hangs", "in time")]
+)
+def test_failures_of_ranks_are_gathered(how: str, text: str) -> None:
+    with pytest.raises(RanksFailedError, match=text) as error:
+        run_processes(goes_wrong, 3, how, timeout_s=4)
+    assert [outcome.error is None for outcome in error.value.outcomes] == [True, False, True]
+    assert error.value.outcomes[2].value == 2

@@ -1,0 +1,95 @@
+"""Every interleaving of the push protocol, with ranks that crash and waits that end. Wrong protocols are found."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PEER = Path(__file__).parents[2] / "csrc" / "peer"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "2 3 1",
+        "2 3 2 late",
+        "2 3 2 crash timeout late",
+        "2 3 1 twice timeout",
+        "3 3 1 late",
+        "3 3 1 crash",
+        "3 2 2",
+        pytest.param("3 3 1 crash timeout", marks=pytest.mark.slow),
+    ],
+)
+def test_every_interleaving(compile_program: Callable[..., Path], run_program: Run, options: str) -> None:
+    result = run_program(compile_program("explorer.cpp", "-O2"), *options.split())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "states" in result.stdout
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    options: str
+    old: str
+    new: str
+    header: str = "host.h"
+    found: str = ""  # in what the explorer says
+
+
+EMPTY = "for (int i = 0; i < count; i += Access::kWords) Access::store_words(from + i, empty);"
+READ = "if (!read(from, words, count) && !wait(source, from, words, count)) return false;"
+
+MUTANTS = [
+    Mutant("one slot", "2 3 1", "constexpr int kSlots = 2;", "constexpr int kSlots = 1;", "protocol.h", "wrong words"),
+    Mutant("not emptied", "2 3 1", EMPTY, "(void)empty;", found="wrong words"),
+    Mutant(
+        "emptied before it is read",
+        "2 3 1",
+        READ,
+        f"const uint32_t empty_[Access::kWords] = {{}};\n{EMPTY.replace('empty)', 'empty_)')}\n{READ}",
+        found="wait for ever",
+    ),
+    Mutant(
+        "emptied by the sender",
+        "2 3 1",
+        "  void end() {\n",
+        "  void end() {\n    const uint32_t empty[Access::kWords] = {};\n"
+        "    for (int i = 1; i < peers_.ranks; ++i) Access::store_words(place(i, peers_.rank), empty);\n",
+    ),
+    Mutant(
+        "slots by another counter",
+        "2 3 1",
+        "share_at(channel_, epoch_, peers_.ranks",
+        "share_at(channel_, 2 * epoch_, peers_.ranks",
+        found="wrong words",
+    ),
+    Mutant("poison unseen by a new call", "2 3 1 timeout", "(const uint32_t poison = Access::load(&header(0)->poison))",
+           "(const uint32_t poison = 0)", found="without a look"),
+    Mutant("poison unseen in a wait", "3 3 1 crash", "uint32_t poison = Access::load(&header(0)->poison);",
+           "uint32_t poison = 0;", found="wait for ever"),
+    Mutant("others are not told", "3 3 1 crash", "for (int i = 0; i < peers_.ranks; ++i)\n      if (Access::load",
+           "for (int i = 0; i < 1; ++i)\n      if (Access::load", found="wait for ever"),
+    Mutant("blamed without another look", "2 3 1", "fault = wait.pause(*sender, peers_.timeout_ns);",
+           "fault = wait.pause(*sender, peers_.timeout_ns);\n"
+           "if (fault != Fault::kNone) return give_up(poison_word(fault, source, peers_.rank), 0);",
+           found="no reason"),
+    Mutant("two calls at once", "2 3 1 twice timeout", "if (turn != 2 * epoch_)", "if (false)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
+def test_mutants_are_found(compile_program: Callable[..., Path], run_program: Run, mutant: Mutant) -> None:
+    header = (PEER / mutant.header).read_text()
+    assert header.count(mutant.old) == 1, f"{mutant.header} has changed; this mutant no longer fits it"
+    program = compile_program("explorer.cpp", headers={mutant.header: header.replace(mutant.old, mutant.new)})
+    result = run_program(program, *mutant.options.split())
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert result.stdout.startswith("violation: ")
+    assert mutant.found in result.stdout

@@ -1,0 +1,120 @@
+"""What the reduce-RMS refuses, and how it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from abiding import reduce_rms
+from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
+from abiding.testing.comparison import assert_bitwise_equal
+from abiding.testing.ranks import virtual_ranks
+
+WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]], type[Exception], str]] = {
+    "no tensor": (lambda x, q, k: (None, q, k), TypeError, "qkv is a NoneType; expected a Tensor"),
+    "wq is no tensor": (lambda x, q, k: (x, 1.0, k), TypeError, "wq is a float; expected a Tensor"),
+    "one dimension": (lambda x, q, k: (x[0], q, k), ValueError, r"qkv has shape \[48\]; expected \[T, 48\]"),
+    "columns": (lambda x, q, k: (x[:, 1:], q, k), ValueError, r"qkv has shape \[5, 47\]; expected \[T, 48\]"),
+    "wide weight": (lambda x, q, k: (x, torch.cat([q, q]), k), ValueError, r"expected \[T, 80\]"),
+    "weight of two dimensions": (
+        lambda x, q, k: (x, q[None], k),
+        ValueError,
+        r"wq has shape \[1, 32\]",
+    ),
+    "dtype": (lambda x, q, k: (x.double(), q, k), TypeError, "qkv has dtype float64; expected"),
+    "weight's dtype": (lambda x, q, k: (x, q.float(), k), TypeError, "wq has dtype float32; expected dtype bfloat16"),
+    "other weight's dtype": (lambda x, q, k: (x, q, k.half()), TypeError, "wk has dtype float16; expected"),
+    "rows elsewhere": (lambda x, q, k: (x.to("meta"), q, k), ValueError, "qkv is on meta; expected .* communicator"),
+    "device": (lambda x, q, k: (x, q.to("meta"), k), ValueError, "wq is on meta; expected device"),
+    "columns apart": (
+        lambda x, q, k: (torch.cat([x, x], 1)[:, ::2], q, k),
+        ValueError,
+        "qkv has strides? .*; expected",
+    ),
+    "weight's elements apart": (lambda x, q, k: (x, q.repeat(2)[::2], k), ValueError, "wq .*; expected .*contiguous"),
+}
+
+
+def make(device: torch.device) -> RmsInputs:
+    return RmsCase(5, 32, 8).make(2, device)[0]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name: str, device: torch.device) -> None:
+    wrong, error, text = WRONG[name]
+    inputs = make(device)
+    assert inputs.wk is not None
+    before = inputs.rows.clone()
+    with virtual_ranks(2, device) as comms:
+        with pytest.raises(error, match=f"qk_norm: .*{text}"):
+            reduce_rms.qk_norm(*wrong(inputs.rows, inputs.wq, inputs.wk), comms[0])
+        assert comms[0].state == "ready"
+    assert_bitwise_equal(inputs.rows, before)
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
+def test_wrong_eps(eps: float, device: torch.device) -> None:
+    inputs = make(device)
+    with (
+        virtual_ranks(2, device) as (comm, _),
+        pytest.raises(ValueError, match=r"rms_norm: eps is .*; expected a finite"),
+    ):
+        reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm, eps=eps)
+
+
+def test_rms_norm_names_its_arguments(device: torch.device) -> None:
+    inputs = make(device)
+    with virtual_ranks(2, device) as (comm, _):
+        with pytest.raises(ValueError, match=r"rms_norm: x has shape \[5\]; expected \[T, d\]"):
+            reduce_rms.rms_norm(inputs.rows[:, 0], inputs.wq, comm)
+        with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[32\]; expected \[31\]"):
+            reduce_rms.rms_norm(inputs.rows[:, :31], inputs.wq, comm)
+        with pytest.raises(TypeError, match="rms_norm: x has dtype int32"):
+            reduce_rms.rms_norm(inputs.rows[:, :32].int(), inputs.wq.int(), comm)
+
+
+def test_a_closed_communicator(device: torch.device) -> None:
+    inputs = make(device)
+    with virtual_ranks(2, device) as (comm, _):
+        comm.close()
+        with pytest.raises(RuntimeError, match="rms_norm: communicator is closed; expected an open one"):
+            reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm)
+
+
+def test_upstreams_operators_check_their_table(device: torch.device) -> None:
+    inputs = make(device)
+    op, table = torch.ops.abiding.minimax_allreduce_rms_qk, torch.zeros(8, dtype=torch.int64, device=device)
+    usual = [inputs.rows, inputs.wq, inputs.wk, table, 32, 8, 0, 2, 1e-6]
+    for place, value, text in (
+        (3, table.int(), "workspace has dtype int32; expected dtype int64"),
+        (3, table[:7], r"workspace has shape \[7\]; expected at least \[8\] for 2 ranks"),
+        (4, 31, "q_size is 31; expected the 32 elements"),
+        (5, 9, "kv_size is 9; expected the 8 elements"),
+        (6, 2, "rank is 2; expected 0 or more and less than 2"),
+        (6, -1, "rank is -1"),
+        (7, 0, "nranks is 0; expected 1 to 16"),
+        (7, 17, "nranks is 17"),
+        (1, inputs.wq.float(), "norm_weight_q has dtype float32"),
+        (2, inputs.wq, r"qkv has shape \[5, 48\]; expected 96 columns"),
+        (8, -1.0, "eps is -1"),
+    ):
+        arguments = list(usual)
+        arguments[place] = value
+        with pytest.raises(RuntimeError, match=f"abiding::minimax_allreduce_rms_qk: {text}"):
+            op(*arguments)
+    rows = inputs.rows[:, :32].contiguous()
+    with pytest.raises(RuntimeError, match="abiding::minimax_allreduce_rms: norm_weight"):
+        torch.ops.abiding.minimax_allreduce_rms(rows, inputs.wk, table, 0, 2, 1e-6)
+
+
+def test_a_table_too_small_for_the_tokens_is_refused() -> None:
+    table = torch.zeros(8, dtype=torch.int64)
+    counters, sizes = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 64])
+    table[6], table[7] = counters.data_ptr(), sizes.data_ptr()
+    inputs = RmsCase(64, 32, 8).make(2)[0]
+    with pytest.raises(RuntimeError, match="workspace has slots of 64 bytes; expected at least 1024"):
+        torch.ops.abiding.minimax_allreduce_rms_qk(inputs.rows, inputs.wq, inputs.wk, table, 32, 8, 0, 2, 1e-6)

@@ -1,0 +1,167 @@
+"""Every case on virtual ranks against the float64 reference; upstream's operators over their table of pointers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from abiding import Communicator, reduce_rms, reference
+from abiding.testing.cases import reduce_rms as cases
+from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
+from abiding.testing.comparison import assert_bitwise_equal, assert_close
+from abiding.testing.ranks import on_each, run_processes, virtual_ranks
+
+EVERY = [*cases.REGULAR, *cases.ODD, *cases.CORNER]
+ULPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 16}  # float32 sums of up to 64 000 squares
+
+
+def assert_normalised(outs: list[list[Tensor]], inputs: list[RmsInputs]) -> None:
+    for rank, (mine, one) in enumerate(zip(outs, inputs, strict=True)):
+        for name, out, expected in zip("qk", mine, one.expected(), strict=False):
+            assert out.is_contiguous()
+            assert_close(out, expected, ulps=ULPS[out.dtype], name=f"{one.case}: {name} of rank {rank}")
+
+
+def assert_case(comms: list[Communicator], case: RmsCase, seed: int = 0) -> None:
+    """One call on all ranks: the values, and the rows as they were, V and the gaps included."""
+    inputs = case.make(len(comms), comms[0].device, seed)
+    before = [one.rows.clone() for one in inputs]
+    assert_normalised(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
+    for one, rows in zip(inputs, before, strict=True):
+        assert_bitwise_equal(one.rows, rows, f"{case}: rows")
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_norm(ranks: int, case: RmsCase, device: torch.device) -> None:
+    with virtual_ranks(ranks, device) as comms:
+        assert_case(comms, case)
+
+
+@pytest.mark.parametrize("ranks", [1, 5, 8, 16])
+def test_any_number_of_ranks(ranks: int, device: torch.device) -> None:
+    with virtual_ranks(ranks, device) as comms:
+        for case in (cases.REGULAR[4], *cases.ODD[:8], *cases.CORNER[:3]):
+            assert_case(comms, case)
+
+
+def test_tokens_change_from_call_to_call(device: torch.device) -> None:
+    """Calls without a pause, Q and K or one tensor, of another size each."""
+    rng = random.Random(0)
+    with virtual_ranks(3, device) as comms:
+        made = [
+            RmsCase(rng.choice([0, 1, 2, 33, 300]), 128, rng.choice([None, 16, 40])).make(3, device, seed)
+            for seed in range(40)
+        ]
+        outs = on_each(comms, lambda rank, comm: [inputs[rank].run(reduce_rms, comm) for inputs in made])
+        for call, inputs in enumerate(made):
+            assert_normalised([outs[rank][call] for rank in range(3)], inputs)
+
+
+def test_more_tokens_than_the_workspace_takes_at_once(device: torch.device) -> None:
+    with virtual_ranks(2, device) as comms:
+        assert_case(comms, RmsCase(90_000, 8, 8))
+        assert_case(comms, RmsCase(140_001, 8, None))
+
+
+def test_ranks_scale_by_the_same_bits(device: torch.device) -> None:
+    """Columns that all ranks hold come out alike, though each rank has the sums in another order."""
+    with virtual_ranks(4, device) as comms:
+        inputs = RmsCase(50, 512, None, torch.float32).make(4, device)
+        weight = torch.ones_like(inputs[0].wq)
+        for one in inputs:
+            one.rows[:, :16] = inputs[0].rows[:, :16]
+        outs = on_each(comms, lambda rank, comm: reduce_rms.rms_norm(inputs[rank].rows, weight, comm)[:, :16])
+        for out in outs[1:]:
+            assert_bitwise_equal(out, outs[0])
+
+
+def test_replicated_heads(device: torch.device) -> None:
+    """Two ranks that hold the same K: each copy counts, and both get the same."""
+    with virtual_ranks(2, device) as comms:
+        inputs = RmsCase(9, 64, 32, torch.float32).make(2, device)
+        inputs[1].rows[:, 64:96] = inputs[0].rows[:, 64:96]
+        wk = inputs[0].wk
+        assert wk is not None
+        outs = on_each(comms, lambda r, comm: reduce_rms.qk_norm(inputs[r].rows, inputs[r].wq, wk, comm))
+        assert_bitwise_equal(outs[0][1], outs[1][1])
+        k = inputs[0].rows[:, 64:96]
+        assert_close(outs[0][1], reference.reduce_rms.normalised(k, wk, [k], eps=1e-6), ulps=4)
+
+
+# --- upstream's operators ---------------------------------------------------------------------------------------------
+
+
+def tables(ranks: int, device: torch.device, slot_bytes: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What an engine allocates for upstream's operators; the second list keeps it alive."""
+    buffers = [torch.full((3 * slot_bytes // 4,), -0.0, device=device) for _ in range(ranks)]
+    counters = [torch.zeros(3, dtype=torch.int32, device=device) for _ in range(ranks)]
+    sizes = [torch.tensor([0, slot_bytes], device=device) for _ in range(ranks)]
+    pointers = [buffer.data_ptr() for buffer in buffers]
+    made = [
+        torch.tensor([0] * 2 * ranks + pointers + [counters[r].data_ptr(), sizes[r].data_ptr()], device=device)
+        for r in range(ranks)
+    ]
+    return made, [*buffers, *counters, *sizes]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_upstreams_operators(ranks: int, device: torch.device) -> None:
+    """Over their table, call after call, with changing tokens and widths upstream has no kernel for."""
+    ops = torch.ops.abiding
+    table, kept = tables(ranks, device, 2 << 20)
+    made = [
+        replace(case, dtype=dtype).make(ranks, device, seed)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for seed, case in enumerate(
+            (RmsCase(1, 768, 128), RmsCase(37, 768, 128), RmsCase(5, 300, 17), RmsCase(0), RmsCase(200, 64, 8))
+        )
+    ]
+
+    def calls(rank: int, _: Any) -> list[list[Tensor]]:
+        outs = []
+        for inputs in made:
+            one = inputs[rank]
+            case, wk = one.case, one.wk
+            q, k = ops.minimax_allreduce_rms_qk(
+                one.rows.contiguous(), one.wq, wk, table[rank], case.q, case.kv, rank, ranks, case.eps
+            )
+            rows = one.rows[:, : case.q].reshape(1, -1, case.q).contiguous()
+            single = ops.minimax_allreduce_rms(rows, one.wq, table[rank], rank, ranks, case.eps)
+            assert single.shape == rows.shape
+            assert_bitwise_equal(single[0], q, "the two operators")
+            outs.append([q, k])
+        return outs
+
+    with virtual_ranks(ranks, device) as comms:  # for their threads and streams alone
+        outs = on_each(comms, calls)
+    for call, inputs in enumerate(made):
+        assert_normalised([outs[rank][call] for rank in range(ranks)], inputs)
+    assert kept
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def against_the_reference(rank: int, ranks: int, device: str) -> None:
+    """The reference of the same name, which gathers everything through the group."""
+    with Communicator(device=device, timeout_s=20.0) as comm:
+        for seed, case in enumerate((cases.REGULAR[0], *cases.ODD[:8], *cases.CORNER[:4])):
+            inputs = case.make(ranks, device, seed)[rank]
+            for out, expected in zip(inputs.run(reduce_rms, comm), inputs.run(reference.reduce_rms, comm), strict=True):
+                assert_close(out, expected, ulps=ULPS[out.dtype], name=f"{case}: rank {rank}")
+        comm.check()
+
+
+def test_processes() -> None:
+    run_processes(against_the_reference, 3, 3, "cpu")
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu(cuda: torch.device) -> None:
+    run_processes(against_the_reference, 2, 2, "cuda:0", timeout_s=120)
