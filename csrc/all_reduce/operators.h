@@ -43,7 +43,8 @@ struct Operators {
     sum("all_reduce", "fa", fa, inp, out);
   }
 
-  static void all_reduce_out(const Tensor& input, const Tensor& /*state*/, int64_t comm, const Tensor& out) {
+  static void all_reduce_out(const Tensor& input, const Tensor& state, int64_t comm, const Tensor& out) {
+    Argument("all_reduce", "state", state).same_device(Argument("all_reduce", "input", input));
     sum("all_reduce", "comm", comm, input, out);
   }
 

@@ -39,15 +39,16 @@ struct Operators {
     if constexpr (Backend::kBlocking) peer::check_running(op, communicator);
   }
 
-  static Tensor reduce_rms(const Tensor& input, const Tensor& weight, const Tensor& /*state*/, int64_t comm,
-                           double eps) {
+  static Tensor reduce_rms(const Tensor& input, const Tensor& weight, const Tensor& state, int64_t comm, double eps) {
+    Argument("reduce_rms", "state", state).same_device(Argument("reduce_rms", "input", input));
     const RmsNorm call = check_rms_norm("reduce_rms", "input", input, "weight", weight, eps);
     run("reduce_rms", comm, input, call.params);
     return call.out;
   }
 
   static std::tuple<Tensor, Tensor> reduce_rms_qk(const Tensor& qkv, const Tensor& weight_q, const Tensor& weight_k,
-                                                  const Tensor& /*state*/, int64_t comm, double eps) {
+                                                  const Tensor& state, int64_t comm, double eps) {
+    Argument("reduce_rms_qk", "state", state).same_device(Argument("reduce_rms_qk", "qkv", qkv));
     const QkNorm call = check_qk_norm("reduce_rms_qk", qkv, "weight_q", weight_q, "weight_k", weight_k, eps);
     run("reduce_rms_qk", comm, qkv, call.params);
     return {call.q, call.k};

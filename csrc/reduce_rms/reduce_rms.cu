@@ -11,7 +11,7 @@ namespace {
 
 using peer::Peers;
 
-constexpr int kTableBlocks = 64;
+constexpr int kTableBlocks = 16;  // so few that those of 8 ranks fit on one GPU
 
 // The sums of squares of a token's parts, as they travel.
 template <int kParts>

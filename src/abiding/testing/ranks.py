@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import multiprocessing
+import os
 import pickle
 import sys
 import tempfile
@@ -31,6 +32,10 @@ from abiding.communicator import Communicator
 from abiding.testing.timing import Timing
 
 T = TypeVar("T")
+
+# Streams that share a hardware queue wait for each other's kernels, and virtual ranks then never meet. The driver reads
+# this when a process first uses a GPU.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 # --- processes --------------------------------------------------------------------------------------------------------
 

@@ -26,10 +26,8 @@ from abiding.testing.ranks import processes_us, run_processes, virtual_ranks, vi
 from abiding.testing.results import CaseResult
 from abiding.testing.timing import Timing
 
-GPU_RANKS = (2, 4, 8)
+GPU_RANKS = (2, 4)
 CPU_RANKS = (2, 4)
-PEER_RANKS = (2, 4)
-"""More ranks' blocks of vLLM's kernel are not resident at once on one GPU: it would spin for ever."""
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
@@ -39,7 +37,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
         peer = _Peer(settings.peer) if settings.peer else None
         for ranks in GPU_RANKS:
             for case in cases:
-                yield _on_gpu(case, ranks, peer if ranks in PEER_RANKS else None, settings)
+                yield _on_gpu(case, ranks, peer, settings)
     if "all_reduce_cpu" in settings.ops:
         for ranks in CPU_RANKS:
             everyone = run_processes(_in_process, ranks, [case.shape[0] for case in cases], timeout_s=300)
