@@ -135,18 +135,29 @@ void configure(int64_t fa, double timeout_s, int64_t max_blocks) {
   communicator.max_blocks = static_cast<int>(max_blocks);
 }
 
-std::vector<int64_t> fault(int64_t fa) {
+const peer::Header* own_header(const Communicator& communicator) {
+  return reinterpret_cast<const peer::Header*>(communicator.workspaces[communicator.rank]);
+}
+
+// {kind, op, epoch, block, rank, waited ms, found by}, or nothing. A rank that was told of a fault but has not called since
+// knows it from its workspace alone; looking there waits for a GPU's queued work.
+std::vector<int64_t> fault(int64_t fa, bool look) {
   const Communicator& communicator = find_or_fail("fault", "fa", fa);
   const peer::Fault fault = peer::fault_of(communicator);
-  if (fault == peer::Fault::kNone) return {};
   const peer::FaultRecord& record = *communicator.record;
-  return {static_cast<int64_t>(fault),
-          static_cast<int64_t>(record.op),
-          record.epoch,
-          record.block,
-          record.rank,
-          static_cast<int64_t>(record.waited_ns / 1'000'000),
-          record.found_by};
+  if (fault != peer::Fault::kNone)
+    return {static_cast<int64_t>(fault),
+            static_cast<int64_t>(record.op),
+            record.epoch,
+            record.block,
+            record.rank,
+            static_cast<int64_t>(record.waited_ns / 1'000'000),
+            record.found_by};
+  if (!look && communicator.memory != &peer::cpu_memory()) return {};
+  uint32_t poison = 0;
+  communicator.memory->read(&poison, &own_header(communicator)->poison, sizeof poison);
+  if (poison == 0) return {};
+  return {poison & 0xFF, -1, 0, 0, poison >> 8 & 0xFF, 0, poison >> 16};
 }
 
 void clear(int64_t fa) {
@@ -162,7 +173,7 @@ void probe_send(int64_t fa) {
 std::vector<int64_t> probe_missing(int64_t fa) {
   const Communicator& communicator = find_or_fail("probe_missing", "fa", fa);
   uint32_t probes[peer::kMaxRanks];
-  communicator.memory->read_probes(communicator, probes);
+  communicator.memory->read(probes, own_header(communicator)->probes, sizeof(uint32_t) * communicator.ranks);
   std::vector<int64_t> missing;
   for (int r = 0; r < communicator.ranks; ++r)
     if (probes[r] != static_cast<uint32_t>(r) + 1) missing.push_back(r);

@@ -20,8 +20,8 @@ struct Memory {
   void (*clear)(void* at, int64_t bytes);  // to zeros, done when it returns
   FaultRecord* (*new_record)();            // zeroed host memory that kernels can write
   void (*free_record)(FaultRecord*);
-  void (*send_probes)(const struct Communicator&);                    // writes rank + 1 to its place everywhere
-  void (*read_probes)(const struct Communicator&, uint32_t* probes);  // what has arrived in the own one
+  void (*send_probes)(const struct Communicator&);          // writes rank + 1 to its place everywhere
+  void (*read)(void* to, const void* from, int64_t bytes);  // from a workspace, once what is queued is done
 };
 
 struct Communicator {

@@ -69,9 +69,9 @@ void send_probes(const Communicator& communicator) {
   STD_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-void read_probes(const Communicator& communicator, uint32_t* probes) {
-  STD_CUDA_CHECK(cudaMemcpy(probes, header(communicator, communicator.rank)->probes,
-                            sizeof(uint32_t) * static_cast<size_t>(communicator.ranks), cudaMemcpyDefault));
+void read(void* to, const void* from, int64_t bytes) {
+  STD_CUDA_CHECK(cudaDeviceSynchronize());
+  STD_CUDA_CHECK(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault));
 }
 
 Communicator* (*find_communicator)(Handle) = nullptr;
@@ -81,8 +81,7 @@ Communicator* (*find_communicator)(Handle) = nullptr;
 Communicator* find(Handle handle) { return find_communicator ? find_communicator(handle) : nullptr; }
 
 const Memory* cuda_memory() {
-  static constexpr Memory memory{allocate,   open,        close,       release,    clear,
-                                 new_record, free_record, send_probes, read_probes};
+  static constexpr Memory memory{allocate, open, close, release, clear, new_record, free_record, send_probes, read};
   return &memory;
 }
 

@@ -89,15 +89,18 @@ class Link:
         if missing:
             raise RuntimeError(f"nothing has arrived from ranks {missing}")
 
-    def fault(self) -> str | None:
-        """The first fault in words."""
-        record = _raw.fault(self.handle)
+    def fault(self, *, look: bool = False) -> str | None:
+        """The first fault in words. ``look``: also for what other ranks found, which waits for a GPU's queued work."""
+        with self.current():
+            record = _raw.fault(self.handle, look)
         if not record:
             return None
         kind, op, epoch, _, rank, waited_ms, found_by = record
+        told = op < 0
+        where = "" if told else f" in epoch {epoch}, after {waited_ms / 1e3:g} s"
         return (
-            f"abiding::{_OPS[op]}: this communicator has stopped: rank {rank} {_FAULTS[kind]} "
-            f"(found by rank {found_by} in epoch {epoch}, after {waited_ms / 1e3:g} s); reset() it on every rank"
+            f"abiding::{'check' if told else _OPS[op]}: this communicator has stopped: rank {rank} {_FAULTS[kind]} "
+            f"(found by rank {found_by}{where}); reset() it on every rank"
         )
 
     def meet(self, step: Step, number: int, timeout_s: float) -> int:

@@ -248,13 +248,13 @@ class Communicator:
         return None if self._closed or self._link is None else self._link.fault() or self._interrupted
 
     def check(self) -> None:
-        """Wait for queued work, which may take up to the timeout, and raise if the communicator has stopped.
+        """Wait for queued work, which may take up to the timeout, and raise if the communicator has stopped anywhere.
 
         A call raises by itself; the replay of a CUDA graph cannot.
         """
         self._check_open("check")
         self._synchronize()
-        if fault := self.fault:
+        if self._link is not None and (fault := self._link.fault(look=True)):
             raise RuntimeError(fault)
 
     def reset(self) -> None:

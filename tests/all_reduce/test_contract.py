@@ -340,6 +340,26 @@ def test_a_rank_that_never_comes_stops_the_others(cuda: torch.device) -> None:
             assert_bitwise_equal(out, torch.full_like(out, 3.0))
 
 
+def test_a_rank_that_was_told_knows_without_a_call(device: torch.device) -> None:
+    with virtual_ranks(2, device, timeout_s=0.3) as comms:
+        x = torch.ones(1000, device=device)
+        comms[1].check()
+
+        def call_and_check() -> None:
+            comms[0].all_reduce(x)
+            comms[0].check()
+
+        with pytest.raises(RuntimeError, match="rank 1 did not send in time"):
+            call_and_check()
+        with pytest.raises(RuntimeError, match=r"rank 1 did not send in time \(found by rank 0\)"):
+            comms[1].check()
+        for comm in comms:
+            comm.reset()
+            comm.check()
+        for out in on_each(comms, lambda _, comm: comm.all_reduce(x)):
+            assert_bitwise_equal(out, torch.full_like(out, 2.0))
+
+
 @pytest.mark.gpu
 def test_two_streams_at_once_are_found_out(cuda: torch.device) -> None:
     with virtual_ranks(2, cuda, timeout_s=2.0) as comms:
