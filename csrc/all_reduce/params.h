@@ -41,4 +41,16 @@ constexpr Shape choose_shape(int64_t packs, int max_blocks) {
   return {static_cast<unsigned>(wanted < 1 ? 1 : wanted < max_blocks ? wanted : max_blocks), threads};
 }
 
+// No block gets more than its share, whatever the size of the message.
+constexpr bool shares_suffice(int ranks, int max_blocks) {
+  const int64_t share = peer::share_bytes(peer::kDirect, ranks) / 16;
+  for (int64_t packs = 1; packs <= share * max_blocks; packs += packs / 8 + 1) {
+    const int64_t blocks = choose_shape(packs, max_blocks).blocks;
+    if ((packs + blocks - 1) / blocks > share) return false;
+  }
+  return true;
+}
+static_assert(shares_suffice(2, 64) && shares_suffice(3, 64) && shares_suffice(4, 32) && shares_suffice(8, 16) &&
+              shares_suffice(peer::kMaxRanks, peer::kMaxBlocks) && shares_suffice(peer::kMaxRanks, 1));
+
 }  // namespace abiding::all_reduce

@@ -36,11 +36,6 @@ struct TableParams {
 // In such a slot each source has its own part, and in it each token one or two words.
 constexpr uint32_t kTableEmpty = 0x80000000;
 
-// Tokens that one call of the protocol can take: each block has a share of 8 bytes a token.
-constexpr int64_t capacity(int ranks, int max_blocks) {
-  return peer::share_bytes(peer::kScalars, ranks) / 8 * max_blocks;
-}
-
 // Warps to a token: a pack a thread where tokens are few, what the registers of a team can hold where they are many. And teams
 // to a block, as many as it takes to give every token one at once.
 constexpr int kMaxTeam = 16, kMaxBlockWarps = 32, kCachedPacks = 4;
@@ -55,5 +50,22 @@ constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
   const int64_t wanted = (tokens + max_blocks - 1) / max_blocks;
   return {team, static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most)};
 }
+
+// Tokens that one call of the protocol can take. A block's share has 8 bytes for each of its tokens, counted in whole rounds of
+// its teams.
+constexpr int64_t capacity(int ranks, int max_blocks) {
+  return (peer::share_bytes(peer::kScalars, ranks) / 8 - (kMaxBlockWarps - 1)) * max_blocks;
+}
+
+constexpr bool capacity_fits(int ranks) {
+  for (int64_t teams = 1; teams <= kMaxBlockWarps; ++teams) {
+    const int64_t at_once = teams * peer::kMaxBlocks;
+    const int64_t rounds = (capacity(ranks, peer::kMaxBlocks) + at_once - 1) / at_once;
+    if (rounds * teams * 8 > peer::share_bytes(peer::kScalars, ranks)) return false;
+  }
+  return true;
+}
+static_assert(capacity_fits(1) && capacity_fits(2) && capacity_fits(3) && capacity_fits(4) && capacity_fits(8) &&
+              capacity_fits(peer::kMaxRanks));
 
 }  // namespace abiding::reduce_rms
