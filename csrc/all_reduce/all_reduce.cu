@@ -116,11 +116,6 @@ __device__ __forceinline__ void for_packs(const Run& run, Body body) {
   for (int k = threadIdx.x; k < run.count; k += kBatch * blockDim.x) body(k);
 }
 
-// The rank that comes i after this one.
-__device__ __forceinline__ int after(const Peers& peers, int ranks, int i) {
-  return peers.rank + i < ranks ? peers.rank + i : peers.rank + i - ranks;
-}
-
 // Adds up packs k, k + blockDim, ... of every rank and hands each to done(u, sum). own(j) loads this rank's pack j; in(j) says
 // whether there is one.
 template <class T, int kRanks, int kBatch, class In, class Own, class Done>
@@ -203,7 +198,7 @@ __global__ void __launch_bounds__(512, 1)
   for_packs<kBatch>(run, [&](int k) {
 #pragma unroll
     for (int r = 1; r < ranks; ++r) {
-      const int to = after(peers, ranks, r);
+      const int to = peer::rank_after(peers.rank, r, ranks);
       uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank) + k;
       uint4 words[kBatch];
 #pragma unroll
@@ -231,7 +226,7 @@ __global__ void __launch_bounds__(512, 1)
   for_packs<1>(run, [&](int k) {
 #pragma unroll
     for (int r = 1; r < ranks; ++r) {
-      const int from = after(peers, ranks, r);
+      const int from = peer::rank_after(peers.rank, r, ranks);
       if (!in(from, k)) continue;
       uint4* place = turn.place<uint4>(peer::kResult, 0, from) + k;
       uint4 words = peer::load_volatile(place);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -28,6 +29,10 @@ template <class... Parts>
 template <class... Parts>
 void check(bool ok, const char* op, const Parts&... parts) {
   if (!ok) fail(op, parts...);
+}
+
+inline void check_eps(const char* op, double eps) {
+  check(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, "; expected a finite number, not negative");
 }
 
 using DType = int32_t (*)();  // one of the aoti_torch_dtype_* functions, which are the stable names of dtypes

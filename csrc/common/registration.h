@@ -79,10 +79,10 @@ struct Boxed<function> {
 
 }  // namespace abiding
 
-#define ABIDING_REGISTER(kind, ns, key, name, m)                                                             \
-  static void name(::abiding::Library&);                                                                     \
-  static const bool name##_done = ::abiding::register_once(::abiding::Library::Kind::kind, &name, #ns, key); \
-  static_assert(std::is_same_v<decltype(name##_done), const bool>);                                          \
+#define ABIDING_REGISTER(kind, ns, key, name, m)                                 \
+  static void name(::abiding::Library&);                                         \
+  [[maybe_unused]] static const bool name##_done =                               \
+      ::abiding::register_once(::abiding::Library::Kind::kind, &name, #ns, key); \
   static void name(::abiding::Library& m)
 
 // `ABIDING_SCHEMAS(abiding, group, m) { m.def("..."); }` and, for a dispatch key,

@@ -1,8 +1,6 @@
 // The contract of the group's operators: every argument is checked here, once, for both backends.
 #pragma once
 
-#include <cmath>
-
 #include "common/check.h"
 #include "mla_prologue/params.h"
 
@@ -122,10 +120,6 @@ inline Tensor allocate_out(const Tensor& q, int64_t padded_heads) {
   check(padded_heads >= q.size(1) && padded_heads < kMaxRows, kQuantInsert, "q_head_padded is ", padded_heads,
         "; expected at least the ", q.size(1), " heads of q and less than 2^31");
   return new_empty(kQuantInsert, q, {q.size(0), padded_heads, int64_t{kHeadDim}});
-}
-
-inline void check_eps(const char* op, double eps) {
-  check(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, "; expected a finite number, not negative");
 }
 
 inline PrologueParams check_quant_insert(const Tensor& q, const Tensor& kv, const Tensor& cache, const Tensor& slots,

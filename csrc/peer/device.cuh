@@ -46,6 +46,11 @@ __device__ __forceinline__ bool has_empty(const uint4& v) {
 __device__ __forceinline__ bool has_empty(const uint2& v) { return v.x == kEmpty || v.y == kEmpty; }
 __device__ __forceinline__ bool has_empty(uint32_t v) { return v == kEmpty; }
 
+// The rank that comes i after a rank, for i up to ranks: (rank + i) % ranks without a division.
+__device__ __forceinline__ int rank_after(int rank, int i, int ranks) {
+  return rank + i < ranks ? rank + i : rank + i - ranks;
+}
+
 // The head of the workspace of rank (rank + i) % ranks.
 __device__ __forceinline__ Header* header(const Peers& peers, int i) {
   return reinterpret_cast<Header*>(peers.workspaces[i]);
@@ -92,8 +97,8 @@ class Turn {
     // A second kernel on another stream would find this one's turn open. The answer is looked at last.
     if (threadIdx.x == 0) turn_ = atomicAdd(&own->turns[channel][blockIdx.x], 1u);
     epoch_ = load_volatile(&own->epochs[channel][blockIdx.x]);
-    poison_ =
-        load_volatile(&own->poison);  // looked at when a result is written: a call's own loads need not wait for it
+    // Looked at when a result is written: a call's own loads need not wait for it.
+    poison_ = load_volatile(&own->poison);
   }
 
   __device__ __forceinline__ void end() {

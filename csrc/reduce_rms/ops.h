@@ -1,8 +1,6 @@
 // The contract of the group's operators: every argument is checked here, once, for both backends.
 #pragma once
 
-#include <cmath>
-
 #include "common/check.h"
 #include "reduce_rms/params.h"
 
@@ -12,10 +10,6 @@ inline Type type_of(const Argument& argument) {
   return argument.is(aoti_torch_dtype_float32)   ? Type::kFloat32
          : argument.is(aoti_torch_dtype_float16) ? Type::kFloat16
                                                  : Type::kBfloat16;
-}
-
-inline void check_eps(const char* op, double eps) {
-  check(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, "; expected a finite number, not negative");
 }
 
 inline void check_rank(const char* op, int64_t rank, int64_t nranks) {

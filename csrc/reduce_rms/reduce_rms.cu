@@ -39,11 +39,6 @@ __device__ __forceinline__ uint2 encode(uint2 w) { return {peer::encode(w.x), pe
 __device__ __forceinline__ uint32_t flip(uint32_t w, uint32_t mask) { return w ^ mask; }
 __device__ __forceinline__ uint2 flip(uint2 w, uint32_t mask) { return {w.x ^ mask, w.y ^ mask}; }
 
-// The rank that comes i after this one.
-__device__ __forceinline__ int after(int rank, int i, int ranks) {
-  return rank + i < ranks ? rank + i : rank + i - ranks;
-}
-
 // Exchange over a communicator's workspaces.
 class WorkspaceLink {
  public:
@@ -57,7 +52,7 @@ class WorkspaceLink {
   template <class Words>
   __device__ __forceinline__ Words exchange(int lane, int index, int64_t /*token*/, Words own) {
     if (lane == 0 || lane >= peers_.ranks) return own;
-    const int from = after(peers_.rank, lane, peers_.ranks);
+    const int from = peer::rank_after(peers_.rank, lane, peers_.ranks);
     peer::store_volatile(turn_.place<Words>(peer::kScalars, lane, peers_.rank) + index, encode(own));
     Words* place = turn_.place<Words>(peer::kScalars, 0, from) + index;
     Words words = peer::load_volatile(place);
@@ -85,7 +80,7 @@ class TableLink {
   template <class Words>
   __device__ __forceinline__ Words exchange(int lane, int /*index*/, int64_t token, Words own) {
     if (lane == 0 || lane >= table_.ranks) return own;
-    const int peer = after(table_.rank, lane, table_.ranks);
+    const int peer = peer::rank_after(table_.rank, lane, table_.ranks);
     if ((token + 1) * static_cast<int64_t>(sizeof(Words)) > slot_bytes_ / table_.ranks) {
       ok_ = false;  // the table was made for fewer tokens
       return own;

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from abiding.testing.timing import Floors
+from abiding.testing.timing import Floors, Timing
 
 Param = int | float | str | bool
 Device = torch.device
@@ -31,6 +31,21 @@ class CaseResult:
     warm: bool
     floor_us: float
     peers: Mapping[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        op: str, params: Mapping[str, Param], ours: Timing, peers: Mapping[str, Timing], *, warm: bool, floor_us: float
+    ) -> CaseResult:
+        """A case as it is written to a file: times to the nanosecond."""
+        return CaseResult(
+            op=op,
+            params=params,
+            us=round(ours.us, 3),
+            spread_us=round(ours.spread_us, 3),
+            warm=warm,
+            floor_us=round(floor_us, 3),
+            peers={name: round(timing.us, 3) for name, timing in peers.items()},
+        )
 
 
 @dataclass(frozen=True)

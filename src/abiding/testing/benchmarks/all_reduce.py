@@ -23,7 +23,7 @@ from abiding.testing.benchmarks.base import Benchmark, Settings
 from abiding.testing.cases.all_reduce import PERFORMANCE, AllReduceCase
 from abiding.testing.comparison import max_ulps
 from abiding.testing.ranks import processes_us, run_processes, virtual_ranks, virtual_ranks_us
-from abiding.testing.results import CaseResult
+from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
 GPU_RANKS = (2, 4)
@@ -81,15 +81,8 @@ def _on_gpu(case: AllReduceCase, ranks: int, peer: _Peer | None, settings: Setti
 def _result(
     op: str, case: AllReduceCase, ranks: int, ours: Timing, peers: dict[str, Timing], floor_us: float
 ) -> CaseResult:
-    return CaseResult(
-        op=op,
-        params={"bytes": case.bytes, "ranks": ranks, "dtype": str(case.dtype).removeprefix("torch.")},
-        us=round(ours.us, 3),
-        spread_us=round(ours.spread_us, 3),
-        warm=True,
-        floor_us=round(floor_us, 3),
-        peers={name: round(timing.us, 3) for name, timing in peers.items()},
-    )
+    params: dict[str, Param] = {"bytes": case.bytes, "ranks": ranks, "dtype": str(case.dtype).removeprefix("torch.")}
+    return CaseResult.of(op, params, ours, peers, warm=True, floor_us=floor_us)
 
 
 def _in_process(rank: int, sizes: Sequence[int]) -> list[tuple[list[float], list[float]]]:

@@ -65,16 +65,9 @@ def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, warm: bool
     ours = call_us([operator.ours(one).run for one in inputs], device)
     peers = {}
     if peer is not None and operator.peer is not None:
-        peers["vllm"] = round(call_us([operator.peer(peer, one).run for one in inputs], device).us, 3)
-    return CaseResult(
-        op=op,
-        params=_params(op, case),
-        us=round(ours.us, 3),
-        spread_us=round(ours.spread_us, 3),
-        warm=warm,
-        floor_us=round(settings.floors.us(operator.bytes(case)), 3),
-        peers=peers,
-    )
+        peers["vllm"] = call_us([operator.peer(peer, one).run for one in inputs], device)
+    floor_us = settings.floors.us(operator.bytes(case))
+    return CaseResult.of(op, _params(op, case), ours, peers, warm=warm, floor_us=floor_us)
 
 
 def target_us(case: CaseResult) -> float | None:

@@ -19,7 +19,7 @@ from abiding.testing.benchmarks.base import Benchmark, Settings
 from abiding.testing.cases.reduce_rms import PERFORMANCE, RmsCase, RmsInputs
 from abiding.testing.comparison import max_ulps
 from abiding.testing.ranks import processes_us, run_processes, virtual_ranks, virtual_ranks_us
-from abiding.testing.results import CaseResult
+from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
 Q_COLUMNS = 6144
@@ -73,21 +73,14 @@ def _on_gpu(case: RmsCase, peer: Any, settings: Settings) -> CaseResult:
 
 
 def _result(op: str, case: RmsCase, ours: Timing, peers: dict[str, Timing], floor_us: float) -> CaseResult:
-    return CaseResult(
-        op=op,
-        params={
-            "tokens": case.tokens,
-            "ranks": _ranks(case),
-            "q": case.q,
-            "kv": case.kv or 0,
-            "dtype": str(case.dtype).removeprefix("torch."),
-        },
-        us=round(ours.us, 3),
-        spread_us=round(ours.spread_us, 3),
-        warm=True,
-        floor_us=round(floor_us, 3),
-        peers={name: round(timing.us, 3) for name, timing in peers.items()},
-    )
+    params: dict[str, Param] = {
+        "tokens": case.tokens,
+        "ranks": _ranks(case),
+        "q": case.q,
+        "kv": case.kv or 0,
+        "dtype": str(case.dtype).removeprefix("torch."),
+    }
+    return CaseResult.of(op, params, ours, peers, warm=True, floor_us=floor_us)
 
 
 def _in_process(rank: int, tokens: Sequence[int]) -> list[tuple[list[float], list[float]]]:
