@@ -29,20 +29,33 @@ inline cudaError_t supports_dependent_launch(bool* supported) {
   return status;
 }
 
+// What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster.
+struct Launch {
+  unsigned grid, block;
+  size_t shared = 0;
+  unsigned cluster = 1;
+};
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
                    const Arguments&... arguments) {
   bool dependent = false;
   if (const cudaError_t status = supports_dependent_launch(&dependent); status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.attrs = attributes;
+  if (dependent) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (how.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {how.cluster, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

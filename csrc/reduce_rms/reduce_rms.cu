@@ -328,7 +328,7 @@ cudaError_t launch_parts(const Link& link, const ReduceRmsParams& p, int max_blo
   const int64_t blocks = (p.tokens + shape.teams - 1) / shape.teams;
   const auto grid = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
   const auto threads = static_cast<unsigned>(32 * shape.team * shape.teams);
-  const auto run = [&](auto kernel) { return launch(kernel, grid, threads, stream, link, p); };
+  const auto run = [&](auto kernel) { return launch(kernel, Launch{grid, threads}, stream, link, p); };
   switch (shape.team) {
     case 1: return run(kernel_for<T, kVector, kParts, 1>(link));
     case 2: return run(kernel_for<T, kVector, kParts, 2>(link));

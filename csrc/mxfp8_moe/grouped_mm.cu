@@ -1,0 +1,142 @@
+// The grouped product: which kernel a device gets, and the one for devices that are not Hopper. There a block multiplies
+// 64 tokens with 64 weight rows; both pass through shared memory as bf16, 32 of K at a time.
+#include "common/half.cuh"
+#include "common/launch.cuh"
+#include "mxfp8_moe/dequantize.cuh"
+#include "mxfp8_moe/kernels.h"
+#include "mxfp8_moe/tiles.cuh"
+
+namespace abiding::mxfp8_moe {
+namespace {
+
+constexpr int kThreads = 128, kTokens = 64, kRows = 64;
+constexpr int kPitch = kBlock + 8;  // elements: rows of 80 bytes, so that neighbours use other banks
+
+// A thread's 16 elements of each operand, on their way to shared memory.
+struct Staged {
+  uint4 tokens[2], weights;
+  uint32_t code;
+};
+
+__device__ __forceinline__ void multiply_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ uint32_t load_pair(const __nv_bfloat16* at) {
+  return *reinterpret_cast<const uint32_t*>(at);
+}
+
+__device__ __forceinline__ void store_value(const GroupedMmParams& p, int64_t at, float value) {
+  switch (p.out_type) {
+    case Real::kBfloat16: static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(value); break;
+    case Real::kFloat16: static_cast<__half*>(p.out)[at] = __float2half_rn(value); break;
+    case Real::kFloat32: static_cast<float*>(p.out)[at] = value; break;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) grouped_mm_kernel(GroupedMmParams p) {
+  extern __shared__ int memory[];
+  __shared__ __align__(16) __nv_bfloat16 tokens[kTokens][kPitch], weights[kRows][kPitch];
+  TileTable table(memory, p.groups.count);
+  wait_for_earlier_grids();
+  launch_dependents();
+  table.build<kThreads>(p.groups, kTokens);
+  const int row_tiles = static_cast<int>((p.n + kRows - 1) / kRows);
+  const int64_t columns = scale_columns(p.k), expert_scales = round_up(p.n, kTileRows) * columns;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int row = thread / 2, half = thread % 2;  // what this thread brings: 16 elements of one row of each operand
+
+  const int64_t tiles = int64_t{table.first[p.groups.count]} * row_tiles;
+  for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
+    const int token_tile = static_cast<int>(i / row_tiles), expert = table.find(token_tile);
+    const int first_token = (token_tile - table.first[expert]) * kTokens;
+    const int64_t first_row = i % row_tiles * kRows;
+    const bool has_token = first_token + row < table.rows[expert], has_row = first_row + row < p.n;
+    const auto* a = static_cast<const __nv_bfloat16*>(p.a) +
+                    (int64_t{table.begin[expert]} + first_token + row) * p.a_stride + half * 16;
+    const uint8_t* w = p.weight + expert * p.weight_expert_stride + (first_row + row) * p.weight_stride + half * 16;
+    const uint8_t* scales = p.weight_scales + expert * expert_scales;
+    const auto bring = [&](int64_t block) {
+      Staged s{};
+      if (has_token) {
+        s.tokens[0] = reinterpret_cast<const uint4*>(a + block * kBlock)[0];
+        s.tokens[1] = reinterpret_cast<const uint4*>(a + block * kBlock)[1];
+      }
+      if (has_row) {
+        s.weights = *reinterpret_cast<const uint4*>(w + block * kBlock);
+        s.code = scales[scale_at(first_row + row, block, columns)];
+      }
+      return s;
+    };
+
+    float d[8][4] = {};  // the warp's 16 tokens x 64 weight rows
+    Staged next = bring(0);
+    for (int64_t block = 0; block < p.k / kBlock; ++block) {
+      const Staged now = next;
+      if (block + 1 < p.k / kBlock) next = bring(block + 1);
+      __syncthreads();
+      auto* to = reinterpret_cast<uint4*>(&tokens[row][half * 16]);
+      to[0] = now.tokens[0];
+      to[1] = now.tokens[1];
+      auto* bf16 = reinterpret_cast<uint32_t*>(&weights[row][half * 16]);
+      const uint32_t words[4] = {now.weights.x, now.weights.y, now.weights.z, now.weights.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        bf16[2 * j] = dequantize_pair(words[j], now.code);
+        bf16[2 * j + 1] = dequantize_pair(words[j] >> 16, now.code);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kBlock; k += 16) {
+        const int column = k + lane % 4 * 2, from = warp * 16 + lane / 4;
+        const uint32_t a_words[4] = {load_pair(&tokens[from][column]), load_pair(&tokens[from + 8][column]),
+                                     load_pair(&tokens[from][column + 8]), load_pair(&tokens[from + 8][column + 8])};
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const __nv_bfloat16* b = &weights[n * 8 + lane / 4][column];
+          const uint32_t b_words[2] = {load_pair(b), load_pair(b + 8)};
+          multiply_16(d[n], a_words, b_words);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = first_token + warp * 16 + lane / 4 + j / 2 * 8;
+        const int64_t column = first_row + n * 8 + lane % 4 * 2 + j % 2;
+        if (token < table.rows[expert] && column < p.n)
+          store_value(p, (int64_t{table.begin[expert]} + token) * p.out_stride + column, d[n][j]);
+      }
+  }
+}
+
+cudaError_t grouped_mm_portable(const GroupedMmParams& p, int multiprocessors, cudaStream_t stream) {
+  const Launch how{static_cast<unsigned>(multiprocessors) * 8, kThreads, TileTable::bytes(p.groups.count)};
+  return launch(grouped_mm_kernel, how, stream, p);
+}
+
+// ABIDING_PORTABLE=1 keeps Hopper from its own kernel, for comparisons.
+bool portable_only() {
+  const char* value = std::getenv("ABIDING_PORTABLE");
+  return value && std::strcmp(value, "1") == 0;
+}
+
+}  // namespace
+
+cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream) {
+  int device = 0, major = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  return major == 9 && !portable_only() ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
+}
+
+}  // namespace abiding::mxfp8_moe

@@ -1,0 +1,566 @@
+// The grouped product on Hopper. Weights are what a warpgroup multiplies from registers: it reads their bytes from shared
+// memory, makes bf16 of them with their scales in it, and multiplies tokens, which stay in shared memory. So a tile is 128
+// weight rows x N tokens, N as wide as the tokens of an expert ask for.
+//
+// A block is three warpgroups: one copies tiles, two own 64 weight rows each. It takes tiles until none is left.
+#include "common/half.cuh"
+#include "common/hopper.cuh"
+#include "common/launch.cuh"
+#include "mxfp8_moe/dequantize.cuh"
+#include "mxfp8_moe/kernels.h"
+#include "mxfp8_moe/tiles.cuh"
+#include "mxfp8_moe/wgmma.cuh"
+
+namespace abiding::mxfp8_moe {
+namespace {
+
+using namespace hopper;
+
+constexpr int kBoxTokens = 16;  // tokens are copied 16 at a time; N is a multiple
+
+// kPairs: two blocks of a cluster take neighbouring weight rows and copy half of the tokens each, to both.
+// kSplit: the blocks of a cluster take parts of K, and add up in their order.
+enum class Cluster { kAlone, kPairs, kSplit };
+
+// K is copied kDepth at a time, and multiplied in two halves of that.
+template <int kConsumers_, int kTokens_, int kDepth_, int kStages_, Cluster kCluster_>
+struct Config {
+  static constexpr int kConsumers = kConsumers_, kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
+  static constexpr int kRows = 64 * kConsumers;  // weight rows of a tile
+  static_assert(kRows % kTileRows == 0);
+  // What the block starts with is shared out again.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : kTokens_ == 16 ? 64 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kTokens_ == 16 ? 104 : 112;
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kRegisters);
+  static constexpr int kTokens = kTokens_, kDepth = kDepth_, kStages = kStages_;
+  static constexpr Cluster kCluster = kCluster_;
+  static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
+  static constexpr uint32_t kWeightBytes = kRows * kDepth, kTokenBytes = kTokens * 128;
+  static constexpr uint32_t kScaleBytes = kRows / kTileRows * kTileBytes;
+  static constexpr uint32_t kStageBytes = kWeightBytes + kDepth / 64 * kTokenBytes;
+  static constexpr int kExchanges = kCluster == Cluster::kSplit ? 2 : 0;
+  static constexpr uint32_t kExchangeBytes = kRows * kTokens * 4;
+  static constexpr uint32_t kStagingBytes = kCluster == Cluster::kSplit ? 0 : kBoxTokens * 80;  // a warp's
+};
+
+// Shared memory, from a 1024-byte boundary.
+template <class C>
+struct Layout {
+  static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
+  static constexpr uint32_t kExchange = kScales + C::kStages * C::kScaleBytes;
+  static constexpr uint32_t kStaging = kExchange + C::kExchanges * C::kExchangeBytes;
+  static constexpr uint32_t kBarriers = kStaging + C::kConsumerThreads / 32 * C::kStagingBytes;
+  static constexpr uint32_t kTable = kBarriers + (2 * C::kStages + 2) * 8;
+  static uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
+};
+
+struct Arguments {
+  GroupedMmParams p;
+  int64_t scale_columns, scale_expert_bytes;
+  int row_tiles;   // weight tiles of an expert that a cluster goes through
+  int splits;      // blocks that share K
+  int split_depth; // how many kDepth of it each has
+  int depth;       // how many there are
+  int blocks;      // of 32 in K
+  uint64_t policy_w, policy_t;
+};
+
+// A tile: some weight rows of an expert, and some of its tokens. These are cut into equal widths.
+struct Tile {
+  int expert, row_tile, begin;
+  int tokens;  // that exist, at most `width`
+  int width;
+
+  // All lanes of a warp. Tiles of the same weight rows come one after the other.
+  static __device__ __forceinline__ Tile find(const TileTable& table, int index, int row_tiles) {
+    const int expert = table.find(index / row_tiles);
+    const int local = index - table.first[expert] * row_tiles, all = table.first[expert + 1] - table.first[expert];
+    const int row_tile = local / all, token_tile = local - row_tile * all, tokens = table.rows[expert];
+    const int width = ((tokens + all - 1) / all + kBoxTokens - 1) / kBoxTokens * kBoxTokens;
+    return {expert, row_tile, table.begin[expert] + token_tile * width, min(tokens - token_tile * width, width), width};
+  }
+};
+
+// Where a pipeline stands.
+template <int kStages>
+struct Position {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// --- weights from bytes to bf16 -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t load_pair(uint32_t address) {
+  uint16_t pair;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(address));
+  return pair;
+}
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+// The codes of 128 of K for a thread's two rows, lane / 4 and 8 further.
+struct Codes {
+  uint32_t row, row8;
+  // A code beyond 3..134 is among them: then the product with an e4m3 magnitude is not one multiplication.
+  bool unusual;
+
+  __device__ __forceinline__ explicit Codes(uint32_t address)
+      : row(load_word(address)),
+        row8(load_word(address + 128)),
+        unusual(((beyond(row) | beyond(row8)) & 0x80808080) != 0) {}
+  // In bit 7 of each byte.
+  static __device__ __forceinline__ uint32_t beyond(uint32_t codes) {
+    const uint32_t high = (codes & 0x7F7F7F7F) + 0x79797979, low = (codes | 0x80808080) - 0x03030303;
+    return (codes & high) | (~codes & ~low);
+  }
+  static __device__ __forceinline__ uint32_t at(uint32_t codes, int i) { return __byte_perm(codes, 0, 0x4440 + i); }
+  // 2^(code - 127) and the 2^120 that e4m3 bits lack as bf16, twice.
+  static __device__ __forceinline__ uint32_t scale(uint32_t code) { return code * 0x00800080 + 0x3C003C00; }
+};
+
+// 64 weight rows x 16 * kSteps of K as wgmma takes them: a thread has two rows, and of every 16 of K the pairs 2c and 2c + 8
+// for c = lane % 4. `address` is that of its first pair if K began at 0: 16 of K are a chunk, whose number the row's swizzle is
+// added to by XOR. kPitch bytes lie from row to row; `code` is the place of the first code, `blocks` of 32 are left in K.
+template <int kPitch, int kSteps>
+__device__ __forceinline__ void load_weights(uint32_t (&f)[4 * kSteps], uint32_t address, int first_chunk,
+                                             const Codes& codes, int code, int blocks) {
+  uint32_t positive = 0, negative = 0;  // the largest magnitudes
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t at = address ^ (first_chunk + step) * 16;
+    const uint32_t scale = Codes::scale(Codes::at(codes.row, code + step / 2));
+    const uint32_t scale8 = Codes::scale(Codes::at(codes.row8, code + step / 2));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // A byte to each half, four bits up: its magnitude is a bf16 2^120 too small, and its sign belongs four bits higher.
+      // Multiplications do the shifts, since the pipe of logical operations is what fills up.
+      const uint32_t spread = __byte_perm(load_pair(at + i % 2 * 8 * kPitch + i / 2 * 8), 0, 0x4140);
+      const uint32_t value = spread * 16 + (spread & 0x00800080) * 0xF0;
+      positive = __vmaxs2(positive, value);
+      negative = __vmaxu2(negative, value);
+      f[4 * step + i] = multiply(value, i % 2 ? scale8 : scale);
+    }
+  }
+  // NaN is the largest magnitude, 0x7F0 here: one more carries into bit 11.
+  const bool has_nan = (((positive + 0x00100010) | (negative + 0x00100010)) & 0x08000800) != 0;
+  if (__any_sync(~0u, has_nan || codes.unusual)) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // Behind K the weights are zeros, whatever the scales are.
+        const uint32_t own = step / 2 < blocks ? Codes::at(i % 2 ? codes.row8 : codes.row, code + step / 2) : 127;
+        f[4 * step + i] = dequantize_pair(load_pair((address ^ (first_chunk + step) * 16) + i % 2 * 8 * kPitch + i / 2 * 8), own);
+      }
+  }
+}
+
+// --- results ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float a, float b) {
+  const typename Pair<T>::type pair = Pair<T>::round(a, b);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
+}
+
+// A warp's 16 weight rows x 16 tokens, from fragments to 16-byte pieces of token rows by way of its staging memory.
+template <class T>
+__device__ __forceinline__ void store_block(const float* d, uint32_t staging, T* out, int64_t out_stride, int tokens) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t row = staging + (lane / 16 * 8 + lane % 8) * 48 + lane / 8 % 2 * 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                 "r"(round_pair<T>(d[0], d[1])), "r"(round_pair<T>(d[2], d[3])), "r"(round_pair<T>(d[4], d[5])),
+                 "r"(round_pair<T>(d[6], d[7]))
+                 : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t at = staging + (i / 4 * 8 + lane % 4 * 2 + i % 2) * 80 + (lane / 4 + i / 2 % 2 * 8) * 4;
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(d[i]) : "memory");
+    }
+  }
+  __syncwarp();
+  constexpr int kPieces = sizeof(T) == 2 ? 2 : 4, kPitch = sizeof(T) == 2 ? 48 : 80;
+#pragma unroll
+  for (int i = 0; i < kPieces / 2; ++i) {
+    const int token = (i * 32 + lane) / kPieces, piece = lane % kPieces;
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(staging + token * kPitch + piece * 16));
+    if (token < tokens) reinterpret_cast<uint4*>(out + token * out_stride)[piece] = v;
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_tile(const float (&d)[N / 2], uint32_t staging, const GroupedMmParams& p,
+                                           const Tile& tile, int64_t row) {
+  if (row >= p.n) return;  // 16 rows are inside or outside together
+  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(tile.begin) * p.out_stride + row;
+#pragma unroll
+  for (int block = 0; block < N / 16; ++block)
+    if (block * 16 < tile.tokens)
+      store_block<T>(d + 8 * block, staging, out + block * 16 * p.out_stride, p.out_stride, tile.tokens - block * 16);
+}
+
+// --- the kernel ---------------------------------------------------------------------------------------------------------
+
+template <class C>
+struct Block {
+  const Arguments& a;
+  const CUtensorMap *weights, *tokens;
+  uint32_t base;  // of shared memory
+  const TileTable& table;
+
+  __device__ uint32_t weight_at(int stage) const { return base + stage * C::kStageBytes; }
+  __device__ uint32_t token_at(int stage) const { return base + stage * C::kStageBytes + C::kWeightBytes; }
+  __device__ uint32_t scale_at(int stage) const { return base + Layout<C>::kScales + stage * C::kScaleBytes; }
+  __device__ uint32_t full(int stage) const { return base + Layout<C>::kBarriers + stage * 8; }
+  __device__ uint32_t empty(int stage) const { return full(C::kStages + stage); }
+  __device__ uint32_t exchanged(int i) const { return full(2 * C::kStages + i); }
+  __device__ uint32_t exchange_at(int i) const { return base + Layout<C>::kExchange + i * C::kExchangeBytes; }
+
+  // Clusters go through the tiles in turn.
+  __device__ int first_tile() const { return C::kCluster == Cluster::kAlone ? blockIdx.x : blockIdx.x / cluster_size(); }
+  __device__ int tile_step() const { return C::kCluster == Cluster::kAlone ? gridDim.x : gridDim.x / cluster_size(); }
+  __device__ int cluster_size() const { return C::kCluster == Cluster::kPairs ? 2 : a.splits; }
+  __device__ int tile_count() const { return table.first[a.p.groups.count] * a.row_tiles; }
+
+  struct Work {
+    Tile tile;
+    int row_tile, first, count;  // of kDepth of K
+  };
+  __device__ __forceinline__ Work work(int index, uint32_t rank) const {
+    Work w;
+    w.tile = Tile::find(table, index, a.row_tiles);
+    w.row_tile = C::kCluster == Cluster::kPairs ? 2 * w.tile.row_tile + rank : w.tile.row_tile;
+    w.first = C::kCluster == Cluster::kSplit ? a.split_depth * rank : 0;
+    w.count = C::kCluster == Cluster::kSplit ? max(0, min(a.split_depth, a.depth - w.first)) : a.depth;
+    return w;
+  }
+
+  // One warp.
+  __device__ __forceinline__ void produce(uint32_t rank) const {
+    const bool leader = threadIdx.x % 32 == 0;
+    Position<C::kStages> at;
+    for (int index = first_tile(); index < tile_count(); index += tile_step()) {
+      const Work w = work(index, rank);
+      // Behind the last weight row, scales are read that exist: a pair's second block may have none of its own.
+      const int first_row = w.row_tile * C::kRows;
+      const uint8_t* scales = a.p.weight_scales + w.tile.expert * a.scale_expert_bytes +
+                              (first_row < a.p.n ? first_row * a.scale_columns : 0);
+      const int64_t scale_step = first_row + kTileRows < a.p.n ? kTileRows * a.scale_columns : 0;
+      const int boxes = w.tile.width / kBoxTokens;
+      const uint32_t bytes = C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128;
+      for (int k = w.first * C::kDepth; k < (w.first + w.count) * C::kDepth; k += C::kDepth) {
+        wait(empty(at.stage), at.parity ^ 1);
+        if (leader) {
+          const uint32_t barrier = full(at.stage);
+          arrive_expecting(barrier, bytes);
+          copy_3d(weight_at(at.stage), weights, k, first_row, w.tile.expert, barrier, a.policy_w);
+          for (int i = 0; i < C::kRows / kTileRows; ++i)
+            copy_bytes(scale_at(at.stage) + i * kTileBytes, scales + i * scale_step + k / 128 * kTileBytes, kTileBytes,
+                       barrier, a.policy_w);
+          for (int i = 0; i < C::kDepth / 64; ++i) {
+            const uint32_t to = token_at(at.stage) + i * C::kTokenBytes;
+            if constexpr (C::kCluster == Cluster::kPairs) {
+              for (int box = rank; box < boxes; box += 2)
+                copy_2d_multicast(to + box * kBoxTokens * 128, tokens, k + i * 64,
+                                  w.tile.begin + box * kBoxTokens, barrier, 3, a.policy_t);
+            } else {
+              for (int box = 0; box < boxes; ++box)
+                copy_2d(to + box * kBoxTokens * 128, tokens, k + i * 64, w.tile.begin + box * kBoxTokens, barrier,
+                        a.policy_t);
+            }
+          }
+        }
+        at.advance();
+      }
+    }
+    // Until all copies have landed and all arrivals have come, this block's memory must stay.
+    for (int i = 0; i < C::kStages; ++i, at.advance()) wait(empty(at.stage), at.parity ^ 1);
+  }
+
+  __device__ __forceinline__ void release(int stage, uint32_t rank) const {
+    if (threadIdx.x % 32 != 0) return;
+    if constexpr (C::kCluster == Cluster::kPairs) {
+      arrive_remote(in_block(empty(stage), rank));
+      arrive_remote(in_block(empty(stage), rank ^ 1));
+    } else {
+      arrive(empty(stage));
+    }
+  }
+
+  // Adds the product of half a stage.
+  template <int N>
+  __device__ __forceinline__ void multiply_half(float (&d)[N / 2], const uint32_t (&f)[4 * C::kSteps], int stage, int half,
+                                                bool first) const {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) {
+      const int k = (half * C::kSteps + step) * 16;
+      const uint64_t tile = swizzled_tile(token_at(stage) + k / 64 * C::kTokenBytes) + k % 64 * 2 / 16;
+      Wgmma<N>::run(d, f + 4 * step, tile, !(first && step == 0));
+    }
+    wgmma_commit();
+  }
+
+  // The sums of this thread's weight rows and N tokens over the block's part of K.
+  template <int N>
+  __device__ __forceinline__ void sum(float (&d)[N / 2], const Work& w, Position<C::kStages>& at, uint32_t rank) const {
+    constexpr int kPitch = C::kDepth;
+    const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+    const int swizzle = kPitch == 128 ? row % 8 : row / 2 % 4;
+    const uint32_t offset = row * kPitch + swizzle * 16 + lane % 4 * 2;
+    const uint32_t code_offset = row / kTileRows * kTileBytes + row % 32 * 16 + row % kTileRows / 32 * 4;
+
+    const auto load = [&](uint32_t(&f)[4 * C::kSteps], const Codes& codes, int stage, int index, int half) {
+      const int block = (index * C::kDepth + half * C::kDepth / 2) / kBlock;
+      load_weights<kPitch, C::kSteps>(f, weight_at(stage) + offset, half * C::kSteps, codes, block % 4, a.blocks - block);
+    };
+
+    if (w.count == 0) {
+#pragma unroll
+      for (float& value : d) value = 0;
+      return;
+    }
+    uint32_t even[4 * C::kSteps], odd[4 * C::kSteps];
+    wait(full(at.stage), at.parity);
+    Codes codes(scale_at(at.stage) + code_offset);
+    load(even, codes, at.stage, w.first, 0);
+    for (int i = 0; i < w.count; ++i) {
+      // While the tensor cores work on one half, the weights of the next are made. They stand under conditions, of which the
+      // first is always true, since ptxas would otherwise mix them into the multiplications before and behind.
+      multiply_half<N>(d, even, at.stage, 0, i == 0);
+      if (a.blocks > 0) load(odd, codes, at.stage, w.first + i, 1);
+      wgmma_wait<0>();
+      multiply_half<N>(d, odd, at.stage, 1, false);
+      const int stage = at.stage;
+      at.advance();
+      if (i + 1 < w.count) {
+        wait(full(at.stage), at.parity);
+        codes = Codes(scale_at(at.stage) + code_offset);
+        load(even, codes, at.stage, w.first + i + 1, 0);
+      }
+      wgmma_wait<0>();
+      release(stage, rank);
+    }
+  }
+
+  // Each block of the cluster adds up a part of the sums: those of all blocks, in their order.
+  template <int N>
+  __device__ __forceinline__ void add_parts(float (&d)[N / 2], uint32_t rank, int turn) const {
+    const int thread = threadIdx.x, share = N / 2 / a.splits;
+    const uint32_t buffer = exchange_at(turn % 2);
+    if (thread == 0) arrive_expecting(exchanged(turn % 2), a.splits * share * C::kConsumerThreads * 4);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const uint32_t at = buffer + ((rank * share + i % share) * C::kConsumerThreads + thread) * 4;
+      send(in_block(at, i / share), d[i], in_block(exchanged(turn % 2), i / share));
+    }
+    wait(exchanged(turn % 2), turn / 2 % 2);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if (i / share != static_cast<int>(rank)) continue;
+      float total = 0;
+      for (int block = 0; block < a.splits; ++block) {
+        float part;
+        asm volatile("ld.shared.f32 %0, [%1];"
+                     : "=f"(part)
+                     : "r"(buffer + ((block * share + i % share) * C::kConsumerThreads + thread) * 4));
+        total = block == 0 ? part : total + part;
+      }
+      d[i] = total;
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void store_part(const float (&d)[N / 2], const Tile& tile, int64_t row0, uint32_t rank) const {
+    const int share = N / 2 / a.splits, lane = threadIdx.x % 32;
+    if (row0 >= a.p.n) return;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if (i / share != static_cast<int>(rank)) continue;
+      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (token >= tile.tokens) continue;
+      const int64_t at = (tile.begin + token) * a.p.out_stride + row0 + lane / 4 + i / 2 % 2 * 8;
+      if (a.p.out_type == Real::kBfloat16) static_cast<__nv_bfloat16*>(a.p.out)[at] = __float2bfloat16_rn(d[i]);
+      if (a.p.out_type == Real::kFloat16) static_cast<__half*>(a.p.out)[at] = __float2half_rn(d[i]);
+      if (a.p.out_type == Real::kFloat32) static_cast<float*>(a.p.out)[at] = d[i];
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void consume_tile(const Work& w, Position<C::kStages>& at, uint32_t rank, int turn) const {
+    float d[N / 2];
+    sum<N>(d, w, at, rank);
+    const int warp = threadIdx.x / 32;
+    const int64_t row = int64_t{w.row_tile} * C::kRows + warp * 16;
+    if constexpr (C::kCluster == Cluster::kSplit) {
+      if (a.splits > 1) add_parts<N>(d, rank, turn);
+      store_part<N>(d, w.tile, row, rank);
+    } else {
+      const uint32_t staging = base + Layout<C>::kStaging + warp * C::kStagingBytes;
+      switch (a.p.out_type) {
+        case Real::kBfloat16: return store_tile<__nv_bfloat16, N>(d, staging, a.p, w.tile, row);
+        case Real::kFloat16: return store_tile<__half, N>(d, staging, a.p, w.tile, row);
+        case Real::kFloat32: return store_tile<float, N>(d, staging, a.p, w.tile, row);
+      }
+    }
+  }
+
+  // The variant for a tile's width.
+  template <int N>
+  __device__ __forceinline__ void consume_width(const Work& w, Position<C::kStages>& at, uint32_t rank, int turn) const {
+    constexpr int kNarrower = N > 64 ? N - 32 : N - 16;
+    if constexpr (kNarrower >= 16)
+      if (w.tile.width <= kNarrower) return consume_width<kNarrower>(w, at, rank, turn);
+    consume_tile<N>(w, at, rank, turn);
+  }
+
+  __device__ __forceinline__ void consume(uint32_t rank) const {
+    Position<C::kStages> at;
+    int turn = 0;
+    for (int index = first_tile(); index < tile_count(); index += tile_step(), ++turn) {
+      const Work w = work(index, rank);
+      consume_width<C::kTokens>(w, at, rank, turn);
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    grouped_mm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap weights,
+                      const __grid_constant__ CUtensorMap tokens) {
+  extern __shared__ uint8_t dynamic[];
+  uint8_t* memory = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
+  TileTable table(memory + Layout<C>::kTable, a.p.groups.count);
+  const Block<C> block{a, &weights, &tokens, shared_address(memory), table};
+  const uint32_t rank = C::kCluster == Cluster::kAlone ? 0 : cluster_rank();
+  if (threadIdx.x == 0) {
+    prefetch_map(&weights);
+    prefetch_map(&tokens);
+    for (int i = 0; i < C::kStages; ++i) {
+      barrier_init(block.full(i), 1);
+      barrier_init(block.empty(i), C::kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
+    }
+    for (int i = 0; i < C::kExchanges; ++i) barrier_init(block.exchanged(i), 1);
+    barrier_init_done();
+  }
+  wait_for_earlier_grids();
+  table.build<C::kThreads>(a.p.groups, C::kTokens);
+  if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
+  launch_dependents();
+  if (threadIdx.x >= C::kConsumerThreads) {
+    release_registers<C::kProducerRegisters>();
+    if (threadIdx.x < C::kConsumerThreads + 32) block.produce(rank);
+    if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
+  } else {
+    take_registers<C::kConsumerRegisters>();
+    block.consume(rank);
+    if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
+  }
+}
+
+using Few = Config<4, 16, 128, 4, Cluster::kSplit>;
+using Some = Config<4, 48, 128, 4, Cluster::kAlone>;
+using Many = Config<2, 256, 64, 5, Cluster::kPairs>;
+
+template <class C>
+cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
+  CUtensorMap weights, tokens;
+  const cuuint64_t weight_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.n),
+                                     static_cast<cuuint64_t>(p.groups.count)};
+  const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
+                                       static_cast<cuuint64_t>(p.weight_expert_stride)};
+  const cuuint32_t weight_box[] = {C::kDepth, C::kRows, 1};
+  cudaError_t status =
+      make_map(&weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides, weight_box,
+               C::kDepth == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  if (status != cudaSuccess) return status;
+  const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
+  const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * 2};
+  const cuuint32_t token_box[] = {64, kBoxTokens};
+  status = make_map(&tokens, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a, token_sizes, token_strides, token_box,
+                    CU_TENSOR_MAP_SWIZZLE_128B);
+  if (status != cudaSuccess) return status;
+
+  Arguments a{};
+  a.p = p;
+  a.scale_columns = scale_columns(p.k);
+  a.scale_expert_bytes = round_up(p.n, kTileRows) * a.scale_columns;
+  const int64_t tiles = (p.n + C::kRows - 1) / C::kRows;
+  a.row_tiles = static_cast<int>(C::kCluster == Cluster::kPairs ? (tiles + 1) / 2 : tiles);
+  a.depth = static_cast<int>((p.k + C::kDepth - 1) / C::kDepth);
+  a.blocks = static_cast<int>(p.k / kBlock);
+  a.splits = splits;
+  const auto pol=[](const char* n){const char* v=getenv(n); int i=v?atoi(v):0; return i==0?kEvictNormal:i==1?kEvictFirst:kEvictLast;};
+  a.policy_w=pol("AB_W"); a.policy_t=pol("AB_T");
+  a.split_depth = (a.depth + splits - 1) / splits;
+
+  const unsigned cluster = C::kCluster == Cluster::kPairs ? 2 : C::kCluster == Cluster::kSplit ? splits : 1;
+  const uint32_t bytes = Layout<C>::bytes(p.groups.count);
+  int device = 0, multiprocessors = 0;
+  status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes));
+  if (status != cudaSuccess) return status;
+
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(multiprocessors) / cluster * cluster;
+  config.blockDim = C::kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = multiprocessors;
+  if (cluster > 1) status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
+  if (status != cudaSuccess) return status;
+  return abiding::launch(grouped_mm_kernel<C>,
+                         Launch{static_cast<unsigned>(clusters) * cluster, C::kThreads, bytes, cluster}, stream, a, weights,
+                         tokens);
+}
+
+// Parts of K, so that few tiles keep many multiprocessors busy. From the shapes alone, never from the device's numbers.
+int choose_splits(const GroupedMmParams& p) {
+  const int64_t experts = p.groups.rows < p.groups.count ? p.groups.rows : p.groups.count;
+  const int64_t tiles = experts * ((p.n + Few::kRows - 1) / Few::kRows);
+  int splits = 1;
+  while (splits < 8 && tiles * splits < 96 && p.k / (2 * splits) >= 512) splits *= 2;
+  return splits;
+}
+
+}  // namespace
+
+cudaError_t grouped_mm_sm90(const GroupedMmParams& p, cudaStream_t stream) {
+  const int64_t experts = p.groups.rows < p.groups.count ? p.groups.rows : p.groups.count;
+  int64_t average = p.groups.rows / experts;
+  if (const char* v=getenv("AB_CFG")) average = atoi(v);
+  if (average <= 4) return start<Few>(p, choose_splits(p), stream);
+  if (average <= 40) return start<Some>(p, 1, stream);
+  return start<Many>(p, 1, stream);
+}
+
+}  // namespace abiding::mxfp8_moe

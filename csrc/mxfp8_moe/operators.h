@@ -1,0 +1,87 @@
+// The group's operators over a backend: check, look at index values if asked to, launch. Both backends register these.
+#pragma once
+
+#include "common/registration.h"
+#include "mxfp8_moe/ops.h"
+
+namespace abiding::mxfp8_moe {
+
+// Backend(tensor) makes the tensor's device current and has find_bad(rule) and a function for each struct of params.h.
+template <class Backend>
+struct Operators {
+  static void run(const char* op, const Tensor& input, const QuantizeParams& p) {
+    const Backend backend(input);
+    check_index_values(op, backend, {offset_rule(p.groups), scale_offset_rule(p.groups, p.scale_rows)});
+    backend.quantize(p);
+  }
+
+  static void run(const char* op, const Tensor& a, GroupedMm mm) {
+    const Backend backend(a);
+    check_index_values(
+        op, backend, {offset_rule(mm.product.groups), scale_offset_rule(mm.product.groups, mm.dequantize.scale_rows)});
+    if (mm.product.groups.rows == 0) return;
+    if (!mm.quantized) return backend.grouped_mm(mm.product);
+    const Tensor rows = new_empty(op, a, {a.size(0), 2 * a.size(1)});  // bf16, in bytes
+    mm.dequantize.out = rows.mutable_data_ptr();
+    mm.product.a = rows.const_data_ptr();
+    mm.product.a_stride = mm.dequantize.out_stride;
+    backend.dequantize(mm.dequantize);
+    backend.grouped_mm(mm.product);
+  }
+
+  static void experts_quant(const Tensor& input, const Tensor& problem_sizes, const Tensor& expert_offsets,
+                            const Tensor& blockscale_offsets, const Tensor& quant_output, const Tensor& scale_factor) {
+    run(kExpertsQuant, input,
+        check_experts_quant(input, problem_sizes, expert_offsets, blockscale_offsets, quant_output, scale_factor));
+  }
+
+  static void raw_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& sfa, const Tensor& sfb, const Tensor& out,
+                             const Tensor& problem_sizes, const Tensor& expert_offsets,
+                             const Tensor& blockscale_offsets) {
+    run(kRawGroupedMm, a, check_raw_grouped_mm(a, b, sfa, sfb, out, problem_sizes, expert_offsets, blockscale_offsets));
+  }
+
+  static void quantize(const Tensor& input, std::optional<Tensor> offsets, bool ends, const Tensor& data,
+                       const Tensor& scales) {
+    run(kQuantize, input, check_quantize(input, offsets, ends, data, scales));
+  }
+
+  static void round(const Tensor& input, const Tensor& out) {
+    const RoundParams p = check_round(input, out);
+    const Backend backend(input);
+    if (p.rows > 0) backend.round(p);
+  }
+
+  static void grouped_mm(const Tensor& a, std::optional<Tensor> a_scales, const Tensor& weight,
+                         const Tensor& weight_scales, std::optional<Tensor> offsets, bool ends, const Tensor& out) {
+    run(kGroupedMm, a, check_grouped_mm(a, a_scales, weight, weight_scales, offsets, ends, out));
+  }
+
+  static void moe(const Tensor& x, const Tensor& w13, const Tensor& s13, const Tensor& w2, const Tensor& s2,
+                  const Tensor& topk_ids, const Tensor& topk_weights, int64_t activation, bool w8a8,
+                  std::optional<Tensor> workspace, const Tensor& out) {
+    Moe p = check_moe(x, w13, s13, w2, s2, topk_ids, topk_weights, activation, w8a8, workspace, out);
+    const Backend backend(x);
+    check_index_values(kMoe, backend, {expert_rule(p.route)});
+    if (p.route.tokens == 0) return;
+    const Tensor space = workspace ? *workspace : new_empty(kMoe, w13, {p.layout.bytes});
+    p.place(space.mutable_data_ptr());
+    backend.route(p.route);
+    backend.gather(p.gather);
+    backend.grouped_mm(p.up);
+    backend.activate(p.activate);
+    backend.grouped_mm(p.down);
+    backend.combine(p.combine);
+  }
+
+  static void implement(Library& m) {
+    m.impl("mxfp8_experts_quant", ABIDING_BOX(experts_quant));
+    m.impl("cutlass_mxfp8_grouped_mm", ABIDING_BOX(raw_grouped_mm));
+    m.impl("mxfp8_quantize", ABIDING_BOX(quantize));
+    m.impl("mxfp8_round", ABIDING_BOX(round));
+    m.impl("mxfp8_grouped_mm", ABIDING_BOX(grouped_mm));
+    m.impl("mxfp8_moe", ABIDING_BOX(moe));
+  }
+};
+
+}  // namespace abiding::mxfp8_moe

@@ -1,0 +1,429 @@
+// The contract of the group's operators: every argument is checked here, once, for both backends.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "common/check.h"
+#include "mxfp8_moe/params.h"
+
+namespace abiding::mxfp8_moe {
+
+constexpr const char* kExpertsQuant = "mxfp8_experts_quant";
+constexpr const char* kRawGroupedMm = "cutlass_mxfp8_grouped_mm";
+constexpr const char* kQuantize = "mxfp8_quantize";
+constexpr const char* kRound = "mxfp8_round";
+constexpr const char* kGroupedMm = "mxfp8_grouped_mm";
+constexpr const char* kMoe = "mxfp8_moe";
+constexpr const char* kWorkspaceBytes = "mxfp8_moe_workspace_bytes";
+
+constexpr int64_t kMaxRows = 1LL << 31;   // rows of one call, which offsets count in 32 bits
+constexpr int64_t kMaxWidth = 1LL << 24;  // elements of a row
+constexpr uintptr_t kAlignment = 16;      // rows and scales are moved 16 bytes at a time
+constexpr int64_t kWorkspacePiece = 256;  // pieces of a workspace begin at multiples of this many bytes
+
+inline bool is_width(int64_t k) { return k >= kBlock && k <= kMaxWidth && k % kBlock == 0; }
+
+inline void check_width(const char* op, const char* name, int64_t k, const char* of) {
+  check(is_width(k), op, name, " is ", k, of, "; expected a multiple of ", kBlock, " from ", kBlock, " to ", kMaxWidth);
+}
+
+inline int64_t row_stride(const Tensor& rows) { return rows.size(0) > 1 ? rows.stride(0) : rows.size(1); }
+
+inline Half half_of(const Argument& rows) {
+  return rows.is(aoti_torch_dtype_bfloat16) ? Half::kBfloat16 : Half::kFloat16;
+}
+
+// Rows [rows, k] of blocks, read or written in place.
+inline const Argument& check_rows(const char* op, const Argument& rows, std::initializer_list<DType> dtypes) {
+  const Tensor& tensor = rows.dtype(dtypes).rank(2).tensor();
+  check(is_width(tensor.size(1)), op, rows.name(), " has shape ", rows.shape(), "; expected rows of a multiple of ",
+        kBlock, " elements, from ", kBlock, " to ", kMaxWidth);
+  check(tensor.size(0) < kMaxRows, op, rows.name(), " has shape ", rows.shape(), "; expected fewer than 2^31 rows");
+  return rows.dense_rows(static_cast<int64_t>(kAlignment / tensor.element_size())).aligned(kAlignment);
+}
+
+inline const Argument& check_result(const char* op, const Argument& rows, std::initializer_list<DType> dtypes,
+                                    int64_t height, int64_t width, const Argument& as) {
+  rows.same_device(as).rank(2).size(0, height, " as ", as.name()).size(1, width);
+  return check_rows(op, rows, dtypes).no_overlap();
+}
+
+// Nothing written may be read: from the first element to behind the last, in bytes, the rows lie apart from the input's.
+// Columns of one buffer may lie side by side.
+inline void check_apart(const char* op, const Argument& out, const Argument& input) {
+  const Tensor &to = out.tensor(), &from = input.tensor();
+  if (to.numel() == 0 || from.numel() == 0) return;
+  struct Extent {
+    uintptr_t begin, end;
+    int64_t stride, width;
+  };
+  const auto extent = [](const Tensor& t) {
+    const auto size = static_cast<int64_t>(t.element_size()), width = t.size(1) * size, stride = row_stride(t) * size;
+    const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+    return Extent{begin, begin + static_cast<uintptr_t>((t.size(0) - 1) * stride + width), stride, width};
+  };
+  const Extent a = extent(to), b = extent(from);
+  if (a.end <= b.begin || b.end <= a.begin) return;
+  const int64_t gap = a.stride > 0 ? static_cast<int64_t>(b.begin - a.begin) % a.stride : 0;
+  const int64_t ahead = gap < 0 ? gap + a.stride : gap;
+  check(a.stride == b.stride && ahead >= a.width && ahead + b.width <= a.stride, op, out.name(), " overlaps ",
+        input.name(), "; expected memory of its own");
+}
+
+// Scale codes in tiles: their shape means nothing, so any will do over memory without gaps.
+inline uint8_t* check_scales(const Argument& scales, const Argument& device, const char* op) {
+  const Tensor& tensor = scales.dtype({aoti_torch_dtype_uint8}).same_device(device).tensor();
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  check(tensor.numel() == 0 || last == tensor.numel() - 1, op, scales.name(), " has shape ", scales.shape(),
+        " and strides ", scales.strides(), "; expected memory without gaps");
+  return static_cast<uint8_t*>(scales.aligned(kAlignment).tensor().data_ptr());
+}
+
+// Of activations: as many whole tiles as there are.
+inline ScaleRows scale_rows(const Tensor& scales, int64_t k) {
+  const int64_t columns = scale_columns(k);
+  return {scales.numel() / columns / kTileRows * kTileRows, columns};
+}
+
+inline const int32_t* check_offsets(const Argument& offsets, const Argument& device) {
+  return static_cast<const int32_t*>(
+      offsets.dtype({aoti_torch_dtype_int32}).rank(1).contiguous().same_device(device).tensor().const_data_ptr());
+}
+
+// The face's two forms, or none.
+inline Groups check_groups(const char* op, const Argument& rows, const std::optional<Tensor>& offsets, bool ends) {
+  Groups groups{};
+  groups.rows = rows.tensor().size(0);
+  if (!offsets) {
+    groups.count = 1;
+    groups.form = Offsets::kWhole;
+    return groups;
+  }
+  const Argument argument{op, "offsets", *offsets};
+  groups.form = ends ? Offsets::kEnds : Offsets::kStarts;
+  groups.offsets = check_offsets(argument, rows);
+  groups.count = offsets->size(0) - (ends ? 0 : 1);
+  check(1 <= groups.count && groups.count <= kMaxExperts, op, "offsets has shape ", argument.shape(),
+        "; expected 1 to ", kMaxExperts, ends ? " groups, an end for each" : " groups, a start for each and the total");
+  return groups;
+}
+
+// The raw operators' form: starts, (m, n, k), and where each group's scales start.
+inline Groups check_problems(const char* op, const Argument& rows, const Tensor& problem_sizes,
+                             const Tensor& expert_offsets, const Tensor& blockscale_offsets) {
+  const Argument problems{op, "problem_sizes", problem_sizes}, starts{op, "expert_offsets", expert_offsets},
+      scale_starts{op, "blockscale_offsets", blockscale_offsets};
+  problems.dtype({aoti_torch_dtype_int32}).rank(2).size(1, 3).contiguous().same_device(rows);
+  Groups groups{};
+  groups.count = problem_sizes.size(0);
+  groups.rows = rows.tensor().size(0);
+  groups.form = Offsets::kProblems;
+  groups.offsets = check_offsets(starts, rows);
+  groups.problem_sizes = static_cast<const int32_t*>(problem_sizes.const_data_ptr());
+  groups.scale_offsets = check_offsets(scale_starts, rows);
+  check(1 <= groups.count && groups.count <= kMaxExperts, op, "problem_sizes has shape ", problems.shape(),
+        "; expected 1 to ", kMaxExperts, " groups");
+  starts.size(0, groups.count, ", the groups of problem_sizes");
+  scale_starts.size(0, groups.count, ", the groups of problem_sizes");
+  return groups;
+}
+
+// Weights [count, n, k], or transposed as the dimensions say: rows of k elements are dense, other strides free.
+struct Weight {
+  const uint8_t *data, *scales;
+  int64_t n, k, expert_stride, stride;
+};
+
+inline Weight check_weight(const char* op, const Argument& weight, const Argument& scales, int64_t count, int n_dim,
+                           int k_dim, const Argument& device) {
+  const Tensor& tensor = weight.dtype({aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8})
+                             .rank(3)
+                             .size(0, count, ", the number of experts")
+                             .same_device(device)
+                             .aligned(kAlignment)
+                             .tensor();
+  const int64_t n = tensor.size(n_dim), k = tensor.size(k_dim);
+  check(is_width(n) && is_width(k), op, weight.name(), " has shape ", weight.shape(),
+        "; expected inner sizes that are multiples of ", kBlock, ", from ", kBlock, " to ", kMaxWidth);
+  const auto step = static_cast<int64_t>(kAlignment);
+  const bool aligned = tensor.stride(n_dim) % step == 0 && (count == 1 || tensor.stride(0) % step == 0);
+  check(tensor.stride(k_dim) == 1 && aligned, op, weight.name(), " has strides ", weight.strides(),
+        "; expected stride 1 in dimension ", k_dim, " and multiples of ", step, " in the others");
+  const uint8_t* codes = check_scales(scales, device, op);
+  const int64_t bytes = count * round_up(n, kTileRows) * scale_columns(k);
+  check(scales.tensor().numel() == bytes, op, scales.name(), " has shape ", scales.shape(), "; expected ", count, " x ",
+        round_up(n, kTileRows), " x ", scale_columns(k), " bytes for ", n, " rows of ", k);
+  return {static_cast<const uint8_t*>(tensor.const_data_ptr()),
+          codes,
+          n,
+          k,
+          count > 1 ? tensor.stride(0) : n * tensor.stride(n_dim),
+          tensor.stride(n_dim)};
+}
+
+inline QuantizeParams check_quantize(const char* op, const Argument& input, const Argument& data,
+                                     const Argument& scales, const Groups& groups) {
+  const int64_t k = input.tensor().size(1);
+  check_result(op, data, {aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8}, groups.rows, k, input);
+  check_apart(op, data, input);
+  QuantizeParams p{};
+  p.scales = check_scales(scales, input, op);
+  p.groups = groups;
+  p.scale_rows = scale_rows(scales.tensor(), k);
+  p.k = k;
+  p.input = input.tensor().const_data_ptr();
+  p.input_stride = row_stride(input.tensor());
+  p.half = half_of(input);
+  p.data = static_cast<uint8_t*>(data.tensor().mutable_data_ptr());
+  p.data_stride = row_stride(data.tensor());
+  return p;
+}
+
+inline QuantizeParams check_quantize(const Tensor& input, const std::optional<Tensor>& offsets, bool ends,
+                                     const Tensor& data, const Tensor& scales) {
+  const Argument rows{kQuantize, "input", input};
+  check_rows(kQuantize, rows, {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  QuantizeParams p = check_quantize(kQuantize, rows, {kQuantize, "data", data}, {kQuantize, "scales", scales},
+                                    check_groups(kQuantize, rows, offsets, ends));
+  p.clear_rest = true;
+  return p;
+}
+
+inline QuantizeParams check_experts_quant(const Tensor& input, const Tensor& problem_sizes,
+                                          const Tensor& expert_offsets, const Tensor& blockscale_offsets,
+                                          const Tensor& quant_output, const Tensor& scale_factor) {
+  const char* op = kExpertsQuant;
+  const Argument rows{op, "input", input};
+  check_rows(op, rows, {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  return check_quantize(op, rows, {op, "quant_output", quant_output}, {op, "scale_factor", scale_factor},
+                        check_problems(op, rows, problem_sizes, expert_offsets, blockscale_offsets));
+}
+
+inline RoundParams check_round(const Tensor& input, const Tensor& out) {
+  const Argument rows{kRound, "input", input}, result{kRound, "out", out};
+  check_rows(kRound, rows, {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  check_result(kRound, result, {aoti_torch_dtype_bfloat16}, input.size(0), input.size(1), rows);
+  check_apart(kRound, result, rows);
+  return {input.size(0), input.size(1),          input.const_data_ptr(), row_stride(input),
+          half_of(rows), out.mutable_data_ptr(), row_stride(out)};
+}
+
+// A grouped product, and what makes its activations first where those are e4m3: `dequantize.out` is still to be given.
+struct GroupedMm {
+  GroupedMmParams product;
+  DequantizeParams dequantize;
+  bool quantized;
+};
+
+inline GroupedMm check_product(const char* op, const Argument& a, const std::optional<Argument>& a_scales,
+                               const Groups& groups, const Weight& weight, const Argument& out,
+                               std::initializer_list<DType> out_types) {
+  const int64_t k = a.tensor().size(1);
+  check(weight.k == k, op, a.name(), " has shape ", a.shape(), "; expected rows of ", weight.k,
+        " elements, as the weights have");
+  check_result(op, out, out_types, groups.rows, weight.n, a);
+  check_apart(op, out, a);
+  GroupedMm mm{};
+  const Real out_type = out.is(aoti_torch_dtype_float32)   ? Real::kFloat32
+                        : out.is(aoti_torch_dtype_float16) ? Real::kFloat16
+                                                           : Real::kBfloat16;
+  mm.product = {groups,
+                weight.n,
+                k,
+                a.tensor().const_data_ptr(),
+                row_stride(a.tensor()),
+                weight.data,
+                weight.expert_stride,
+                weight.stride,
+                weight.scales,
+                out.tensor().mutable_data_ptr(),
+                row_stride(out.tensor()),
+                out_type};
+  mm.quantized = a_scales.has_value();
+  if (!mm.quantized) return mm;
+  const uint8_t* codes = check_scales(*a_scales, a, op);
+  mm.dequantize = {groups,
+                   scale_rows(a_scales->tensor(), k),
+                   k,
+                   static_cast<const uint8_t*>(a.tensor().const_data_ptr()),
+                   row_stride(a.tensor()),
+                   codes,
+                   nullptr,
+                   k};
+  return mm;
+}
+
+inline GroupedMm check_grouped_mm(const Tensor& a, const std::optional<Tensor>& a_scales, const Tensor& weight,
+                                  const Tensor& weight_scales, const std::optional<Tensor>& offsets, bool ends,
+                                  const Tensor& out) {
+  const char* op = kGroupedMm;
+  const Argument rows{op, "a", a};
+  if (a_scales)
+    check_rows(op, rows, {aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8});
+  else
+    check_rows(op, rows, {aoti_torch_dtype_bfloat16});
+  const Groups groups = check_groups(op, rows, offsets, ends);
+  const Weight experts =
+      check_weight(op, {op, "weight", weight}, {op, "weight_scales", weight_scales}, groups.count, 1, 2, rows);
+  const auto scales = a_scales ? std::optional<Argument>({op, "a_scales", *a_scales}) : std::nullopt;
+  return check_product(op, rows, scales, groups, experts, {op, "out", out},
+                       {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16, aoti_torch_dtype_float32});
+}
+
+inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& sfa, const Tensor& sfb,
+                                      const Tensor& out, const Tensor& problem_sizes, const Tensor& expert_offsets,
+                                      const Tensor& blockscale_offsets) {
+  const char* op = kRawGroupedMm;
+  const Argument rows{op, "a", a}, scales{op, "sfa", sfa};
+  check_rows(op, rows, {aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8});
+  const Groups groups = check_problems(op, rows, problem_sizes, expert_offsets, blockscale_offsets);
+  const Weight experts = check_weight(op, {op, "b", b}, {op, "sfb", sfb}, groups.count, 2, 1, rows);
+  return check_product(op, rows, scales, groups, experts, {op, "out", out},
+                       {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+}
+
+// Where a layer keeps what its kernels hand on, in bytes from the start of the workspace. Sized for every pair of a token
+// and an expert to be here. The second product's rows take the place of what has been used up by then.
+struct Workspace {
+  int64_t offsets, rows, activated, gathered, hidden, result, bytes;
+};
+
+inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
+                                  int64_t intermediate) {
+  const int64_t pairs = tokens * top_k;
+  int64_t at = 0;
+  const auto piece = [&at](int64_t bytes) {
+    const int64_t begin = at;
+    at += round_up(bytes, kWorkspacePiece);
+    return begin;
+  };
+  Workspace layout{};
+  layout.offsets = piece((experts + 1) * 4);
+  layout.rows = piece(pairs * 4);
+  layout.activated = piece(pairs * intermediate * 2);
+  layout.result = layout.gathered = piece(pairs * hidden * 2);
+  layout.hidden = piece(pairs * intermediate * 2 * 2);
+  layout.bytes = std::max(at, layout.result + round_up(pairs * hidden * 4, kWorkspacePiece));
+  return layout;
+}
+
+inline void check_pairs(const char* op, int64_t tokens, int64_t top_k, int64_t experts) {
+  check(1 <= top_k && top_k <= kMaxTopK, op, "top_k is ", top_k, "; expected 1 to ", kMaxTopK);
+  check(0 <= tokens && tokens * top_k < kMaxRows, op, "tokens is ", tokens,
+        "; expected fewer than 2^31 for all of top_k");
+  check(1 <= experts && experts <= kMaxExperts, op, "experts is ", experts, "; expected 1 to ", kMaxExperts);
+}
+
+inline int64_t check_workspace_bytes(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
+                                     int64_t intermediate) {
+  check(tokens < kMaxRows, kWorkspaceBytes, "tokens is ", tokens, "; expected fewer than 2^31");
+  check_pairs(kWorkspaceBytes, tokens, top_k, experts);
+  check_width(kWorkspaceBytes, "hidden", hidden, "");
+  check_width(kWorkspaceBytes, "intermediate", intermediate, "");
+  return workspace_layout(tokens, top_k, experts, hidden, intermediate).bytes;
+}
+
+// A layer's six steps over a workspace, which place() puts them into.
+struct Moe {
+  RouteParams route;
+  GatherParams gather;
+  GroupedMmParams up;
+  ActivateParams activate;
+  GroupedMmParams down;
+  CombineParams combine;
+  Workspace layout;
+
+  void place(void* workspace) {
+    char* base = static_cast<char*>(workspace);
+    route.offsets = reinterpret_cast<int32_t*>(base + layout.offsets);
+    route.rows = reinterpret_cast<int32_t*>(base + layout.rows);
+    gather.rows = combine.rows = route.rows;
+    up.groups.offsets = down.groups.offsets = route.offsets;
+    activate.total = route.offsets + route.experts;
+    up.a = gather.out = base + layout.gathered;
+    activate.input = up.out = base + layout.hidden;
+    down.a = activate.out = base + layout.activated;
+    down.out = base + layout.result;
+    combine.input = reinterpret_cast<const float*>(base + layout.result);
+  }
+};
+
+inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, const Tensor& w2, const Tensor& s2,
+                     const Tensor& topk_ids, const Tensor& topk_weights, int64_t activation, bool w8a8,
+                     const std::optional<Tensor>& workspace, const Tensor& out) {
+  const char* op = kMoe;
+  const Argument rows{op, "x", x}, up{op, "w13", w13}, down{op, "w2", w2}, ids{op, "topk_ids", topk_ids},
+      weights{op, "topk_weights", topk_weights}, result{op, "out", out};
+  check_rows(op, rows, {aoti_torch_dtype_bfloat16});
+  check(0 <= activation && activation <= 2, op, "activation is ", activation, "; expected 0, 1 or 2");
+  up.rank(3);
+  const int64_t tokens = x.size(0), hidden = x.size(1), experts = w13.size(0);
+  check(1 <= experts && experts <= kMaxExperts, op, "w13 has shape ", up.shape(), "; expected 1 to ", kMaxExperts,
+        " experts");
+  const Weight first = check_weight(op, up, {op, "s13", s13}, experts, 1, 2, rows);
+  const Weight second = check_weight(op, down, {op, "s2", s2}, experts, 1, 2, rows);
+  const auto kind = static_cast<Activation>(activation);
+  const int64_t intermediate = second.k;
+  up.size(2, hidden, ", the columns of x");
+  up.size(1, kind == Activation::kNone ? intermediate : 2 * intermediate,
+          kind == Activation::kNone ? ", the columns of w2" : ", twice the columns of w2");
+  down.size(1, hidden, ", the columns of x");
+
+  ids.dtype({aoti_torch_dtype_int32, aoti_torch_dtype_int64}).rank(2).contiguous().same_device(rows);
+  ids.size(0, tokens, ", the rows of x");
+  const int64_t top_k = topk_ids.size(1);
+  check(1 <= top_k && top_k <= kMaxTopK, op, "topk_ids has shape ", ids.shape(), "; expected 1 to ", kMaxTopK,
+        " experts for a token");
+  check(tokens * top_k < kMaxRows, op, "topk_ids has shape ", ids.shape(), "; expected fewer than 2^31 pairs");
+  weights.dtype({aoti_torch_dtype_float32}).rank(2).size(0, tokens, ", the rows of x").size(1, top_k, " as topk_ids");
+  weights.dense_rows(1).same_device(rows);
+  check_result(op, result, {aoti_torch_dtype_bfloat16}, tokens, hidden, rows);
+  check_apart(op, result, rows);
+
+  Moe moe{};
+  moe.layout = workspace_layout(tokens, top_k, experts, hidden, intermediate);
+  if (workspace) {
+    const Argument space{op, "workspace", *workspace};
+    space.dtype({aoti_torch_dtype_uint8}).rank(1).contiguous().aligned(kAlignment).same_device(rows);
+    check(workspace->size(0) >= moe.layout.bytes, op, "workspace has shape ", space.shape(), "; expected at least [",
+          moe.layout.bytes, "] for ", tokens, " tokens");
+  }
+  const int64_t pairs = tokens * top_k;
+  const Groups groups{experts, pairs, Offsets::kStarts, nullptr, nullptr, nullptr};
+  const Indices pair_ids{topk_ids.const_data_ptr(), pairs, ids.is(aoti_torch_dtype_int64)};
+  moe.route = {pair_ids, tokens, top_k, experts, nullptr, nullptr};
+  moe.gather = {tokens, top_k, hidden, nullptr, x.const_data_ptr(), row_stride(x), w8a8, nullptr};
+  const auto product = [&groups](const Weight& w, Real out_type) {
+    return GroupedMmParams{groups,          w.n,      w.k,      nullptr, w.k, w.data,
+                           w.expert_stride, w.stride, w.scales, nullptr, w.n, out_type};
+  };
+  moe.up = product(first, Real::kBfloat16);
+  moe.activate = {pairs, nullptr, intermediate, nullptr, kind, w8a8, nullptr};
+  moe.down = product(second, Real::kFloat32);
+  moe.combine = {tokens,
+                 top_k,
+                 hidden,
+                 nullptr,
+                 nullptr,
+                 static_cast<const float*>(topk_weights.const_data_ptr()),
+                 row_stride(topk_weights),
+                 out.mutable_data_ptr(),
+                 row_stride(out)};
+  return moe;
+}
+
+// What ABIDING_CHECK_INDICES=1 adds. A negative expert is one elsewhere; offsets must lie inside the tensors.
+inline IndexRule expert_rule(const RouteParams& p) { return {"topk_ids", p.ids, INT64_MIN, p.experts}; }
+inline IndexRule offset_rule(const Groups& groups) {
+  const bool raw = groups.form == Offsets::kProblems;
+  const int64_t size = groups.form == Offsets::kWhole ? 0 : groups.count + (groups.form == Offsets::kStarts);
+  return {raw ? "expert_offsets" : "offsets", {groups.offsets, size, false}, 0, groups.rows + 1};
+}
+inline IndexRule scale_offset_rule(const Groups& groups, const ScaleRows& scales) {
+  const int64_t size = groups.form == Offsets::kProblems ? groups.count : 0;
+  return {"blockscale_offsets", {groups.scale_offsets, size, false}, 0, scales.rows + 1};
+}
+
+}  // namespace abiding::mxfp8_moe
