@@ -12,8 +12,9 @@ import pytest
 
 # Test processes share few cores: OpenMP threads that spin while they wait slow each other down several times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# As abiding.testing.ranks says: before anything uses a GPU, so that virtual ranks get hardware queues of their own.
+# As abiding.testing.ranks says of virtual ranks: before anything uses a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -53,6 +54,18 @@ def module(name: str) -> ModuleType | None:
         return None
 
 
+def takes_tensors(op: str) -> bool:
+    """Whether there is a device to have a kernel for; what only answers a question about sizes has one for all."""
+    name, _, overload = op.partition("::")[2].partition(".")
+    schema = getattr(getattr(getattr(torch.ops, op.partition("::")[0]), name), overload or "default")._schema
+    return any("Tensor" in str(argument.type) for argument in schema.arguments)
+
+
+def undocumented(group: str | None, name: str) -> list[str]:
+    path = ROOT / f"docs/{group}.md"
+    return [] if path.is_file() and name in path.read_text() else [f"entry in docs/{group}.md"]
+
+
 def missing(op: str) -> list[str]:
     """What an operator lacks."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -63,6 +76,8 @@ def missing(op: str) -> list[str]:
         documented = f"`{name}`" in text or f"`abiding_custom_ar.{name}`" in text
         kernels = any(has_kernel(op, key) for key in ("CPU", "CompositeExplicitAutograd"))
         return ["kernel"] * (not kernels) + ["entry in docs"] * (not documented)
+    if not takes_tensors(op):
+        return ["kernel"] * (not has_kernel(op, "CompositeExplicitAutograd")) + undocumented(group, name)
     if not has_kernel(op, "CPU"):
         lacks.append("CPU kernel")
     if _library.has_cuda_kernels() and not has_kernel(op, "CUDA"):
@@ -75,7 +90,8 @@ def missing(op: str) -> list[str]:
         lacks.append(f"CUDA kernel in csrc/{group}/cuda.cpp")
 
     face, reference = module(FACES.get(group, f"abiding.{group}")), module(f"abiding.reference.{group}")
-    callers = [] if face is None else [f for f in public_functions(face).values() if f".{name}" in inspect.getsource(f)]
+    functions = [] if face is None else public_functions(face).values()
+    callers = [function for function in functions if re.search(rf"\.{name}\b", inspect.getsource(function))]
     if not callers and not any(alias.name.endswith(f"::{name}") for alias in vllm.ALIASES):
         lacks.append(f"function in abiding.{group}, or name in another engine")
     for function in callers:
@@ -85,9 +101,7 @@ def missing(op: str) -> list[str]:
             lacks.append(f"reference of {function.__name__}")
     cases = module(f"abiding.testing.cases.{group}")
     lacks += [f"{kind} cases" for kind in ("REGULAR", "ODD", "CORNER", "PERFORMANCE") if not getattr(cases, kind, None)]
-    for path in (f"docs/{group}.md",):
-        if not (ROOT / path).is_file() or name not in (ROOT / path).read_text():
-            lacks.append(f"entry in {path}")
+    lacks += undocumented(group, name)
     lacks += [
         f"tests/{group}/{name}.py"
         for name in ("test_values", "test_errors", "test_contract")

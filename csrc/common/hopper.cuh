@@ -67,40 +67,33 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// L2 policies: weights pass through once, activations are read again by other blocks.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000, kEvictNormal = 0x1000000000000000;
-
-__device__ __forceinline__ void copy_2d(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
-                                        uint64_t policy) {
+__device__ __forceinline__ void copy_2d(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
 // To the same place in every block of `mask`, and bytes counted on the same barrier there.
-__device__ __forceinline__ void copy_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
-                                                  uint16_t mask, uint64_t policy) {
+__device__ __forceinline__ void copy_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t mask) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-      " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(mask), "l"(policy)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(mask)
       : "memory");
 }
-__device__ __forceinline__ void copy_3d(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier,
-                                        uint64_t policy) {
+__device__ __forceinline__ void copy_3d(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                                           uint64_t policy) {
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 
@@ -131,7 +124,7 @@ inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, int rank
   if (!encode) return cudaErrorSymbolNotFound;
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(map, type, static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, box,
-                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, (getenv("AB_PROMO")?(CUtensorMapL2promotion)atoi(getenv("AB_PROMO")):CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

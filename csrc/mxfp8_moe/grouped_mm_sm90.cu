@@ -16,7 +16,6 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kBoxTokens = 16;  // tokens are copied 16 at a time; N is a multiple
 
 // kPairs: two blocks of a cluster take neighbouring weight rows and copy half of the tokens each, to both.
 // kSplit: the blocks of a cluster take parts of K, and add up in their order.
@@ -33,6 +32,7 @@ struct Config {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : kTokens_ == 16 ? 64 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kTokens_ == 16 ? 104 : 112;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kRegisters);
+  static constexpr int kBox = kTokens_ > 64 ? 32 : 16;  // tokens are copied so many at a time; N is a multiple
   static constexpr int kTokens = kTokens_, kDepth = kDepth_, kStages = kStages_;
   static constexpr Cluster kCluster = kCluster_;
   static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
@@ -41,7 +41,7 @@ struct Config {
   static constexpr uint32_t kStageBytes = kWeightBytes + kDepth / 64 * kTokenBytes;
   static constexpr int kExchanges = kCluster == Cluster::kSplit ? 2 : 0;
   static constexpr uint32_t kExchangeBytes = kRows * kTokens * 4;
-  static constexpr uint32_t kStagingBytes = kCluster == Cluster::kSplit ? 0 : kBoxTokens * 80;  // a warp's
+  static constexpr uint32_t kStagingBytes = kCluster == Cluster::kSplit ? 0 : 16 * 80;  // a warp's
 };
 
 // Shared memory, from a 1024-byte boundary.
@@ -63,22 +63,23 @@ struct Arguments {
   int split_depth; // how many kDepth of it each has
   int depth;       // how many there are
   int blocks;      // of 32 in K
-  uint64_t policy_w, policy_t;
 };
 
-// A tile: some weight rows of an expert, and some of its tokens. These are cut into equal widths.
+// A tile: some weight rows of an expert, and some of its tokens. These are shared out in boxes, as evenly as those allow.
 struct Tile {
   int expert, row_tile, begin;
   int tokens;  // that exist, at most `width`
   int width;
 
   // All lanes of a warp. Tiles of the same weight rows come one after the other.
+  template <int kBox>
   static __device__ __forceinline__ Tile find(const TileTable& table, int index, int row_tiles) {
     const int expert = table.find(index / row_tiles);
     const int local = index - table.first[expert] * row_tiles, all = table.first[expert + 1] - table.first[expert];
     const int row_tile = local / all, token_tile = local - row_tile * all, tokens = table.rows[expert];
-    const int width = ((tokens + all - 1) / all + kBoxTokens - 1) / kBoxTokens * kBoxTokens;
-    return {expert, row_tile, table.begin[expert] + token_tile * width, min(tokens - token_tile * width, width), width};
+    const int boxes = (tokens + kBox - 1) / kBox, each = boxes / all, more = boxes - each * all;
+    const int from = (token_tile * each + min(token_tile, more)) * kBox, width = (each + (token_tile < more)) * kBox;
+    return {expert, row_tile, table.begin[expert] + from, min(tokens - from, width), width};
   }
 };
 
@@ -105,66 +106,50 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return word;
 }
 
-__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-
-// The codes of 128 of K for a thread's two rows, lane / 4 and 8 further.
+// The scale codes of 128 of K for a thread's two rows, lane / 4 and 8 further; `blocks` of those 128 exist. Behind K the
+// weights are zeros, whatever their scales are.
 struct Codes {
   uint32_t row, row8;
-  // A code beyond 3..134 is among them: then the product with an e4m3 magnitude is not one multiplication.
-  bool unusual;
 
-  __device__ __forceinline__ explicit Codes(uint32_t address)
-      : row(load_word(address)),
-        row8(load_word(address + 128)),
-        unusual(((beyond(row) | beyond(row8)) & 0x80808080) != 0) {}
-  // In bit 7 of each byte.
-  static __device__ __forceinline__ uint32_t beyond(uint32_t codes) {
-    const uint32_t high = (codes & 0x7F7F7F7F) + 0x79797979, low = (codes | 0x80808080) - 0x03030303;
-    return (codes & high) | (~codes & ~low);
+  __device__ __forceinline__ Codes(uint32_t address, int blocks) : row(load_word(address)), row8(load_word(address + 128)) {
+    if (blocks >= kTileBlocks) return;
+    const uint32_t exist = (1u << 8 * blocks) - 1;
+    row = (row & exist) | (0x7F7F7F7F & ~exist);
+    row8 = (row8 & exist) | (0x7F7F7F7F & ~exist);
   }
-  static __device__ __forceinline__ uint32_t at(uint32_t codes, int i) { return __byte_perm(codes, 0, 0x4440 + i); }
-  // 2^(code - 127) and the 2^120 that e4m3 bits lack as bf16, twice.
-  static __device__ __forceinline__ uint32_t scale(uint32_t code) { return code * 0x00800080 + 0x3C003C00; }
+  // 2^(code - 127) as bf16, twice.
+  static __device__ __forceinline__ uint32_t scale(uint32_t codes, int i) {
+    const uint32_t code = __byte_perm(codes, 0, 0x4440 + i);
+    return (code == 255 ? 0x7FC0 : max(code << 7, 0x40)) * 0x00010001;
+  }
 };
+
+// Two e4m3 bytes times a scale. e4m3 is exact in bf16, so the product is rounded once, as dequantize() does it.
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
+  uint32_t halves, result;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+  __half2 two;
+  memcpy(&two, &halves, 4);
+  const float2 values = __half22float2(two);
+  asm("{\n\t.reg .b32 both;\n\tcvt.rn.bf16x2.f32 both, %2, %1;\n\tmul.rn.bf16x2 %0, both, %3;\n\t}"
+      : "=r"(result)
+      : "f"(values.x), "f"(values.y), "r"(scale));
+  return result;
+}
 
 // 64 weight rows x 16 * kSteps of K as wgmma takes them: a thread has two rows, and of every 16 of K the pairs 2c and 2c + 8
 // for c = lane % 4. `address` is that of its first pair if K began at 0: 16 of K are a chunk, whose number the row's swizzle is
-// added to by XOR. kPitch bytes lie from row to row; `code` is the place of the first code, `blocks` of 32 are left in K.
+// added to by XOR. kPitch bytes lie from row to row; `code` is the place of the first code.
 template <int kPitch, int kSteps>
 __device__ __forceinline__ void load_weights(uint32_t (&f)[4 * kSteps], uint32_t address, int first_chunk,
-                                             const Codes& codes, int code, int blocks) {
-  uint32_t positive = 0, negative = 0;  // the largest magnitudes
+                                             const Codes& codes, int code) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const uint32_t at = address ^ (first_chunk + step) * 16;
-    const uint32_t scale = Codes::scale(Codes::at(codes.row, code + step / 2));
-    const uint32_t scale8 = Codes::scale(Codes::at(codes.row8, code + step / 2));
+    const uint32_t scale = Codes::scale(codes.row, code + step / 2), scale8 = Codes::scale(codes.row8, code + step / 2);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // A byte to each half, four bits up: its magnitude is a bf16 2^120 too small, and its sign belongs four bits higher.
-      // Multiplications do the shifts, since the pipe of logical operations is what fills up.
-      const uint32_t spread = __byte_perm(load_pair(at + i % 2 * 8 * kPitch + i / 2 * 8), 0, 0x4140);
-      const uint32_t value = spread * 16 + (spread & 0x00800080) * 0xF0;
-      positive = __vmaxs2(positive, value);
-      negative = __vmaxu2(negative, value);
-      f[4 * step + i] = multiply(value, i % 2 ? scale8 : scale);
-    }
-  }
-  // NaN is the largest magnitude, 0x7F0 here: one more carries into bit 11.
-  const bool has_nan = (((positive + 0x00100010) | (negative + 0x00100010)) & 0x08000800) != 0;
-  if (__any_sync(~0u, has_nan || codes.unusual)) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // Behind K the weights are zeros, whatever the scales are.
-        const uint32_t own = step / 2 < blocks ? Codes::at(i % 2 ? codes.row8 : codes.row, code + step / 2) : 127;
-        f[4 * step + i] = dequantize_pair(load_pair((address ^ (first_chunk + step) * 16) + i % 2 * 8 * kPitch + i / 2 * 8), own);
-      }
+    for (int i = 0; i < 4; ++i)
+      f[4 * step + i] = scaled_pair(load_pair(at + i % 2 * 8 * kPitch + i / 2 * 8), i % 2 ? scale8 : scale);
   }
 }
 
@@ -249,7 +234,7 @@ struct Block {
   };
   __device__ __forceinline__ Work work(int index, uint32_t rank) const {
     Work w;
-    w.tile = Tile::find(table, index, a.row_tiles);
+    w.tile = Tile::find<C::kBox>(table, index, a.row_tiles);
     w.row_tile = C::kCluster == Cluster::kPairs ? 2 * w.tile.row_tile + rank : w.tile.row_tile;
     w.first = C::kCluster == Cluster::kSplit ? a.split_depth * rank : 0;
     w.count = C::kCluster == Cluster::kSplit ? max(0, min(a.split_depth, a.depth - w.first)) : a.depth;
@@ -267,27 +252,26 @@ struct Block {
       const uint8_t* scales = a.p.weight_scales + w.tile.expert * a.scale_expert_bytes +
                               (first_row < a.p.n ? first_row * a.scale_columns : 0);
       const int64_t scale_step = first_row + kTileRows < a.p.n ? kTileRows * a.scale_columns : 0;
-      const int boxes = w.tile.width / kBoxTokens;
+      const int boxes = w.tile.width / C::kBox;
       const uint32_t bytes = C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128;
       for (int k = w.first * C::kDepth; k < (w.first + w.count) * C::kDepth; k += C::kDepth) {
         wait(empty(at.stage), at.parity ^ 1);
         if (leader) {
           const uint32_t barrier = full(at.stage);
           arrive_expecting(barrier, bytes);
-          copy_3d(weight_at(at.stage), weights, k, first_row, w.tile.expert, barrier, a.policy_w);
+          copy_3d(weight_at(at.stage), weights, k, first_row, w.tile.expert, barrier);
           for (int i = 0; i < C::kRows / kTileRows; ++i)
             copy_bytes(scale_at(at.stage) + i * kTileBytes, scales + i * scale_step + k / 128 * kTileBytes, kTileBytes,
-                       barrier, a.policy_w);
+                       barrier);
           for (int i = 0; i < C::kDepth / 64; ++i) {
             const uint32_t to = token_at(at.stage) + i * C::kTokenBytes;
             if constexpr (C::kCluster == Cluster::kPairs) {
               for (int box = rank; box < boxes; box += 2)
-                copy_2d_multicast(to + box * kBoxTokens * 128, tokens, k + i * 64,
-                                  w.tile.begin + box * kBoxTokens, barrier, 3, a.policy_t);
+                copy_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64,
+                                  w.tile.begin + box * C::kBox, barrier, 3);
             } else {
               for (int box = 0; box < boxes; ++box)
-                copy_2d(to + box * kBoxTokens * 128, tokens, k + i * 64, w.tile.begin + box * kBoxTokens, barrier,
-                        a.policy_t);
+                copy_2d(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, barrier);
             }
           }
         }
@@ -331,9 +315,12 @@ struct Block {
     const uint32_t offset = row * kPitch + swizzle * 16 + lane % 4 * 2;
     const uint32_t code_offset = row / kTileRows * kTileBytes + row % 32 * 16 + row % kTileRows / 32 * 4;
 
+    const auto load_codes = [&](int stage, int index) {
+      return Codes(scale_at(stage) + code_offset, a.blocks - index * C::kDepth / 128 * kTileBlocks);
+    };
     const auto load = [&](uint32_t(&f)[4 * C::kSteps], const Codes& codes, int stage, int index, int half) {
-      const int block = (index * C::kDepth + half * C::kDepth / 2) / kBlock;
-      load_weights<kPitch, C::kSteps>(f, weight_at(stage) + offset, half * C::kSteps, codes, block % 4, a.blocks - block);
+      const int code = (index * C::kDepth + half * C::kDepth / 2) / kBlock % kTileBlocks;
+      load_weights<kPitch, C::kSteps>(f, weight_at(stage) + offset, half * C::kSteps, codes, code);
     };
 
     if (w.count == 0) {
@@ -343,25 +330,27 @@ struct Block {
     }
     uint32_t even[4 * C::kSteps], odd[4 * C::kSteps];
     wait(full(at.stage), at.parity);
-    Codes codes(scale_at(at.stage) + code_offset);
+    Codes codes = load_codes(at.stage, w.first);
     load(even, codes, at.stage, w.first, 0);
-    for (int i = 0; i < w.count; ++i) {
-      // While the tensor cores work on one half, the weights of the next are made. They stand under conditions, of which the
-      // first is always true, since ptxas would otherwise mix them into the multiplications before and behind.
-      multiply_half<N>(d, even, at.stage, 0, i == 0);
-      if (a.blocks > 0) load(odd, codes, at.stage, w.first + i, 1);
-      wgmma_wait<0>();
+    multiply_half<N>(d, even, at.stage, 0, true);
+    for (int i = 0; i + 1 < w.count; ++i) {
+      load(odd, codes, at.stage, w.first + i, 1);
       multiply_half<N>(d, odd, at.stage, 1, false);
       const int stage = at.stage;
       at.advance();
-      if (i + 1 < w.count) {
-        wait(full(at.stage), at.parity);
-        codes = Codes(scale_at(at.stage) + code_offset);
-        load(even, codes, at.stage, w.first + i + 1, 0);
-      }
-      wgmma_wait<0>();
+      wait(full(at.stage), at.parity);
+      codes = load_codes(at.stage, w.first + i + 1);
+      wgmma_wait<1>();
+      load(even, codes, at.stage, w.first + i + 1, 0);
+      multiply_half<N>(d, even, at.stage, 0, false);
+      wgmma_wait<1>();
       release(stage, rank);
     }
+    load(odd, codes, at.stage, w.first + w.count - 1, 1);
+    multiply_half<N>(d, odd, at.stage, 1, false);
+    wgmma_wait<0>();
+    release(at.stage, rank);
+    at.advance();
   }
 
   // Each block of the cluster adds up a part of the sums: those of all blocks, in their order.
@@ -429,8 +418,8 @@ struct Block {
   // The variant for a tile's width.
   template <int N>
   __device__ __forceinline__ void consume_width(const Work& w, Position<C::kStages>& at, uint32_t rank, int turn) const {
-    constexpr int kNarrower = N > 64 ? N - 32 : N - 16;
-    if constexpr (kNarrower >= 16)
+    constexpr int kNarrower = N - C::kBox;
+    if constexpr (kNarrower > 0)
       if (w.tile.width <= kNarrower) return consume_width<kNarrower>(w, at, rank, turn);
     consume_tile<N>(w, at, rank, turn);
   }
@@ -479,9 +468,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-using Few = Config<4, 16, 128, 4, Cluster::kSplit>;
-using Some = Config<4, 48, 128, 4, Cluster::kAlone>;
-using Many = Config<2, 256, 64, 5, Cluster::kPairs>;
+using Few = Config<2, 16, 128, 8, Cluster::kSplit>;
+using Some = Config<2, 64, 128, 6, Cluster::kAlone>;
+using Many = Config<2, 224, 64, 5, Cluster::kPairs>;
 
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
@@ -497,7 +486,7 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
   const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * 2};
-  const cuuint32_t token_box[] = {64, kBoxTokens};
+  const cuuint32_t token_box[] = {64, C::kBox};
   status = make_map(&tokens, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a, token_sizes, token_strides, token_box,
                     CU_TENSOR_MAP_SWIZZLE_128B);
   if (status != cudaSuccess) return status;
@@ -511,8 +500,6 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   a.depth = static_cast<int>((p.k + C::kDepth - 1) / C::kDepth);
   a.blocks = static_cast<int>(p.k / kBlock);
   a.splits = splits;
-  const auto pol=[](const char* n){const char* v=getenv(n); int i=v?atoi(v):0; return i==0?kEvictNormal:i==1?kEvictFirst:kEvictLast;};
-  a.policy_w=pol("AB_W"); a.policy_t=pol("AB_T");
   a.split_depth = (a.depth + splits - 1) / splits;
 
   const unsigned cluster = C::kCluster == Cluster::kPairs ? 2 : C::kCluster == Cluster::kSplit ? splits : 1;
@@ -556,8 +543,7 @@ int choose_splits(const GroupedMmParams& p) {
 
 cudaError_t grouped_mm_sm90(const GroupedMmParams& p, cudaStream_t stream) {
   const int64_t experts = p.groups.rows < p.groups.count ? p.groups.rows : p.groups.count;
-  int64_t average = p.groups.rows / experts;
-  if (const char* v=getenv("AB_CFG")) average = atoi(v);
+  const int64_t average = p.groups.rows / experts;
   if (average <= 4) return start<Few>(p, choose_splits(p), stream);
   if (average <= 40) return start<Some>(p, 1, stream);
   return start<Many>(p, 1, stream);

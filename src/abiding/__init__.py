@@ -9,7 +9,7 @@ from abiding import _library
 
 _library.load()
 
-from abiding import mla_prologue, reduce_rms, reference  # noqa: E402  (their fakes need the operators)
+from abiding import mla_prologue, mxfp8_moe, reduce_rms, reference  # noqa: E402  (their fakes need the operators)
 from abiding._library import binaries, cuda_unavailable_reason, has_cuda_kernels  # noqa: E402
 from abiding.communicator import Communicator, Route  # noqa: E402
 
@@ -21,6 +21,7 @@ __all__ = [
     "cuda_unavailable_reason",
     "has_cuda_kernels",
     "mla_prologue",
+    "mxfp8_moe",
     "reduce_rms",
     "reference",
 ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abiding import mla_prologue
+from abiding import mla_prologue, mxfp8_moe
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -20,12 +20,14 @@ from typer.testing import CliRunner
 from abiding.cli.app import app
 from abiding.cli.demo import collectives
 from abiding.cli.demo import mla_prologue as section
+from abiding.cli.demo import mxfp8_moe as layers
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's cases with fewer tokens."""
+    """The demo's cases with fewer tokens, and a narrow layer."""
     monkeypatch.setattr(section, "CASES", [replace(case, tokens=case.tokens // 16) for case in section.CASES])
+    monkeypatch.setattr(layers, "CASES", [replace(case, hidden=512, intermediate=256) for case in layers.CASES])
 
 
 def demo() -> tuple[int, str]:
@@ -37,7 +39,7 @@ def test_the_demo_passes_and_shows_every_case() -> None:
     status, text = demo()
     assert status == 0, text
     assert "All results agree with the reference." in text
-    for case in ("decode, 64 heads", "decode, 128 heads", "prefill, 64 heads", "prefill, 128 heads"):
+    for case in ("decode, 64 heads", "decode, 128 heads", "prefill, 64 heads", "prefill, 128 heads", "w8a8", "w8a16"):
         assert case in text
 
 
@@ -92,6 +94,29 @@ def test_a_wrong_read_back_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> No
     assert status == 1
     assert "read-back is off by" in text
     assert "read-back of skipped slots" in text
+
+
+def test_a_wrong_layer_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mxfp8_moe.moe
+    monkeypatch.setattr(mxfp8_moe, "moe", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    status, text = demo()
+    assert status == 1
+    assert "WRONG w8a8: the layer is 1.0" in text
+    assert "WRONG w8a16: the layer is 1.0" in text
+
+
+def test_one_wrong_scale_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mxfp8_moe.quantize
+
+    def wrong(*args: Any, **kwargs: Any) -> mxfp8_moe.MXFP8:
+        data, scales = right(*args, **kwargs)
+        scales.view(-1)[77] += 1
+        return mxfp8_moe.MXFP8(data, scales)
+
+    monkeypatch.setattr(mxfp8_moe, "quantize", wrong)
+    status, text = demo()
+    assert status == 1
+    assert "WRONG w8a8: quantised activations: 1 of" in text
 
 
 def test_unknown_groups_and_missing_results_are_told(tmp_path: Path) -> None:

@@ -395,3 +395,34 @@ compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
 for actual, expected in zip(compiled(rows, wq, wk, table), (q, k, single)):
     assert_bitwise_equal(actual, expected)
 """)
+
+
+def test_mxfp8_experts_are_served_and_compile(scenario: Callable) -> None:
+    """As vLLM's own test calls them, with scales of either dtype."""
+    scenario("""
+from abiding import mxfp8_moe, reference
+from abiding.testing.cases.mxfp8_moe import ProductCase
+report = vllm.install()
+for name in ("mxfp8_experts_quant", "cutlass_mxfp8_grouped_mm"):
+    assert report["_C::" + name] == "registered"
+    assert str(op(name).default._schema) == str(op(name, "abiding").default._schema).replace("abiding::", "_C::")
+i = ProductCase((5, 0, 130), 128, 256).make()
+sizes = i.expert_offsets.diff()
+problems = torch.stack([sizes, torch.full_like(sizes, 128), torch.full_like(sizes, 256)], 1)
+starts, tiles = i.expert_offsets[:-1].clone(), (sizes + 127) // 128 * 128
+groups = (problems, starts, (tiles.cumsum(0) - tiles).int())
+
+def call(x, weight, scales, out, data, codes):
+    op("mxfp8_experts_quant")(x, *groups, data, codes)
+    op("cutlass_mxfp8_grouped_mm")(data, weight.transpose(1, 2), codes, scales.transpose(1, 2), out, *groups)
+
+expected = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
+compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+for run in (call, compiled):
+    for dtype in (torch.uint8, torch.float8_e8m0fnu):
+        out = torch.zeros(135, 128, dtype=torch.bfloat16)
+        codes = torch.zeros(384, 8, dtype=torch.uint8).view(dtype)
+        scales = i.weight_scale.view(dtype)
+        run(i.x, i.weight, scales, out, torch.zeros(135, 256, dtype=torch.float8_e4m3fn), codes)
+        assert_bitwise_equal(out, expected)
+""")

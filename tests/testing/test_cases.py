@@ -7,6 +7,7 @@ import torch
 
 from abiding import reference
 from abiding.testing import assert_bitwise_equal
+from abiding.testing.cases import mxfp8_moe
 from abiding.testing.cases.mla_prologue import CORNER, ODD, PERFORMANCE, REGULAR, PrologueCase, finite_magnitudes
 
 CASES = pytest.mark.parametrize("case", [*REGULAR, *ODD, *CORNER], ids=str)
@@ -82,3 +83,41 @@ def test_performance_cases_are_the_whole_table() -> None:
     assert found == {(t, *h) for t in (1, 4, 16, 64, 256, 1024, 4096, 16384) for h in heads}
     one = next(case for case in PERFORMANCE if (case.tokens, case.heads, case.live_heads) == (1, 16, 64))
     assert one.bytes == 16 * 1024 + 64 * 1024 + 1024 + 584 + 256 + 16
+
+
+@pytest.mark.parametrize("case", [*mxfp8_moe.REGULAR, *mxfp8_moe.ODD, *mxfp8_moe.CORNER], ids=str)
+def test_products_are_as_asked(case: mxfp8_moe.ProductCase) -> None:
+    i = case.make()
+    assert i.x.shape == (case.rows, case.k)
+    assert i.x.dtype == case.dtype
+    assert i.live().sum() == sum(case.sizes)
+    sizes = {"starts": lambda: i.expert_offsets.diff(), "ends": lambda: i.offs.diff(prepend=i.offs.new_zeros(1))}
+    assert case.form == "whole" or tuple(sizes[case.form]().tolist()) == case.sizes
+    assert i.weight.shape == (len(case.sizes), *((case.k, case.n) if case.transposed else (case.n, case.k)))
+    assert i.weight.stride(1 if case.transposed else 2) == 1
+    assert i.x.stride(0) == case.k + case.gap or case.rows <= 1
+    special = {"nan": i.x.isnan(), "inf": i.x.isinf(), "zero": i.x == 0}.get(case.values)
+    assert special is None or int(special.sum()) > 0
+    assert case.values != "bits" or bool(i.x.isnan().any() and (~i.x.isnan()).any())
+
+
+@pytest.mark.parametrize("case", mxfp8_moe.LAYERS, ids=str)
+def test_layers_are_routed_as_asked(case: mxfp8_moe.LayerCase) -> None:
+    i = case.make()
+    assert i.topk_ids.shape == i.topk_weights.shape == (case.tokens, case.top_k)
+    assert i.topk_ids.dtype == case.index_dtype
+    assert bool(((i.topk_ids >= -1) & (i.topk_ids < case.experts)).all())
+    assert bool((i.topk_ids < 0).any()) == (case.elsewhere > 0)
+    for row in i.topk_ids:
+        assert len(row[row >= 0].unique()) == int((row >= 0).sum())
+    if case.routing == "one":
+        assert len(i.topk_ids.sort(1).values.unique(dim=0)) == 1
+
+
+def test_performance_layers_are_the_whole_table() -> None:
+    found = {(case.name, case.routing, case.tokens) for case in mxfp8_moe.PERFORMANCE}
+    tokens = (1, 8, 32, 128, 512, 2048, 8192)
+    assert found == {(name, way, t) for name in mxfp8_moe.SHAPES for way in ("uniform", "zipf") for t in tokens}
+    zipf = mxfp8_moe.LayerCase(4096, 32, 32, 64, 4, "zipf").make()
+    counts = zipf.topk_ids.flatten().bincount().sort(descending=True).values
+    assert counts[0] > 4 * counts[16]

@@ -81,6 +81,19 @@ def _minimax_rms_qk(*args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
+def _mxfp8_experts_quant(*args: Any) -> None:
+    *others, scale_factor = args
+    torch.ops.abiding.mxfp8_experts_quant(*others, _codes(scale_factor))
+
+
+def _mxfp8_grouped_mm(a: Tensor, b: Tensor, sfa: Tensor, sfb: Tensor, *others: Tensor) -> None:
+    torch.ops.abiding.cutlass_mxfp8_grouped_mm(a, b, _codes(sfa), _codes(sfb), *others)
+
+
+def _codes(scales: Tensor) -> Tensor:
+    return scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
+
+
 def _custom_all_reduce(schema: str) -> Alias:
     """An operator of the custom all-reduce, whose schemas Abiding's own have."""
     operator = getattr(torch.ops.abiding_custom_ar, schema.partition("(")[0])
@@ -130,6 +143,16 @@ ALIASES = (
             "allocate_shared_buffer_and_handle(int size) -> (int, Tensor)",
             "free_shared_buffer(int ptr) -> ()",
         ),
+    ),
+    Alias(
+        "_C::mxfp8_experts_quant(Tensor input, Tensor problem_sizes, Tensor expert_offsets, "
+        "Tensor blockscale_offsets, Tensor! quant_output, Tensor! scale_factor) -> ()",
+        _mxfp8_experts_quant,
+    ),
+    Alias(
+        "_C::cutlass_mxfp8_grouped_mm(Tensor a, Tensor b, Tensor sfa, Tensor sfb, Tensor! out, Tensor problem_sizes, "
+        "Tensor expert_offsets, Tensor blockscale_offsets) -> ()",
+        _mxfp8_grouped_mm,
     ),
 )
 

@@ -33,9 +33,10 @@ from abiding.testing.timing import Timing
 
 T = TypeVar("T")
 
-# Streams that share a hardware queue wait for each other's kernels, and virtual ranks then never meet. The driver reads
-# this when a process first uses a GPU.
+# What keeps virtual ranks apart, which wait for each other inside their kernels: a hardware queue to each stream, and all
+# kernels loaded from the start, since to load one later waits for those that run. Read when a process first uses a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T
     return results
 
 
-def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 100, repetitions: int = 9) -> Timing:
+def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 50, repetitions: int = 9) -> Timing:
     """Time `call(rank)` on the current CUDA device, one stream a rank, until all ranks are done.
 
     Calls are queued in turn behind a sleep that lasts longer than queueing them, so that the host's speed does not
@@ -216,7 +217,7 @@ def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 
     samples = []
     for _ in range(repetitions + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000 + 60_000 * ranks * calls)
+        torch.cuda._sleep(4_000_000 + 150_000 * ranks * calls)
         start.record()
         for stream in streams:
             stream.wait_stream(current)

@@ -10,10 +10,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import abiding
-from abiding.cli.demo import collectives, mla_prologue
+from abiding.cli.demo import collectives, mla_prologue, mxfp8_moe
 from abiding.cli.demo.section import Row, Section
 
-SECTIONS = [mla_prologue.SECTION, collectives.SECTION]
+SECTIONS = [mla_prologue.SECTION, mxfp8_moe.SECTION, collectives.SECTION]
 
 
 def run() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import abiding
-from abiding.testing.benchmarks import all_reduce, mla_prologue, reduce_rms
+from abiding.testing.benchmarks import all_reduce, mla_prologue, mxfp8_moe, reduce_rms
 from abiding.testing.benchmarks.base import Benchmark, Settings
 from abiding.testing.benchmarks.report import full_table
 from abiding.testing.results import Results
@@ -18,7 +18,9 @@ from abiding.testing.timing import Floors
 
 __all__ = ["GROUPS", "Benchmark", "Settings", "main", "run"]
 
-GROUPS: dict[str, Benchmark] = {one.BENCHMARK.group: one.BENCHMARK for one in (mla_prologue, all_reduce, reduce_rms)}
+GROUPS: dict[str, Benchmark] = {
+    one.BENCHMARK.group: one.BENCHMARK for one in (mla_prologue, all_reduce, reduce_rms, mxfp8_moe)
+}
 
 DEFAULT_OUTPUT = Path("benchmarks/results")
 

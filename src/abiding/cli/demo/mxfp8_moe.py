@@ -1,0 +1,97 @@
+"""MXFP8 mixture of experts: a layer as wide as MiniMax-M3's, with quantised and with plain activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from abiding import mxfp8_moe as face
+from abiding.cli.demo.section import Row, Say, Section
+from abiding.reference import mxfp8_moe as reference
+from abiding.testing import Floors, assert_bitwise_equal, call_us
+from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs
+
+CASES = [LayerCase(8, 6144, 3072, 4, 4, activation="swiglu_oai")]
+MODES: tuple[face.Mode, ...] = ("w8a8", "w8a16")
+
+ROUNDING = 2.0**-8
+"""Half a step of bfloat16, relative: the layer's one rounding, and what is left of those before it."""
+
+
+def rows(device: torch.device, say: Say) -> Iterator[Row]:
+    """Run, check and time each case in both modes."""
+    floors = None
+    if device.type == "cuda":
+        say("Measuring what the GPU can do")
+        floors = Floors.measure(device)
+    for case in CASES:
+        say("MXFP8: making a layer's weights")
+        layer = case.make(device)
+        exact = {}
+        for mode in MODES:
+            say(f"MXFP8 {mode}: computing the float64 reference")
+            exact[mode] = _reference(replace(layer, case=replace(case, mode=mode)))
+        for mode in MODES:
+            one = replace(layer, case=replace(case, mode=mode))
+            say(f"MXFP8 {mode}: running")
+            out = one.run(face)
+            error, faults = _distance(out, exact[mode]), _quantiser_faults(one.x)
+            if not error <= ROUNDING:
+                faults.append(f"the layer is {error:.2%} off; expected at most {ROUNDING:.2%}")
+            say(f"MXFP8 {mode}: timing")
+            us = call_us([partial(one.run, face, out=torch.empty_like(out))], device).us
+            yield Row(
+                {
+                    "case": mode,
+                    "tokens": f"{case.tokens} of {case.hidden}, top {case.top_k} of {case.experts}",
+                    "weights": f"{_parameters(case) / 1e6:.0f} M",
+                    "bytes": "differ" if len(faults) > (error > ROUNDING) else "equal",
+                    "error": f"{error:.3%}",
+                    "error of quantised activations": f"{_distance(out, exact['w8a16']):.2%}",
+                    "time": f"{us / 1e3:.2f} ms",
+                    "speed": _speed(one, us, floors),
+                },
+                faults,
+            )
+
+
+def _reference(one: LayerInputs) -> Tensor:
+    case = one.case
+    arguments = (one.x, one.w13, one.s13, one.w2, one.s2, one.topk_ids, one.topk_weights)
+    return reference.layer(*arguments, activation=case.activation, mode=case.mode)
+
+
+def _distance(out: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference, relative to that of the exact result."""
+    return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def _quantiser_faults(x: Tensor) -> list[str]:
+    """Bytes and codes of the activations are a format: they have to be the reference's."""
+    try:
+        for found, expected in zip(face.quantize(x), reference.quantize(x), strict=True):
+            assert_bitwise_equal(found, expected, "quantised activations")
+        assert_bitwise_equal(face.round(x), reference.round(x), "rounded activations")
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+def _parameters(case: LayerCase) -> int:
+    return 3 * case.experts * case.hidden * case.intermediate
+
+
+def _speed(one: LayerInputs, us: float, floors: Floors | None) -> str:
+    case = one.case
+    active = int(one.topk_ids.unique().numel())
+    moved = active / case.experts * _parameters(case) * 33 / 32 + 4 * case.tokens * case.hidden
+    if floors is None:
+        return f"{moved / us / 1e3:.1f} GB/s"
+    return f"{floors.us(moved) / us:.0%} of the floor"
+
+
+SECTION = Section("MXFP8 mixture of experts: abiding.mxfp8_moe.moe, quantize, round", rows)

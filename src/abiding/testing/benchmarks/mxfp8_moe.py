@@ -1,0 +1,375 @@
+"""Times of MXFP8 products and layers at the shapes of models, cold: a call's experts are not those of the call before.
+
+Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds them, and torch's own grouped
+product of bfloat16 weights, which are twice as large. Both get weights of their own, so only times are compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abiding import mxfp8_moe as face
+from abiding.mxfp8_moe import Mode
+from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs
+from abiding.testing.results import CaseResult, Param
+from abiding.testing.timing import Timing, call_us, graph_us, rotations
+
+Calls = list[Callable[[], object]]
+
+LONG_US = 300.0
+"""Calls that take longer are timed in fewer repetitions."""
+
+MODES: tuple[Mode, ...] = ("w8a8", "w8a16")
+CPU_CASES = [LayerCase(tokens, 256, 128, 8, 2, name="small") for tokens in (1, 8)]
+QUICK_TOKENS = (1, 32, 2048)
+
+
+def measure(settings: Settings) -> Iterator[CaseResult]:
+    """Time the chosen operators: products and layers shape by shape, since a shape's weights are gigabytes."""
+    cases = PERFORMANCE if settings.device.type == "cuda" else CPU_CASES
+    if settings.quick and settings.device.type == "cuda":
+        cases = [case for case in PERFORMANCE if case.tokens in QUICK_TOKENS and case.routing == "uniform"]
+    marlin = Marlin.load(settings.peer) if settings.peer and settings.device.type == "cuda" else None
+    for name in dict.fromkeys(case.name for case in cases):
+        some = [case for case in cases if case.name == name]
+        yield from _measure_shape(some, marlin, settings)
+    for op in ("quantize", "round"):
+        if op in settings.ops:
+            for width in sorted({case.hidden for case in cases}):
+                for tokens in sorted({case.tokens for case in cases}):
+                    yield _time_rows(op, tokens, width, settings)
+
+
+def target_us(case: CaseResult) -> float | None:
+    """Products: a share of the floor, or of the measured matrix product, and 2.5 us for the launch; e4m3 rows cost at
+    most a tenth more than bfloat16 ones. Layers: 0.85 of the best peer's."""
+    tokens, floor = int(case.params["tokens"]), case.floor_us
+    if case.op == "grouped_mm":
+        if tokens > 2048:
+            rows = tokens * int(case.params["top_k"]) / int(case.params["experts"])
+            return floor / (0.82 if rows >= 512 else 0.75)
+        return floor / (0.95 if tokens <= 128 else 0.88) + 2.5
+    if case.op == "grouped_mm_e4m3":
+        return 1.1 * float(case.params["bfloat16_us"])
+    if case.op in ("quantize", "round"):
+        return floor / 0.9 + 2.5
+    return 0.85 * min(case.peers.values()) if case.peers else None
+
+
+def row(case: CaseResult) -> str:
+    """Everything but the number of tokens."""
+    if case.op in ("quantize", "round"):
+        return f"{case.params['k']} columns"
+    parts = [str(case.params["shape"]), str(case.params.get("gemm", case.params.get("mode")))]
+    return " ".join([*parts, *(["zipf"] if case.params["routing"] == "zipf" else [])])
+
+
+BENCHMARK = Benchmark(
+    "mxfp8_moe", ("grouped_mm", "grouped_mm_e4m3", "quantize", "round", "moe"), "tokens", measure, row, target_us
+)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of a layer's two products, with its weights."""
+
+    name: str
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.weight.size(1)
+
+    @property
+    def k(self) -> int:
+        return self.weight.size(2)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Rows of a call in the order of their experts, and who these are."""
+
+    ids: Tensor
+    offsets: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def of(ids: Tensor, experts: int, k: int) -> Routed:
+        counts = torch.bincount(ids.flatten(), minlength=experts)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        return Routed(ids, offsets, torch.randn(ids.numel(), k, device=ids.device).bfloat16())
+
+    @property
+    def active(self) -> int:
+        return int((self.offsets.diff() > 0).sum())
+
+    def bytes(self, product: Product) -> float:
+        """Weights of the experts that have rows, with their scales; rows in, rows out."""
+        return self.active * product.n * product.k * 33 / 32 + len(self.rows) * (product.k + product.n) * 2
+
+
+def _measure_shape(cases: list[LayerCase], marlin: Marlin | None, settings: Settings) -> Iterator[CaseResult]:
+    layer = replace(cases[0], tokens=0).make(settings.device)
+    products = (Product("GEMM1", layer.w13, layer.s13), Product("GEMM2", layer.w2, layer.s2))
+    for product in products:
+        if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops):
+            peers: list[Peer] = [peer for peer in (_bf16(product), marlin and marlin.product(product)) if peer]
+            for op in ("grouped_mm", "grouped_mm_e4m3"):
+                for case in cases:
+                    if op in settings.ops and (op == "grouped_mm" or case.routing == "uniform"):
+                        yield _time_product(op, case, product, peers, settings)
+    if "moe" in settings.ops:
+        layer_peer = marlin.layer(*products) if marlin is not None else None
+        for mode in MODES:
+            for case in cases:
+                if case.routing == "uniform":
+                    yield _time_layer(replace(case, mode=mode), layer, layer_peer, settings)
+
+
+def _routings(case: LayerCase, product: Product, device: torch.device) -> list[Routed]:
+    """As many calls as it takes to find the cache cold, each with the next experts in turn."""
+    rng = torch.Generator(device).manual_seed(case.tokens)
+    ids = case.route(rng)[0]
+    first = Routed.of(ids, case.experts, product.k)
+    count = rotations(int(first.bytes(product)), device)
+    step = max(1, case.experts // count)
+    rest = ((ids + index * step) % case.experts for index in range(1, count))
+    return [first, *(Routed.of(some, case.experts, product.k) for some in rest)]
+
+
+def _time_product(op: str, case: LayerCase, product: Product, peers: list[Peer], settings: Settings) -> CaseResult:
+    device = settings.device
+    routings = _routings(case, product, device)
+    flops = 2.0 * len(routings[0].rows) * product.n * product.k
+    floor_us = settings.floors.us(routings[0].bytes(product), flops)
+    outs = [one.rows.new_empty(len(one.rows), product.n) for one in routings]
+
+    def ours(quantised: bool) -> Calls:
+        calls: Calls = []
+        for one, out in zip(routings, outs, strict=True):
+            a = face.quantize(one.rows, one.offsets) if quantised else one.rows
+            calls.append(partial(face.grouped_mm, a, product.weight, product.scale, one.offsets, out=out))
+        return calls
+
+    params = _params(case) | {"gemm": product.name, "n": product.n, "k": product.k}
+    timing = _time(ours(op == "grouped_mm_e4m3"), floor_us, device)
+    if op == "grouped_mm_e4m3":
+        params["bfloat16_us"] = round(_time(ours(False), floor_us, device).us, 3)
+        return CaseResult.of(op, params, timing, {}, warm=False, floor_us=floor_us)
+    theirs = {peer.name: _time([peer.call(one) for one in routings], floor_us, device) for peer in peers}
+    return CaseResult.of(op, params, timing, theirs, warm=False, floor_us=floor_us)
+
+
+def _params(case: LayerCase) -> dict[str, Param]:
+    return {
+        "tokens": case.tokens,
+        "shape": case.name,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "routing": case.routing,
+    }
+
+
+def _time(calls: Calls, floor_us: float, device: torch.device) -> Timing:
+    if device.type != "cuda" or floor_us < LONG_US:
+        return call_us(calls, device)
+    with torch.cuda.device(device):
+        return graph_us(calls, replays=8, nodes=max(4, len(calls)))
+
+
+# --- rows and layers --------------------------------------------------------------------------------------------------
+
+
+def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResult:
+    device = settings.device
+    written = width * 2 if op == "round" else width
+    tiles = 0 if op == "round" else -(-tokens // 128) * 128 * (-(-width // 128) * 4)
+    moved = tokens * (2 * width + written) + tiles
+    inputs = [torch.randn(tokens, width, device=device).bfloat16() for _ in range(rotations(moved, device))]
+    calls: Calls = []
+    for x in inputs:
+        if op == "round":
+            calls.append(partial(face.round, x, out=torch.empty_like(x)))
+        else:
+            data, scales = face.quantize(x)
+            call = torch.ops.abiding.mxfp8_quantize.default
+            calls.append(partial(call, x, None, False, data=data, scales=scales))
+    params: dict[str, Param] = {"tokens": tokens, "k": width}
+    return CaseResult.of(op, params, call_us(calls, device), {}, warm=False, floor_us=settings.floors.us(moved))
+
+
+def _time_layer(case: LayerCase, layer: LayerInputs, peer: LayerPeer | None, settings: Settings) -> CaseResult:
+    device = settings.device
+    rng = torch.Generator(device).manual_seed(case.tokens)
+    ids, weights = case.route(rng)
+    active = int(torch.bincount(ids.flatten(), minlength=case.experts).gt(0).sum())
+    parameters = 3 * case.hidden * case.intermediate
+    moved = active * parameters * 33 / 32 + 4 * case.tokens * case.hidden
+    count = rotations(int(moved), device)
+    step = max(1, case.experts // count)
+    sets = [
+        replace(
+            layer,
+            case=case,
+            x=torch.randn(case.tokens, case.hidden, device=device).bfloat16(),
+            topk_ids=(ids + index * step) % case.experts,
+            topk_weights=weights,
+        )
+        for index in range(count)
+    ]
+    size = face.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
+    space = torch.empty(size, dtype=torch.uint8, device=device)
+    floor_us = settings.floors.us(moved, 2.0 * case.tokens * case.top_k * parameters)
+    ours: Calls = [partial(one.run, face, workspace=space, out=torch.empty_like(one.x)) for one in sets]
+    theirs = {} if peer is None else {"marlin": _time([peer.call(one) for one in sets], floor_us, device)}
+    params = _params(case) | {"mode": case.mode}
+    return CaseResult.of("moe", params, _time(ours, floor_us, device), theirs, warm=False, floor_us=floor_us)
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation of a product."""
+
+    name: str
+    call: Callable[[Routed], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class LayerPeer:
+    """Another implementation of a layer."""
+
+    call: Callable[[LayerInputs], Callable[[], object]]
+
+
+def _bf16(product: Product) -> Peer | None:
+    if product.weight.device.type != "cuda":
+        return None
+    experts = product.weight.size(0)
+    weight = torch.empty(experts, product.k, product.n, dtype=torch.bfloat16, device=product.weight.device)
+    for one in weight:
+        one.normal_()
+
+    def call(routed: Routed) -> Callable[[], object]:
+        return partial(torch._grouped_mm, routed.rows, weight, offs=routed.offsets[1:])
+
+    return Peer("bf16", call)
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Pairs in the order of their experts, each expert's padded to whole blocks, as Marlin's kernels take them."""
+
+    block: int
+    pairs: Tensor
+    experts: Tensor
+    total: Tensor
+
+    @staticmethod
+    def like(ids: Tensor, experts: int) -> Sorted:
+        rows = ids.numel()
+        block = next((size for size in (8, 16, 32, 48, 64) if rows / experts / size < 0.9), 64)
+        most = rows + experts * (block - 1)
+        pairs, blocks, total = (ids.new_empty(size, dtype=torch.int32) for size in (most, -(-most // block), 1))
+        return Sorted(block, pairs, blocks, total)
+
+    def fill(self, ids: Tensor, experts: int) -> None:
+        torch.ops._moe_C.moe_align_block_size(ids, experts, self.block, self.pairs, self.experts, self.total, None)
+
+
+class Marlin:
+    """vLLM's Marlin kernels, from the library `_moe_C`; weights are random bits in their layout."""
+
+    E4M3 = 2814749767172868
+    """The number of float8 e4m3fn among vLLM's scalar types."""
+
+    def __init__(self, device: torch.device) -> None:
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.workspace = torch.zeros(4 * blocks, dtype=torch.int32, device=device)
+
+    @staticmethod
+    def load(library: Path) -> Marlin | None:
+        torch.ops.load_library(str(library.resolve()))
+        if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
+            print(f"{library} has no moe_wna16_marlin_gemm: no Marlin peer", file=sys.stderr, flush=True)
+            return None
+        return Marlin(torch.device("cuda", torch.cuda.current_device()))
+
+    def weights(self, product: Product) -> tuple[Tensor, Tensor]:
+        experts, n, k = product.weight.shape
+        device = product.weight.device
+        bits = torch.randint(0, 2**31 - 1, (experts, k // 16, n * 4), dtype=torch.int32, device=device) & 0x37373737
+        scales = torch.full((experts, k // 32, n), 120, dtype=torch.uint8, device=device)
+        return bits, scales.view(torch.float8_e8m0fnu)
+
+    def gemm(
+        self,
+        a: Tensor,
+        out: Tensor,
+        weights: tuple[Tensor, Tensor],
+        pairs: Sorted,
+        topk_weights: Tensor,
+        top_k: int,
+        weigh: bool,
+    ) -> None:
+        rows, k = a.shape
+        torch.ops._moe_C.moe_wna16_marlin_gemm(
+            *(a, out, weights[0], None, weights[1], None, None, None, self.workspace, pairs.pairs, pairs.experts),
+            *(pairs.total, topk_weights, pairs.block, top_k, weigh, self.E4M3, rows, out.size(1), k),
+            *(False, True, False, -1, -1, -1),
+        )
+
+    def product(self, product: Product) -> Peer:
+        weights = self.weights(product)
+        experts = product.weight.size(0)
+
+        def call(routed: Routed) -> Callable[[], object]:
+            ids = routed.ids.int()
+            pairs = Sorted.like(ids, experts)
+            pairs.fill(ids, experts)
+            # The first product of a layer reads tokens, the second the rows of pairs.
+            top_k = ids.size(1) if product.name == "GEMM1" else 1
+            a = routed.rows[: ids.numel() // top_k]
+            out = a.new_empty(ids.numel(), product.n)
+            ones = torch.ones(ids.shape, device=ids.device)
+            return lambda: self.gemm(a, out, weights, pairs, ones, top_k, False)
+
+        return Peer("marlin", call)
+
+    def layer(self, up: Product, down: Product) -> LayerPeer:
+        """Sorting, two products, the activation in torch's own operations, the sum over a token's experts."""
+        first, second = self.weights(up), self.weights(down)
+        experts = up.weight.size(0)
+
+        def call(i: LayerInputs) -> Callable[[], object]:
+            ids = i.topk_ids.int()
+            pairs = Sorted.like(ids, experts)
+            tokens, top_k = ids.shape
+            hidden = i.x.new_empty(ids.numel(), up.n)
+            result = i.x.new_empty(ids.numel(), down.n)
+            out = torch.empty_like(i.x)
+
+            def run() -> None:
+                pairs.fill(ids, experts)
+                self.gemm(i.x, hidden, first, pairs, i.topk_weights, top_k, False)
+                gate, value = hidden.chunk(2, 1)
+                self.gemm(torch.nn.functional.silu(gate) * value, result, second, pairs, i.topk_weights, 1, True)
+                torch.ops._moe_C.moe_sum(result.view(tokens, top_k, down.n), out)
+
+            return run
+
+        return LayerPeer(call)

@@ -1,0 +1,300 @@
+"""Inputs of MXFP8 mixture of experts: of grouped products, and of whole layers:
+`LAYERS[0].make("cuda", seed=0).run(abiding.mxfp8_moe)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from abiding.mxfp8_moe import BLOCK, MXFP8, Activation, Mode, swizzle_scales
+
+Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf", "bits"]
+Form = Literal["starts", "ends", "whole"]
+Routing = Literal["uniform", "zipf", "one"]
+
+
+def _described(case: Any) -> str:
+    parts = [(field.name, getattr(case, field.name), field.default) for field in fields(case)]
+    changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
+    return "-".join(f"{name}={value}" for name, value in changed).replace(" ", "")
+
+
+@dataclass(frozen=True)
+class ProductCase:
+    """Rows of some experts, to be quantised and multiplied; everything left out is plain."""
+
+    sizes: tuple[int, ...]
+    """Rows of each expert."""
+    n: int
+    k: int
+    values: Values = "normal"
+    weights: Values = "normal"
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype = torch.bfloat16
+    form: Form = "starts"
+    before: int = 0
+    """Rows in front of the first expert's (form starts)."""
+    behind: int = 0
+    """Rows behind the last expert's."""
+    gap: int = 0
+    """Elements between rows, in multiples of 16."""
+    transposed: bool = False
+    """Weights as the view [E, K, N]."""
+
+    def __str__(self) -> str:
+        return _described(self)
+
+    @property
+    def rows(self) -> int:
+        return self.before + sum(self.sizes) + self.behind
+
+    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> ProductInputs:
+        """Fresh random inputs."""
+        rng = torch.Generator(device).manual_seed(seed)
+        ends = self.before + torch.tensor(self.sizes, device=device).cumsum(0)
+        starts = torch.cat([torch.full_like(ends[:1], self.before), ends])
+        weight, scales, codes = expert_weights(len(self.sizes), self.n, self.k, rng, self.weights)
+        return ProductInputs(
+            case=self,
+            x=strided(rows_of(self.values, (self.rows, self.k), self.dtype, rng), self.gap),
+            weight=weight.transpose(1, 2) if self.transposed else weight,
+            weight_scale=scales,
+            codes=codes,
+            expert_offsets=starts.int() if self.form == "starts" else None,
+            offs=ends.int() if self.form == "ends" else None,
+        )
+
+
+@dataclass(frozen=True)
+class ProductInputs:
+    """The arguments of one product, named as in `abiding.mxfp8_moe.grouped_mm`."""
+
+    case: ProductCase
+    x: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    codes: Tensor
+    """The scales of the weights as they were before they were put into tiles."""
+    expert_offsets: Tensor | None
+    offs: Tensor | None
+
+    def quantize(self, face: Any) -> MXFP8:
+        """Call `face.quantize`, `face` being `abiding.mxfp8_moe` or its reference."""
+        result: MXFP8 = face.quantize(self.x, self.expert_offsets, offs=self.offs)
+        return result
+
+    def run(self, face: Any, a: MXFP8 | Tensor, **options: Any) -> Tensor:
+        """Call `face.grouped_mm` on activations that were made of `x`."""
+        given = {"offs": self.offs, "out_dtype": self.case.out_dtype} | options
+        result: Tensor = face.grouped_mm(a, self.weight, self.weight_scale, self.expert_offsets, **given)
+        return result
+
+    def live(self) -> Tensor:
+        """Which rows belong to an expert."""
+        row = torch.arange(self.case.rows, device=self.x.device)
+        return (row >= self.case.before) & (row < self.case.rows - self.case.behind)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer's sizes, its routing and its mode."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    routing: Routing = "uniform"
+    """uniform: each token its own choice; zipf: the i-th most popular expert has 1/i of the first one's share; one: all
+    tokens the same experts."""
+    elsewhere: float = 0.0
+    """Fraction of pairs whose expert is on another rank (-1)."""
+    activation: Activation = "silu"
+    mode: Mode = "w8a8"
+    index_dtype: torch.dtype = torch.int64
+    values: Values = "normal"
+    name: str = ""
+
+    def __str__(self) -> str:
+        return _described(self)
+
+    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> LayerInputs:
+        """Fresh random inputs."""
+        rng = torch.Generator(device).manual_seed(seed)
+        width = self.intermediate if self.activation == "none" else 2 * self.intermediate
+        w13, s13, _ = expert_weights(self.experts, width, self.hidden, rng)
+        w2, s2, _ = expert_weights(self.experts, self.hidden, self.intermediate, rng)
+        x = rows_of(self.values, (self.tokens, self.hidden), torch.bfloat16, rng)
+        ids, weights = self.route(rng)
+        return LayerInputs(self, x, w13, s13, w2, s2, ids, weights)
+
+    def route(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Experts and weights [tokens, top_k]; the weights of a token sum up to 1."""
+        shape, device = (self.tokens, self.experts), rng.device
+        noise = -torch.rand(shape, generator=rng, device=device).clamp(min=1e-9).log().clamp(min=1e-9).log()
+        if self.routing == "zipf":
+            rank = torch.randperm(self.experts, generator=rng, device=device) + 1
+            noise = noise - rank.log()
+        elif self.routing == "one" and self.tokens:
+            noise = noise[:1].expand(shape)
+        ids = noise.topk(self.top_k).indices
+        logits = torch.randn(ids.shape, generator=rng, device=device)
+        away = torch.rand(ids.shape, generator=rng, device=device) < self.elsewhere
+        return ids.masked_fill(away, -1).to(self.index_dtype), logits.softmax(-1)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """The arguments of one layer, named as in `abiding.mxfp8_moe.moe`."""
+
+    case: LayerCase
+    x: Tensor
+    w13: Tensor
+    s13: Tensor
+    w2: Tensor
+    s2: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+    def run(self, face: Any, **options: Any) -> Tensor:
+        """Call `face.moe`, `face` being `abiding.mxfp8_moe` or its reference."""
+        arguments = (self.x, self.w13, self.s13, self.w2, self.s2, self.topk_ids, self.topk_weights)
+        given = {"activation": self.case.activation, "mode": self.case.mode} | options
+        result: Tensor = face.moe(*arguments, **given)
+        return result
+
+
+def expert_weights(
+    experts: int, n: int, k: int, rng: torch.Generator, values: Values = "normal"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """e4m3 weights [experts, n, k], their scales in tiles, and the plain codes [experts, n, k / 32].
+
+    "normal" weights have a standard deviation near 1 / 32 in all blocks; "bits" are any bytes, under codes that leave
+    sums finite and under 255; others a few special ones.
+    """
+    device = rng.device
+    shape = (experts, n, k // BLOCK)
+    weight = torch.empty(experts, n, k, dtype=torch.uint8, device=device)
+    if values == "bits":
+        weight.random_(0, 256, generator=rng)
+        codes = torch.randint(0, 200, shape, generator=rng, dtype=torch.uint8, device=device)
+        codes[:, ::5, 0] = 255
+    else:
+        for expert in weight:  # one at a time: a layer's weights in float32 would not fit beside it
+            normal = torch.randn(expert.shape, generator=rng, device=device) * 128
+            expert.copy_(normal.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+        low = {"tiny": 0, "huge": 235}.get(values, 113)
+        codes = torch.randint(low, low + 5, shape, generator=rng, dtype=torch.uint8, device=device)
+    if values == "zero":
+        weight &= 0x80
+    if values == "nan":
+        weight.view(-1)[:: 5 * k + 7] = 0x7F
+        codes[:, 1::3, -1] = 255
+    return weight.view(torch.float8_e4m3fn), swizzle_scales(codes), codes
+
+
+def rows_of(values: Values, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Activations; special values are mixed in so that blocks with and without them stand side by side."""
+    x = torch.randn(shape, generator=rng, device=rng.device)
+    if values == "bits":
+        bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=rng, device=rng.device)
+        return bits.to(torch.int16).view(dtype)
+    if values == "zero":
+        x = x * 0  # of either sign
+    elif values == "tiny":
+        x = x * 2.0 ** (-124 if dtype == torch.bfloat16 else -22)
+    elif values == "huge":
+        x = (x / 4).clamp(-1, 1) * torch.finfo(dtype).max
+    elif values in ("nan", "inf"):
+        chosen = torch.rand(shape, generator=rng, device=rng.device) < 0.02
+        x = torch.where(chosen, math.nan if values == "nan" else torch.copysign(torch.tensor(math.inf), x), x)
+        x[1::4, :BLOCK] = math.nan if values == "nan" else math.inf
+    return x.to(dtype)
+
+
+def strided(dense: Tensor, gap: int) -> Tensor:
+    """The same rows with NaN between them."""
+    if not gap:
+        return dense
+    around = torch.full((len(dense), dense.size(1) + gap), math.nan, dtype=dense.dtype, device=dense.device)
+    around[:, : dense.size(1)] = dense
+    return around[:, : dense.size(1)]
+
+
+REGULAR = [
+    ProductCase((7, 0, 33, 1), 128, 256),
+    ProductCase((130, 128, 5), 256, 128, out_dtype=torch.float32),
+    ProductCase((1,) * 16, 384, 512),
+    ProductCase((64, 200), 512, 384, out_dtype=torch.float16),
+]
+
+ODD = [
+    ProductCase((3,), 32, 32),
+    ProductCase((3, 1, 0), 32, 96, form="ends"),
+    ProductCase((17, 5), 96, 32, out_dtype=torch.float32),
+    ProductCase((9, 140), 160, 96, transposed=True),
+    ProductCase((2, 129), 96, 160, out_dtype=torch.float16),
+    ProductCase((31, 8), 224, 160, gap=16, before=5, behind=3),
+    ProductCase((6,), 64, 64, form="whole"),
+    ProductCase((300,), 32, 160, form="whole", out_dtype=torch.float32),
+    ProductCase((0, 0, 5), 128, 128, form="ends", behind=2),
+    ProductCase((4, 4), 32, 32, dtype=torch.float16),
+    ProductCase((1, 0) * 40, 64, 96),
+    ProductCase((20, 70), 1056, 64, gap=48),
+    ProductCase((5, 11), 64, 2080),
+]
+
+CORNER = [
+    ProductCase((0,), 64, 64),
+    ProductCase((0, 0), 64, 64, form="ends"),
+    ProductCase((0,), 64, 64, form="whole"),
+    ProductCase((1,) + (0,) * 1023, 32, 32),
+    ProductCase((0,) * 9 + (70,), 64, 64),
+    *(
+        ProductCase((9, 6), 64, 160, values=values, dtype=dtype, out_dtype=torch.float32)
+        for values in ("zero", "tiny", "huge", "nan", "inf", "bits")
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    *(
+        ProductCase((9, 6), 96, 96, weights=weights, out_dtype=out_dtype)
+        for weights in ("zero", "tiny", "huge", "nan", "bits")
+        for out_dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ),
+]
+
+LAYERS = [
+    LayerCase(5, 64, 96, 4, 2),
+    LayerCase(33, 128, 64, 8, 3, mode="w8a16"),
+    LayerCase(17, 96, 160, 5, 5, "zipf", activation="swiglu_oai", index_dtype=torch.int32),
+    LayerCase(9, 160, 32, 6, 1, "zipf", activation="swiglu_oai", mode="w8a16"),
+    LayerCase(200, 64, 64, 16, 16, activation="none"),
+    LayerCase(150, 64, 96, 8, 1, "one", mode="w8a16", activation="none"),
+    LayerCase(40, 64, 64, 4, 4, "one"),
+    LayerCase(23, 96, 64, 4, 3, elsewhere=0.4),
+    LayerCase(3, 64, 64, 4, 2, elsewhere=1.0, index_dtype=torch.int32),
+    LayerCase(0, 64, 64, 4, 2),
+    LayerCase(1, 256, 128, 3, 1),
+    LayerCase(12, 64, 64, 4, 2, values="zero"),
+    LayerCase(12, 64, 64, 4, 2, values="nan"),
+]
+
+SHAPES = {
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "minimax-m2": (3072, 1536, 256, 8),
+    "wide-ep8": (6144, 2048, 32, 8),
+    "minimax-m3-tp8": (6144, 384, 128, 4),
+    "minimax-m3-ep8": (6144, 3072, 16, 4),
+}
+"""Hidden, intermediate, experts, top-k of models' layers, or a rank's share of them."""
+
+PERFORMANCE = [
+    LayerCase(tokens, *shape, routing, name=name)
+    for name, shape in SHAPES.items()
+    for routing in ("uniform", "zipf")
+    for tokens in (1, 8, 32, 128, 512, 2048, 8192)
+]

@@ -1,0 +1,308 @@
+"""The group as a set of PyTorch operators: schemas, fakes, torch.compile, CUDA graphs, streams."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from abiding import mxfp8_moe
+from abiding.mxfp8_moe import MXFP8
+from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs, ProductCase, ProductInputs
+from abiding.testing.comparison import assert_bitwise_equal, assert_close
+
+GROUPS = "Tensor problem_sizes, Tensor expert_offsets, Tensor blockscale_offsets"
+SCHEMAS = {
+    "mxfp8_experts_quant": f"(Tensor input, {GROUPS}, Tensor! quant_output, Tensor! scale_factor) -> ()",
+    "cutlass_mxfp8_grouped_mm": f"(Tensor a, Tensor b, Tensor sfa, Tensor sfb, Tensor! out, {GROUPS}) -> ()",
+    "mxfp8_quantize": "(Tensor input, Tensor? offsets, bool ends, *, Tensor! data, Tensor! scales) -> ()",
+    "mxfp8_round": "(Tensor input, *, Tensor! out) -> ()",
+    "mxfp8_grouped_mm": (
+        "(Tensor a, Tensor? a_scales, Tensor weight, Tensor weight_scales, Tensor? offsets, bool ends, *, Tensor! out) "
+        "-> ()"
+    ),
+    "mxfp8_moe": (
+        "(Tensor x, Tensor w13, Tensor s13, Tensor w2, Tensor s2, Tensor topk_ids, Tensor topk_weights, "
+        "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor(b!) out) -> ()"
+    ),
+    "mxfp8_moe_workspace_bytes": "(int tokens, int top_k, int experts, int hidden, int intermediate) -> int",
+}
+KERNELS = [name for name in SCHEMAS if name != "mxfp8_moe_workspace_bytes"]
+
+PRODUCT = ProductCase((3, 0, 5), 64, 96)
+LAYER = LayerCase(6, 64, 96, 4, 2, elsewhere=0.2)
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.abiding, name).default
+
+
+def arguments(name: str, device: torch.device, rows: int = 8) -> tuple[list[Any], dict[str, Any]]:
+    """A legal call of a raw operator. uint8 stands for e4m3: opcheck cannot subtract eight-bit floats."""
+    if name == "mxfp8_moe":
+        i = replace(LAYER, tokens=rows).make(device)
+        space = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
+        weights = [w.view(torch.uint8) if w.element_size() == 1 else w for w in (i.w13, i.s13, i.w2, i.s2)]
+        return [i.x, *weights, i.topk_ids, i.topk_weights, 1, True, space], {"out": torch.zeros_like(i.x)}
+    i = (PRODUCT if rows else replace(PRODUCT, sizes=(0, 0, 0))).make(device)
+    data, scales = i.quantize(mxfp8_moe)
+    data, weight = data.view(torch.uint8), i.weight.view(torch.uint8)
+    sizes = i.expert_offsets.diff()
+    problems = torch.stack([sizes, torch.full_like(sizes, 64), torch.full_like(sizes, 96)], 1)
+    tiles = (sizes + 127) // 128 * 128
+    groups = [problems, i.expert_offsets[:-1].clone(), (tiles.cumsum(0) - tiles).int()]
+    out = torch.zeros(len(data), 64, dtype=torch.bfloat16, device=device)
+    return {
+        "mxfp8_experts_quant": ([i.x, *groups, torch.zeros_like(data), torch.full_like(scales, 3)], {}),
+        "cutlass_mxfp8_grouped_mm": (
+            [data, weight.transpose(1, 2), scales, i.weight_scale, out, *groups],
+            {},
+        ),
+        "mxfp8_quantize": (
+            [i.x, i.expert_offsets, False],
+            {"data": torch.zeros_like(data), "scales": torch.full_like(scales, 3)},
+        ),
+        "mxfp8_round": ([i.x], {"out": torch.zeros_like(i.x)}),
+        "mxfp8_grouped_mm": ([data, scales, weight, i.weight_scale, i.expert_offsets, False], {"out": out}),
+    }[name]
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name: str) -> None:
+    expected = torch._C.parse_schema(f"abiding::{name}{SCHEMAS[name]}")
+    found = operator(name)._schema
+    assert str(found) == str(expected)
+    for ours, theirs in zip(found.arguments, expected.arguments, strict=True):
+        assert (ours.alias_info is not None and ours.alias_info.is_write) == (theirs.alias_info is not None)
+
+
+@pytest.mark.parametrize("rows", [8, 0])
+@pytest.mark.parametrize("name", KERNELS)
+def test_opcheck(name: str, rows: int, device: torch.device) -> None:
+    args, kwargs = arguments(name, device, rows)
+    torch.library.opcheck(operator(name), args, kwargs)
+
+
+def test_opcheck_without_the_optional_arguments(device: torch.device) -> None:
+    args, kwargs = arguments("mxfp8_moe", device)
+    torch.library.opcheck(operator("mxfp8_moe"), [*args[:-1], None], kwargs)
+    args, kwargs = arguments("mxfp8_grouped_mm", device)
+    x = PRODUCT.make(device).x
+    one = [x, None, args[2][:1], args[3][:1].contiguous(), None, False]
+    torch.library.opcheck(operator("mxfp8_grouped_mm"), one, kwargs)
+    args, kwargs = arguments("mxfp8_quantize", device)
+    torch.library.opcheck(operator("mxfp8_quantize"), [args[0], None, False], kwargs)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_only_what_the_schema_says_is_written(name: str, device: torch.device) -> None:
+    args, kwargs = arguments(name, device)
+    before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    operator(name)(*args, **kwargs)
+    for argument, old, new in zip(operator(name)._schema.arguments, before, args, strict=False):
+        if not isinstance(new, Tensor):
+            continue
+        if argument.alias_info is None:
+            assert_bitwise_equal(new, old, argument.name)
+        else:
+            assert not torch.equal(new, old), f"{argument.name} was not written"
+
+
+@pytest.mark.parametrize("rows", [8, 0])
+def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> None:
+    def looks(x: Tensor) -> tuple[Any, ...]:
+        return x.shape, x.stride(), x.dtype, x.device, x.storage_offset()
+
+    product = (PRODUCT if rows else replace(PRODUCT, sizes=(0, 0, 0))).make(device)
+    layer = replace(LAYER, tokens=rows).make(device)
+    tensors = [product.x, product.weight, product.weight_scale, product.expert_offsets, layer.x, layer.w13, layer.s13]
+    tensors += [layer.w2, layer.s2, layer.topk_ids, layer.topk_weights]
+
+    def calls(*t: Tensor) -> list[Any]:
+        face = mxfp8_moe
+        a = face.quantize(t[0], t[3])
+        results = [*a, *face.quantize(t[0]), face.round(t[0]), face.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
+        results += [face.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), face.moe(*t[4:])]
+        return [looks(x) for x in [*results, face.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
+
+    real = calls(*tensors)
+    with FakeTensorMode() as mode:
+        assert calls(*(mode.from_tensor(tensor) for tensor in tensors)) == real
+    on_meta = calls(*(tensor.to("meta") for tensor in tensors))
+    assert [look[:3] for look in on_meta] == [look[:3] for look in real]
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+Step = Callable[..., Any]
+
+
+def product_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
+    """W8A8 and W8A16 products with ordinary operations around them."""
+    a = mxfp8_moe.quantize(x * 2, offsets)
+    exact = mxfp8_moe.grouped_mm(a, weight, weight_scale, offsets) * 2
+    return torch.stack([exact, mxfp8_moe.grouped_mm(mxfp8_moe.round(x), weight, weight_scale, offsets)])
+
+
+def layer_step(i: tuple[Tensor, ...]) -> Tensor:
+    x, *rest = i
+    hidden = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai")
+    return mxfp8_moe.moe(hidden + x, *rest, mode="w8a16", out=torch.empty_like(hidden))
+
+
+def tensors_of(i: LayerInputs) -> tuple[Tensor, ...]:
+    return i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights
+
+
+def assert_compiles(compiled_product: Step, compiled_layer: Step, rows: int, device: torch.device) -> None:
+    product = replace(PRODUCT, sizes=(rows, 0, 2)).make(device, rows)
+    given = (product.x, product.weight, product.weight_scale, product.expert_offsets)
+    assert_bitwise_equal(compiled_product(*given), product_step(*given))
+    layer = tensors_of(replace(LAYER, tokens=rows).make(device, rows))
+    assert_bitwise_equal(compiled_layer(layer), layer_step(layer))
+
+
+def test_compile(device: torch.device) -> None:
+    torch._dynamo.reset()
+    steps = (torch.compile(step, fullgraph=True, backend="aot_eager") for step in (product_step, layer_step))
+    assert_compiles(*steps, 5, device)
+
+
+def test_compile_with_dynamic_shapes(device: torch.device) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    steps = [torch.compile(step, fullgraph=True, dynamic=True, backend=counter) for step in (product_step, layer_step)]
+    compilations = []
+    for rows in (5, 7, 19):
+        assert_compiles(*steps, rows, device)
+        compilations.append(counter.frame_count)
+    assert compilations == compilations[:1] * 3, "another number of rows compiles again"
+
+
+def test_compile_with_inductor(device: torch.device) -> None:
+    if device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("inductor needs g++")
+    if device.type == "cpu" and " " in torch.__file__:
+        pytest.skip("inductor does not quote a torch whose path has spaces")
+    torch._dynamo.reset()
+    assert_compiles(*(torch.compile(step, fullgraph=True) for step in (product_step, layer_step)), 5, device)
+
+
+def test_inference_mode(device: torch.device) -> None:
+    i = LAYER.make(device)
+    expected = i.run(mxfp8_moe)
+    with torch.inference_mode():
+        assert_bitwise_equal(LAYER.make(device).run(mxfp8_moe), expected)
+        product = PRODUCT.make(device)
+        product.run(mxfp8_moe, product.quantize(mxfp8_moe))
+
+
+# --- the GPU ----------------------------------------------------------------------------------------------------------
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "replays"),
+    [
+        (LayerCase(16, 256, 128, 8, 2, elsewhere=0.2), 1000),
+        (LayerCase(300, 512, 256, 16, 4, "zipf", activation="swiglu_oai", elsewhere=0.1), 100),
+        (LayerCase(64, 256, 128, 8, 2, "zipf", mode="w8a16"), 100),
+    ],
+    ids=str,
+)
+def test_cuda_graph_with_changing_routing(case: LayerCase, replays: int, cuda: torch.device) -> None:
+    """One capture, replayed on other rows and other experts: the bits of an eager call."""
+    static = case.make(cuda)
+    graph, out = captured(lambda: static.run(mxfp8_moe))
+    rng = torch.Generator(cuda).manual_seed(1)
+    for step in range(replays):
+        ids, weights = case.route(rng)
+        static.x.normal_(generator=rng)
+        static.topk_ids.copy_(ids)
+        static.topk_weights.copy_(weights)
+        graph.replay()
+        assert_bitwise_equal(out, static.run(mxfp8_moe), f"replay {step}")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_products_with_changing_offsets(cuda: torch.device) -> None:
+    i = ProductCase((40, 0, 200, 16), 256, 512).make(cuda)
+
+    def step() -> tuple[Tensor, ...]:
+        a = i.quantize(mxfp8_moe)
+        return a.scales, i.run(mxfp8_moe, a), i.run(mxfp8_moe, i.x)
+
+    graph, results = captured(step)
+    for replay in range(100):
+        edges = torch.randint(0, 257, (3,)).sort().values
+        i.expert_offsets[1:4] = edges.to(cuda)
+        graph.replay()
+        for found, expected in zip(results, step(), strict=True):
+            assert_bitwise_equal(found, expected, f"replay {replay}")
+
+
+@pytest.mark.gpu
+def test_checked_indices_do_not_disturb_a_capture(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABIDING_CHECK_INDICES", "1")
+    i = LAYER.make(cuda)
+    graph, out = captured(lambda: i.run(mxfp8_moe))
+    i.topk_ids.fill_(1 << 40)
+    graph.replay()
+    assert_bitwise_equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.gpu
+def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
+    """Inputs that arrive late on a side stream are seen, though nobody synchronises with the default stream."""
+    i = LayerCase(64, 256, 128, 8, 2).make(cuda)
+    expected = i.run(mxfp8_moe)
+    x = i.x.clone()
+    i.x.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        i.x.copy_(x)
+        out = i.run(mxfp8_moe)
+    assert not stream.query(), "the call did not wait for the stream"
+    stream.synchronize()
+    assert_bitwise_equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_cpu_and_cuda_agree(mode: mxfp8_moe.Mode, cuda: torch.device) -> None:
+    """Codes and bytes are equal; sums differ by their order alone."""
+    here = ProductCase((5, 0, 70), 128, 256).make("cpu")
+    moved = {name: getattr(here, name).to(cuda) for name in ("x", "weight", "weight_scale", "codes", "expert_offsets")}
+    there: ProductInputs = replace(here, **moved)
+    for ours, theirs in zip(here.quantize(mxfp8_moe), there.quantize(mxfp8_moe), strict=True):
+        assert_bitwise_equal(theirs.view(torch.uint8).cpu(), ours.view(torch.uint8))
+    rows = MXFP8(*here.quantize(mxfp8_moe))
+    ours, theirs = here.run(mxfp8_moe, rows), there.run(mxfp8_moe, there.quantize(mxfp8_moe)).cpu()
+    assert_close(theirs, ours, ulps=1, atol=1e-5)
+    layer = replace(LAYER, mode=mode).make("cpu")
+    on_cuda = mxfp8_moe.moe(*(tensor.to(cuda) for tensor in tensors_of(layer)), mode=mode)
+    assert_close(on_cuda.cpu(), layer.run(mxfp8_moe), rtol=2.0**-7, atol=0.05 * float(layer.run(mxfp8_moe).std()))

@@ -1,0 +1,534 @@
+"""What the group computes: the quantiser bit for bit, products within what float32 sums lose, layers as compositions.
+
+Rules that decide bits are written a second time here, by rational numbers and by a table of the 127 magnitudes of e4m3,
+so that reference and kernel cannot be wrong together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from abiding import mxfp8_moe, reference
+from abiding.mxfp8_moe import MXFP8
+from abiding.testing.cases.mxfp8_moe import (
+    CORNER,
+    LAYERS,
+    ODD,
+    REGULAR,
+    LayerCase,
+    LayerInputs,
+    ProductCase,
+    ProductInputs,
+    expert_weights,
+)
+from abiding.testing.comparison import assert_bitwise_equal, assert_close, round_once
+from abiding.testing.guarded import guarded
+
+HALVES = (torch.bfloat16, torch.float16)
+FACES = pytest.mark.parametrize("face", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+PRODUCTS = [*REGULAR, *ODD, *CORNER]
+
+ONE = 0x38  # 1.0 in e4m3
+
+
+# --- the rules, a second time -----------------------------------------------------------------------------------------
+
+
+def exact_code(amax: float) -> int:
+    """The least code with amax <= 448 * 2^(code - 127), in rational numbers; infinity is above all of them."""
+    if math.isinf(amax):
+        return 254
+    wanted = Fraction(amax) / 448
+    code = max(wanted.numerator.bit_length() - wanted.denominator.bit_length() + 126, 0) if wanted else 0
+    while Fraction(2) ** (code - 127) < wanted:
+        code += 1
+    return code
+
+
+def magnitudes() -> Tensor:
+    """What the bytes 0 to 0x7E stand for."""
+    byte = torch.arange(127)
+    mantissa, exponent = (byte % 8).double(), byte // 8
+    return torch.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * torch.exp2(exponent.double() - 7))
+
+
+def exact_bytes(x: Tensor, codes: Tensor) -> Tensor:
+    """The nearest magnitude of each element under its code, ties to the even byte; [n, 32] and [n]."""
+    scaled = x.double() * torch.exp2(127 - codes.double())[:, None]
+    table = magnitudes()
+    middles = (table[1:] + table[:-1]) / 2
+    value = scaled.abs().nan_to_num(0)
+    below = torch.searchsorted(middles, value)
+    tie = value == middles[below.clamp(max=len(middles) - 1)]
+    byte = torch.where(tie & (below % 2 == 1), below + 1, below) + 0x80 * scaled.signbit()
+    return torch.where(x.isnan(), 0x7F, byte).to(torch.uint8)
+
+
+def exact_value(byte: Tensor, code: Tensor) -> Tensor:
+    """What a byte under a code stands for, rounded to bfloat16 once, in float64."""
+    value = magnitudes()[(byte & 0x7F).clamp(max=126).long()] * torch.exp2(code.double() - 127)
+    rounded = round_once(torch.where(byte >= 0x80, -value, value), torch.bfloat16).double()
+    return torch.where((code == 255) | (byte & 0x7F == 0x7F), math.nan, rounded)
+
+
+def assert_rows_of_blocks(face: ModuleType, blocks: Tensor, codes: Tensor, device: torch.device) -> None:
+    """Blocks [n, 32], one to a row, have these codes; bytes and rounded values follow from them."""
+    x = blocks.to(device)
+    data, scales = face.quantize(x)
+    found = face.unswizzle_scales(scales, len(scales), 32)[: len(x), 0].cpu()
+    assert_bitwise_equal(found, codes.to(torch.uint8), "codes")
+    expected = torch.where((codes == 255)[:, None], 0x7F, exact_bytes(blocks, codes))
+    assert_bitwise_equal(data.view(torch.uint8).cpu(), expected, "bytes")
+    kept = exact_value(expected, codes[:, None].expand(-1, 32)).to(torch.bfloat16)
+    kept[kept.isnan()] = math.nan
+    assert_bitwise_equal(face.round(x).cpu(), kept, "rounded values")
+
+
+# --- the quantiser ----------------------------------------------------------------------------------------------------
+
+
+@FACES
+@DTYPES
+def test_every_amax(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """Blocks whose largest magnitude is every finite one of the dtype, and infinity."""
+    count = 0x7F81 if dtype == torch.bfloat16 else 0x7C01
+    amax = torch.arange(count).to(torch.int16).view(dtype)
+    codes = torch.tensor([exact_code(float(value)) for value in amax])
+    blocks = torch.rand(count, 32) * amax.double()[:, None]
+    blocks = torch.where(amax.isinf()[:, None], torch.rand(count, 32) * torch.finfo(dtype).max, blocks)
+    blocks = (blocks * torch.randint(0, 2, blocks.shape).mul(2).sub(1)).to(dtype)
+    place = torch.randint(32, (count, 1))
+    sign = torch.randint(0, 2, (count, 1)).mul(2).sub(1).to(dtype)
+    blocks.scatter_(1, place, amax[:, None] * sign)
+    assert_rows_of_blocks(face, blocks, codes, device)
+
+
+@FACES
+@DTYPES
+def test_every_value_beside_one(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """All 65536 bit patterns, in blocks of one pattern and 448's."""
+    x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    blocks = torch.full((len(x), 32), 448.0, dtype=dtype)
+    blocks[torch.arange(len(x)), torch.arange(len(x)) % 32] = x
+    amax = torch.where(x.isnan(), 0, x).abs().clamp(min=448)
+    codes = {float(value): exact_code(float(value)) for value in amax.unique()}
+    assert_rows_of_blocks(face, blocks, torch.tensor([codes[float(value)] for value in amax]), device)
+
+
+@FACES
+@DTYPES
+def test_special_blocks(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    blocks = torch.zeros(7, 32, dtype=dtype)
+    blocks[0, ::2] = -0.0
+    blocks[1] = math.nan
+    blocks[1, 5:7] = -math.nan
+    blocks[2, 3], blocks[2, 4] = math.nan, 1.75
+    blocks[3, 3], blocks[3, 4], blocks[3, 5] = math.inf, -math.inf, torch.finfo(dtype).max
+    blocks[4] = math.nan
+    blocks[4, 9] = -math.inf
+    blocks[5] = math.nan
+    blocks[5, 31] = -0.0
+    blocks[6] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    codes = torch.tensor([0, 255, 119, 254, 254, 0, exact_code(float(blocks[6, 0]))])
+    assert_rows_of_blocks(face, blocks, codes, device)
+    rounded = face.round(blocks.to(device)).cpu()
+    assert rounded[0].signbit().tolist() == [True, False] * 16
+    assert rounded[3, 3:5].tolist() == [math.inf, -math.inf]
+
+
+@FACES
+def test_every_byte_under_every_code(face: ModuleType, device: torch.device) -> None:
+    """Weights and activations alike: a single byte, zeros around it, times ones."""
+    code, byte = torch.arange(256).repeat_interleave(256), torch.arange(256).repeat(256)
+    rows = torch.zeros(1 << 16, 32, dtype=torch.uint8)
+    rows[torch.arange(1 << 16), torch.arange(1 << 16) % 32] = byte.to(torch.uint8)
+    scales = face.swizzle_scales(code.to(torch.uint8)[:, None]).to(device)
+    expected = exact_value(byte, code).float()
+    rows = rows.to(device)
+
+    ones = torch.ones(1, 32, dtype=torch.bfloat16, device=device)
+    found = face.grouped_mm(ones, rows[None], scales[None], out_dtype=torch.float32)
+    assert_close(found[0].cpu(), expected, name="weights")
+
+    plain = torch.full((1, 32, 1), 127, dtype=torch.uint8, device=device)
+    unit = torch.full((1, 32, 32), ONE, dtype=torch.uint8, device=device)
+    found = face.grouped_mm(MXFP8(rows, scales), unit, face.swizzle_scales(plain), out_dtype=torch.float32)
+    assert_close(found.cpu(), expected[:, None].expand(-1, 32), name="activations")
+
+
+@FACES
+@pytest.mark.parametrize("shape", [(1, 1), (128, 4), (129, 5), (3, 300, 7), (2, 2, 32, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=["uint8", "e8m0"])
+def test_swizzle(face: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    plain = torch.randint(0, 256, shape, dtype=torch.uint8)
+    rows, columns = shape[-2:]
+    tiled = face.swizzle_scales(plain.view(dtype))
+    height, width = -(-rows // 128) * 128, -(-columns // 4) * 4
+    assert tiled.dtype == dtype
+    assert tiled.shape == (*shape[:-2], height, width)
+    # As cuBLAS documents it, tile by tile.
+    padded = torch.nn.functional.pad(plain, (0, width - columns, 0, height - rows))
+    tiles = padded.unflatten(-1, (width // 4, 4)).unflatten(-3, (height // 128, 4, 32))
+    order = [*range(len(shape) - 2), *(len(shape) - 2 + axis for axis in (0, 3, 2, 1, 4))]
+    assert_bitwise_equal(tiled.view(torch.uint8), tiles.permute(order).reshape(padded.shape))
+    assert_bitwise_equal(face.unswizzle_scales(tiled, rows, 32 * columns).view(torch.uint8), plain)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def assert_product(found: Tensor, a: Tensor, i: ProductInputs) -> None:
+    """Rows of experts within the rounded ends of exact +- what float32 sums can lose; `a` holds bfloat16 rows."""
+    face, live, k = reference.mxfp8_moe, i.live(), i.case.k
+    exact = i.run(face, a, out_dtype=torch.float64)[live]
+    plain = replace(i, weight=(i.weight.view(torch.uint8) & 0x7F))
+    loss = plain.run(face, a.abs(), out_dtype=torch.float64)[live].nan_to_num(0, 0, 0) * k * 2.0**-22 + k * 2.0**-149
+    found = found[live]
+    assert_close(found.isnan(), exact.isnan(), name="NaN")
+    low, high = (round_once(end, found.dtype) for end in (exact - loss, exact + loss))
+    wrong = ~((low <= found) & (found <= high) | exact.isnan())
+    assert not bool(wrong.any()), f"{int(wrong.sum())} of {found.numel()} are off, first {wrong.nonzero()[0].tolist()}"
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_case(case: ProductCase, device: torch.device) -> None:
+    i = case.make(device, seed=1)
+    given = [tensor.clone() for tensor in (i.x, i.weight.view(torch.uint8), i.weight_scale)]
+    ours, theirs = i.quantize(mxfp8_moe), i.quantize(reference.mxfp8_moe)
+    live = i.live()
+    assert_bitwise_equal(ours.scales, theirs.scales, "scales")
+    assert_bitwise_equal(ours.data[live], theirs.data[live], "data")
+    rounded = mxfp8_moe.round(i.x)
+    assert_bitwise_equal(rounded, reference.mxfp8_moe.round(i.x), "rounded rows")
+
+    out = i.run(mxfp8_moe, rounded)
+    assert out.dtype == case.out_dtype
+    assert out.shape == (case.rows, case.n)
+    assert_product(out, rounded, i)
+    assert_close(i.run(mxfp8_moe, ours)[live], out[live], name="product of e4m3 rows")
+    if case.dtype == torch.bfloat16:
+        assert_product(i.run(mxfp8_moe, i.x), i.x, i)
+    for tensor, before in zip((i.x, i.weight.view(torch.uint8), i.weight_scale), given, strict=True):
+        assert_bitwise_equal(tensor, before, "an input")
+
+
+@pytest.mark.parametrize("case", [*REGULAR, *ODD], ids=str)
+def test_outputs_are_written_where_they_belong(case: ProductCase, device: torch.device) -> None:
+    i = case.make(device)
+    live = i.live()
+    steps = 16 // case.out_dtype.itemsize
+    out = guarded((case.rows, case.n), case.out_dtype, device, strides=(case.n + 3 * steps, 1), offset_bytes=16)
+    assert i.run(mxfp8_moe, i.x.bfloat16(), out=out.tensor) is out.tensor
+    out.check()
+    assert_bitwise_equal(out.tensor[live], i.run(mxfp8_moe, i.x.bfloat16())[live])
+    untouched = out.tensor[~live].contiguous().view(torch.uint8)
+    assert bool((untouched == 0xFF).all()), "rows of no expert were written"
+
+    kept = guarded(i.x.shape, torch.bfloat16, device, strides=(case.k + 24, 1), offset_bytes=16)
+    assert mxfp8_moe.round(i.x, out=kept.tensor) is kept.tensor
+    kept.check()
+    assert_bitwise_equal(kept.tensor, mxfp8_moe.round(i.x))
+
+    data = guarded(i.x.shape, torch.float8_e4m3fn, device, strides=(case.k + 48, 1), offset_bytes=16)
+    expected = i.quantize(mxfp8_moe)
+    scales = guarded(expected.scales.shape, torch.uint8, device, offset_bytes=16)
+    offsets = i.offs if i.expert_offsets is None else i.expert_offsets
+    torch.ops.abiding.mxfp8_quantize(i.x, offsets, i.offs is not None, data=data.tensor, scales=scales.tensor)
+    data.check()
+    scales.check()
+    assert_bitwise_equal(scales.tensor, expected.scales)
+    assert_bitwise_equal(data.tensor[live], expected.data[live])
+    assert bool((data.tensor[~live].view(torch.uint8) == 0xFF).all()), "rows of no expert were written"
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sums_that_float32_holds_are_exact(out_dtype: torch.dtype, device: torch.device) -> None:
+    case = ProductCase((40, 0, 150), 160, 416, out_dtype=out_dtype)
+    i = case.make(device)
+    exponents = torch.randint(-2, 3, i.x.shape, device=device)
+    x = torch.exp2(exponents.float()).copysign(i.x).bfloat16()
+    signs = i.weight.view(torch.uint8) & 0x80
+    i = replace(i, weight=(signs | ONE - 8 * torch.randint(0, 3, signs.shape, device=device)).to(torch.uint8))
+    scale = mxfp8_moe.swizzle_scales(torch.randint(125, 130, i.codes.shape, dtype=torch.uint8, device=device))
+    i = replace(i, weight_scale=scale)
+    exact = round_once(i.run(reference.mxfp8_moe, x, out_dtype=torch.float64), out_dtype)
+    assert bool((exact.abs() > 1).any())
+    assert_close(i.run(mxfp8_moe, x), exact)
+    assert_close(i.run(mxfp8_moe, replace(i, x=x).quantize(mxfp8_moe)), exact)
+
+
+def test_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
+    """Each row alone, and in other company, gives the same bits as among all."""
+    case = ProductCase((70, 1, 200, 0, 3), 96, 160)
+    i = case.make(device)
+    x = i.x
+    together = i.run(mxfp8_moe, x)
+    edges = i.expert_offsets.tolist()
+    for expert in range(len(case.sizes)):
+        some = i.weight[expert : expert + 1], i.weight_scale[expert : expert + 1]
+        for begin in range(edges[expert], edges[expert + 1], 37):
+            for end in (begin + 1, min(begin + 20, edges[expert + 1])):
+                alone = mxfp8_moe.grouped_mm(x[begin:end], *some)
+                assert_bitwise_equal(alone, together[begin:end], f"rows {begin} to {end}")
+    quantised = i.quantize(mxfp8_moe)
+    one = mxfp8_moe.quantize(x[71:72])
+    assert_bitwise_equal(one.data, quantised.data[71:72])
+
+
+def raw(i: ProductInputs, device: torch.device) -> Tensor:
+    """The two operators as vLLM calls them; groups lie in reverse order, tiles in any."""
+    case = i.case
+    sizes = torch.tensor(case.sizes)
+    padded = (sizes + 127) // 128 * 128
+    starts = (sizes.cumsum(0) - sizes).int().to(device)
+    scale_starts = (padded.flip(0).cumsum(0).flip(0) - padded).int().to(device)
+    problems = torch.stack([sizes, torch.full_like(sizes, case.n), torch.full_like(sizes, case.k)], 1).int().to(device)
+    data = guarded((case.rows, case.k), torch.float8_e4m3fn, device)
+    scales = guarded((int(padded.sum()), case.k // 32), torch.uint8, device)
+    out = guarded((case.rows, case.n), case.out_dtype, device)
+    groups = (problems, starts, scale_starts)
+    torch.ops.abiding.mxfp8_experts_quant(i.x, *groups, data.tensor, scales.tensor)
+    plain_view = i.weight_scale.transpose(1, 2)
+    torch.ops.abiding.cutlass_mxfp8_grouped_mm(
+        data.tensor, i.weight.transpose(1, 2), scales.tensor, plain_view, out.tensor, *groups
+    )
+    for guard in (data, scales, out):
+        guard.check()
+    return out.tensor
+
+
+@pytest.mark.parametrize("out_dtype", HALVES, ids=str)
+def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, device: torch.device) -> None:
+    i = ProductCase((5, 0, 200, 128), 128, 256, out_dtype=out_dtype).make(device)
+    expected = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
+    assert_bitwise_equal(raw(i, device), expected)
+    ends = replace(i, expert_offsets=None, offs=i.expert_offsets[1:].clone())
+    assert_bitwise_equal(ends.run(mxfp8_moe, ends.quantize(mxfp8_moe)), expected)
+    assert_bitwise_equal(ends.quantize(mxfp8_moe).scales, i.quantize(mxfp8_moe).scales)
+    e8m0 = replace(i, weight_scale=i.weight_scale.view(torch.float8_e8m0fnu), weight=i.weight.view(torch.uint8))
+    data, scales = i.quantize(mxfp8_moe)
+    assert_bitwise_equal(e8m0.run(mxfp8_moe, MXFP8(data, scales.view(torch.float8_e8m0fnu))), expected)
+    apart = torch.cat([data.view(torch.uint8)] * 2, 1)[:, :256].view(torch.float8_e4m3fn)
+    wide = torch.cat([i.weight.view(torch.uint8)] * 2, 2)[..., :256]
+    assert_bitwise_equal(replace(i, weight=wide).run(mxfp8_moe, MXFP8(apart, scales)), expected)
+
+
+def test_upstream_test(device: torch.device) -> None:
+    """vLLM's own: 1 - 2 xy / (x^2 + y^2) against products of what was not quantised, under 0.001 for each expert."""
+    for dtype in HALVES:
+        sizes = tuple(torch.randint(1, 200, (8,)).tolist())
+        i = ProductCase(sizes, 384, 512, dtype=dtype, out_dtype=dtype).make(device)
+        weight = torch.randn(8, 384, 512, device=device).to(dtype)
+        data, scales = mxfp8_moe.quantize(weight.flatten(0, 1))
+        i = replace(i, weight=data.view(8, 384, 512), weight_scale=scales.view(8, 384, 16))
+        out = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
+        for rows, ours, w in zip(i.x.split(sizes), out.split(sizes), weight, strict=True):
+            x, y = ours.double(), rows.double() @ w.double().T
+            assert 1e-5 < float(1 - 2 * (x * y).sum() / (x * x + y * y).sum()) < 0.001
+
+
+BAD = [[5, 3, 3, 8], [0, 5, 9, 8], [-1, 2, 4, 8], [0, 2, 2**31 - 1, 8], [-(2**31), 2**31 - 1, 0, 8], [8, 8, 0, 8]]
+
+
+@pytest.mark.parametrize("edges", BAD, ids=str)
+def test_offsets_that_lead_outside_are_empty(edges: list[int], device: torch.device) -> None:
+    i = replace(ProductCase((2, 3, 3), 64, 96).make(device), expert_offsets=torch.tensor(edges).int().to(device))
+    data = guarded((8, 96), torch.float8_e4m3fn, device)
+    scales = guarded((256, 4), torch.uint8, device)
+    out = guarded((8, 64), torch.bfloat16, device)
+    torch.ops.abiding.mxfp8_quantize(i.x, i.expert_offsets, False, data=data.tensor, scales=scales.tensor)
+    i.run(mxfp8_moe, i.x, out=out.tensor)
+    for guard in (data, scales, out):
+        guard.check()
+    theirs = torch.full_like(out.tensor, math.nan)
+    assert_close(out.tensor, i.run(reference.mxfp8_moe, i.x, out=theirs), ulps=1, atol=1e-3)
+    expected = i.quantize(reference.mxfp8_moe).scales
+    assert_bitwise_equal(scales.tensor, expected[:256])
+
+
+def test_scales_outside_of_their_buffer(device: torch.device) -> None:
+    """Such a group is not quantised, and its rows are NaN when they are multiplied."""
+    i = ProductCase((3, 130, 4), 128, 128).make(device)
+    problems = torch.tensor([[3, 128, 128], [130, 128, 128], [4, 128, 128]]).int().to(device)
+    starts = torch.tensor([0, 3, 133]).int().to(device)
+    for begins, held in (([0, 128, 384], (1, 1, 0)), ([64, 128, 0], (0, 1, 1)), ([-128, 256, 256], (0, 0, 1))):
+        groups = (problems, starts, torch.tensor(begins).int().to(device))
+        data = guarded((137, 128), torch.float8_e4m3fn, device)
+        scales = guarded((384 + 5, 4), torch.uint8, device)
+        torch.ops.abiding.mxfp8_experts_quant(i.x, *groups, data.tensor, scales.tensor)
+        data.check()
+        scales.check()
+        kept = torch.tensor(held, device=device).bool().repeat_interleave(problems[:, 0])
+        assert_bitwise_equal(data.tensor[kept], i.quantize(mxfp8_moe).data[kept])
+        assert bool((data.tensor[~kept].view(torch.uint8) == 0xFF).all())
+        data.tensor.zero_()
+        out = torch.empty(137, 128, dtype=torch.bfloat16, device=device)
+        torch.ops.abiding.cutlass_mxfp8_grouped_mm(
+            data.tensor, i.weight.transpose(1, 2), scales.tensor, i.weight_scale, out, *groups
+        )
+        assert_bitwise_equal(out.isnan().all(1), ~kept)
+        assert_bitwise_equal(out.isnan().any(1), ~kept)
+    short = MXFP8(i.quantize(mxfp8_moe).data, i.quantize(mxfp8_moe).scales[:256])
+    out = i.run(mxfp8_moe, short)
+    assert out.isnan().any(1).tolist() == [False] * 3 + [True] * 134
+    assert_bitwise_equal(out[:3], i.run(reference.mxfp8_moe, short)[:3].to(out.dtype))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def unit_weights(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ones on the diagonal, as MXFP8."""
+    weight = torch.eye(rows, columns, device=device).mul(ONE).to(torch.uint8)[None]
+    return weight, mxfp8_moe.swizzle_scales(torch.full((1, rows, columns // 32), 127, dtype=torch.uint8, device=device))
+
+
+def activated(h: Tensor, activation: mxfp8_moe.Activation) -> Tensor:
+    """The layer's own activation, between products with unit matrices that change nothing."""
+    if activation == "none" or len(h) == 0:
+        return h[:, : h.size(1) // (1 if activation == "none" else 2)]
+    width = h.size(1) // 2
+    first, second = unit_weights(2 * width, 2 * width, h.device), unit_weights(2 * width, width, h.device)
+    one = torch.ones(len(h), 1, device=h.device)
+    ids = torch.zeros(len(h), 1, dtype=torch.int32, device=h.device)
+    return mxfp8_moe.moe(h, *first, *second, ids, one, activation=activation, mode="w8a16")[:, :width]
+
+
+def composition(i: LayerInputs) -> Tensor:
+    """The layer out of the group's single functions and elementwise float32 operations of torch."""
+    case, device = i.case, i.x.device
+    ids = i.topk_ids.long()
+    order = ids.flatten().argsort(stable=True)
+    order = order[ids.flatten()[order] >= 0]
+    # As many rows as the layer has room for: how a product is split may depend on that number, and sums with it.
+    order = torch.nn.functional.pad(order, (0, ids.numel() - len(order)))
+    counts = torch.bincount(ids[ids >= 0], minlength=case.experts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    kept = mxfp8_moe.round if case.mode == "w8a8" else torch.clone
+    rows = kept(i.x)[order // case.top_k]
+    h = mxfp8_moe.grouped_mm(rows, i.w13, i.s13, offsets)
+    h = kept(activated(h, case.activation).contiguous())
+    down = mxfp8_moe.grouped_mm(h, i.w2, i.s2, offsets, out_dtype=torch.float32)
+    row_of = torch.full((ids.numel(),), -1, device=device)
+    present = int(counts.sum())
+    row_of[order[:present]] = torch.arange(present, device=device)
+    total = torch.zeros(i.x.shape, dtype=torch.float32, device=device)
+    for j in range(case.top_k):
+        row = row_of.view(ids.shape)[:, j]
+        here = row >= 0
+        total[here] = total[here] + i.topk_weights[here, j, None] * down[row[here]]
+    return total.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_layer(case: LayerCase, device: torch.device) -> None:
+    i = case.make(device, seed=2)
+    out = i.run(mxfp8_moe)
+    assert out.shape == i.x.shape
+    assert_close(out, composition(i), name="composition")
+    exact = reference.mxfp8_moe.layer(
+        i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights, activation=case.activation, mode=case.mode
+    )
+    # A sum on the other side of a rounding boundary moves one bfloat16 of the hidden row by a step; in w8a8 mode that
+    # can move an e4m3, 16 times as coarse. Both are a small share of a row of many such.
+    spread = exact.nan_to_num().square().mean(1, keepdim=True).sqrt()
+    assert_close(out.isnan(), exact.isnan(), name="NaN")
+    off = ((out.double() - exact).abs() - 2.0**-8 * exact.abs()).nan_to_num(0) / spread.clamp(min=1e-30)
+    assert case.tokens == 0 or float(off.max()) < 2.0**-5
+
+
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+def test_activation(activation: mxfp8_moe.Activation, device: torch.device) -> None:
+    gate = torch.cat([torch.randn(40, 64) * 4, torch.linspace(-120, 120, 64 * 8).view(8, 64)])
+    up = torch.randn(48, 64) * 5
+    gate[0, 0], up[1, 1], gate[2, 2] = math.nan, math.nan, -0.0
+    h = torch.cat([gate, up], 1).bfloat16().to(device)
+    # GEMM1 sums the zeros of a unit matrix and a NaN to a row of NaN: those rows say only that a NaN is not lost.
+    expected = reference.mxfp8_moe.activate(h.double(), activation)
+    expected[:2] = math.nan
+    # exp(-gate) is infinite from -gate = 88.7 on, where the rest of the tail, under 89 * 2^-128 * up, becomes 0.
+    assert_close(activated(h, activation), expected, ulps=1, atol=2.0**-118)
+
+
+@pytest.mark.parametrize("row", [0, 32], ids=["gate", "up"])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+def test_a_nan_in_gate_or_up_alone_survives_the_activation(
+    activation: mxfp8_moe.Activation, row: int, device: torch.device
+) -> None:
+    w13, s13 = unit_weights(64, 64, device)
+    codes = mxfp8_moe.unswizzle_scales(s13, 64, 64)
+    codes[0, row] = 255
+    ids, one = torch.zeros(5, 1, dtype=torch.int64, device=device), torch.ones(5, 1, device=device)
+    arguments = (w13, mxfp8_moe.swizzle_scales(codes), *unit_weights(64, 32, device), ids, one)
+    x = torch.randn(5, 64, device=device).bfloat16()
+    assert bool(mxfp8_moe.moe(x, *arguments, activation=activation).isnan().all())
+
+
+@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[10]], ids=str)
+def test_layer_memory(case: LayerCase, device: torch.device) -> None:
+    """A workspace and a strided output of the caller's: nothing beside them is written, nothing in them is read."""
+    i = case.make(device)
+    expected = i.run(mxfp8_moe)
+    size = mxfp8_moe.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
+    for fill in (0x00, 0xFF):
+        space = guarded((size,), torch.uint8, device, fill=fill)
+        out = guarded(i.x.shape, torch.bfloat16, device, strides=(case.hidden + 8, 1), offset_bytes=16)
+        assert i.run(mxfp8_moe, workspace=space.tensor, out=out.tensor) is out.tensor
+        space.check()
+        out.check()
+        assert_bitwise_equal(out.tensor, expected)
+
+
+def test_tokens_do_not_depend_on_their_neighbours(device: torch.device) -> None:
+    i = LayerCase(50, 64, 96, 8, 3).make(device)
+    together = i.run(mxfp8_moe)
+    for some in (slice(0, 1), slice(7, 9), slice(20, 50)):
+        alone = replace(i, x=i.x[some], topk_ids=i.topk_ids[some], topk_weights=i.topk_weights[some])
+        assert_bitwise_equal(alone.run(mxfp8_moe), together[some])
+
+
+def test_experts_that_do_not_exist_add_nothing(device: torch.device) -> None:
+    i = LayerCase(20, 64, 64, 4, 2).make(device)
+    ids = i.topk_ids.clone()
+    away = torch.rand(ids.shape, device=device) < 0.5
+    expected = replace(i, topk_ids=ids.masked_fill(away, -1)).run(mxfp8_moe)
+    for bad in (4, 5, 2**31, 2**62, -7, -(2**63)):
+        assert_bitwise_equal(replace(i, topk_ids=ids.masked_fill(away, bad)).run(mxfp8_moe), expected)
+
+
+def test_shared_expert_and_quantised_activations_against_plain_ones(device: torch.device) -> None:
+    """A shared expert is one more; leaving activations unquantised is the more accurate reading of a checkpoint."""
+    case = LayerCase(32, 256, 128, 5, 3)
+    i = case.make(device)
+    ids = torch.cat([i.topk_ids % 4, torch.full_like(i.topk_ids[:, :1], 4)], 1)
+    weights = torch.cat([i.topk_weights, torch.ones_like(i.topk_weights[:, :1])], 1)
+    i = replace(i, topk_ids=ids.contiguous(), topk_weights=weights)
+    ids32 = replace(i, topk_ids=ids.int(), w13=i.w13.transpose(1, 2), w2=i.w2.view(torch.uint8).transpose(1, 2))
+    assert_bitwise_equal(ids32.run(mxfp8_moe), i.run(mxfp8_moe))
+    shared = replace(i, topk_ids=torch.where(ids == 4, 4, -1)).run(mxfp8_moe).double()
+    routed = replace(i, topk_ids=torch.where(ids == 4, -1, ids)).run(mxfp8_moe).double()
+    assert_close(i.run(mxfp8_moe), shared + routed, atol=0.02 * float(shared.std()), rtol=2.0**-6)
+
+    arguments = (i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights)
+    truth = reference.mxfp8_moe.layer(*arguments, activation="silu", mode="w8a16")
+    errors = {mode: (i.run(mxfp8_moe, mode=mode).double() - truth).square().mean().sqrt() for mode in ("w8a8", "w8a16")}
+    assert 0.01 < float(errors["w8a8"] / truth.std()) < 0.06
+    assert float(errors["w8a16"]) < 0.2 * float(errors["w8a8"])
+
+
+def test_a_layer_at_real_width(device: torch.device) -> None:
+    """MiniMax-M3's columns, an eighth of its intermediate, a few experts: sums as long as they get."""
+    case = LayerCase(6, 6144, 384, 3, 2, activation="swiglu_oai")
+    i = case.make(device)
+    assert_close(i.run(mxfp8_moe), composition(i))
+    weight, scale, _ = expert_weights(1, 64, 6144, torch.Generator(device).manual_seed(0))
+    product = ProductInputs(ProductCase((6,), 64, 6144, form="whole"), i.x, weight, scale, scale, None, None)
+    assert_product(product.run(mxfp8_moe, i.x), i.x, product)
