@@ -247,7 +247,8 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
   const int each = static_cast<int>((run + shape.blocks - 1) / shape.blocks);
   const auto kernel =
       algorithm == Algorithm::kOneShot ? one_shot_kernel<T, kAligned, kRanks> : two_shot_kernel<T, kAligned, kRanks>;
-  return launch(kernel, Launch{static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads)}, stream, peers, message, packs, each);
+  return launch(kernel, Launch{static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads)}, stream,
+                peers, message, packs, each);
 }
 
 template <class T, bool kAligned>

@@ -75,7 +75,8 @@ __device__ __forceinline__ void copy_2d(uint32_t to, const CUtensorMap* map, int
       : "memory");
 }
 // To the same place in every block of `mask`, and bytes counted on the same barrier there.
-__device__ __forceinline__ void copy_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t mask) {
+__device__ __forceinline__ void copy_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                                                  uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
@@ -90,11 +91,9 @@ __device__ __forceinline__ void copy_3d(uint32_t to, const CUtensorMap* map, int
       : "memory");
 }
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // Registers of a warpgroup, given up or taken.

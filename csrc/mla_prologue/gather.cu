@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(32 * kWarps) gather_kernel(const __grid_consta
 
 template <class T>
 cudaError_t launch_gather(const GatherParams& p, cudaStream_t stream) {
-  return launch(gather_kernel<T>, Launch{static_cast<unsigned>((p.rows + kWarps - 1) / kWarps), 32 * kWarps}, stream, p);
+  return launch(gather_kernel<T>, Launch{static_cast<unsigned>((p.rows + kWarps - 1) / kWarps), 32 * kWarps}, stream,
+                p);
 }
 
 }  // namespace

@@ -200,7 +200,8 @@ cudaError_t launch_format(const PrologueParams& p, cudaStream_t stream) {
   const int64_t rows = p.tokens * rows_per_token(p);
   const int warps = warps_per_block(rows);
   return launch(prologue_kernel<T, kFormat>,
-                Launch{static_cast<unsigned>((rows + warps - 1) / warps), static_cast<unsigned>(32 * warps)}, stream, p);
+                Launch{static_cast<unsigned>((rows + warps - 1) / warps), static_cast<unsigned>(32 * warps)}, stream,
+                p);
 }
 
 template <class T>

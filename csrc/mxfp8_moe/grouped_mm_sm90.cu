@@ -8,6 +8,7 @@
 #include "common/launch.cuh"
 #include "mxfp8_moe/dequantize.cuh"
 #include "mxfp8_moe/kernels.h"
+#include "mxfp8_moe/plan.h"
 #include "mxfp8_moe/tiles.cuh"
 #include "mxfp8_moe/wgmma.cuh"
 
@@ -16,28 +17,23 @@ namespace {
 
 using namespace hopper;
 
+constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // what a block starts with, shared out again
+constexpr int kRows = 64 * kConsumers;                            // weight rows of a tile
+static_assert(kRows == kWeightRows && kRows == kTileRows);
 
 // kPairs: two blocks of a cluster take neighbouring weight rows and copy half of the tokens each, to both.
 // kSplit: the blocks of a cluster take parts of K, and add up in their order.
 enum class Cluster { kAlone, kPairs, kSplit };
 
 // K is copied kDepth at a time, and multiplied in two halves of that.
-template <int kConsumers_, int kTokens_, int kDepth_, int kStages_, Cluster kCluster_>
+template <TileKind kKind, int kDepth_, int kStages_, Cluster kCluster_>
 struct Config {
-  static constexpr int kConsumers = kConsumers_, kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
-  static constexpr int kRows = 64 * kConsumers;  // weight rows of a tile
-  static_assert(kRows % kTileRows == 0);
-  // What the block starts with is shared out again.
-  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : kTokens_ == 16 ? 64 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kTokens_ == 16 ? 104 : 112;
-  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= (kConsumers + 1) * kRegisters);
-  static constexpr int kBox = kTokens_ > 64 ? 32 : 16;  // tokens are copied so many at a time; N is a multiple
-  static constexpr int kTokens = kTokens_, kDepth = kDepth_, kStages = kStages_;
+  static constexpr int kTokens = static_cast<int>(kKind), kDepth = kDepth_, kStages = kStages_;
   static constexpr Cluster kCluster = kCluster_;
+  static constexpr int kBox = box_of(kTokens);
   static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
   static constexpr uint32_t kWeightBytes = kRows * kDepth, kTokenBytes = kTokens * 128;
-  static constexpr uint32_t kScaleBytes = kRows / kTileRows * kTileBytes;
   static constexpr uint32_t kStageBytes = kWeightBytes + kDepth / 64 * kTokenBytes;
   static constexpr int kExchanges = kCluster == Cluster::kSplit ? 2 : 0;
   static constexpr uint32_t kExchangeBytes = kRows * kTokens * 4;
@@ -48,9 +44,9 @@ struct Config {
 template <class C>
 struct Layout {
   static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
-  static constexpr uint32_t kExchange = kScales + C::kStages * C::kScaleBytes;
+  static constexpr uint32_t kExchange = kScales + C::kStages * kTileBytes;
   static constexpr uint32_t kStaging = kExchange + C::kExchanges * C::kExchangeBytes;
-  static constexpr uint32_t kBarriers = kStaging + C::kConsumerThreads / 32 * C::kStagingBytes;
+  static constexpr uint32_t kBarriers = kStaging + kConsumerThreads / 32 * C::kStagingBytes;
   static constexpr uint32_t kTable = kBarriers + (2 * C::kStages + 2) * 8;
   static uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
 };
@@ -58,14 +54,14 @@ struct Layout {
 struct Arguments {
   GroupedMmParams p;
   int64_t scale_columns, scale_expert_bytes;
-  int row_tiles;   // weight tiles of an expert that a cluster goes through
-  int splits;      // blocks that share K
-  int split_depth; // how many kDepth of it each has
-  int depth;       // how many there are
-  int blocks;      // of 32 in K
+  int row_tiles;    // weight tiles of an expert that a cluster goes through
+  int splits;       // blocks that share K
+  int split_depth;  // how many kDepth of it each has
+  int depth;        // how many there are
+  int blocks;       // of 32 in K
 };
 
-// A tile: some weight rows of an expert, and some of its tokens. These are shared out in boxes, as evenly as those allow.
+// A tile: some weight rows of an expert, and some of its tokens.
 struct Tile {
   int expert, row_tile, begin;
   int tokens;  // that exist, at most `width`
@@ -76,10 +72,9 @@ struct Tile {
   static __device__ __forceinline__ Tile find(const TileTable& table, int index, int row_tiles) {
     const int expert = table.find(index / row_tiles);
     const int local = index - table.first[expert] * row_tiles, all = table.first[expert + 1] - table.first[expert];
-    const int row_tile = local / all, token_tile = local - row_tile * all, tokens = table.rows[expert];
-    const int boxes = (tokens + kBox - 1) / kBox, each = boxes / all, more = boxes - each * all;
-    const int from = (token_tile * each + min(token_tile, more)) * kBox, width = (each + (token_tile < more)) * kBox;
-    return {expert, row_tile, table.begin[expert] + from, min(tokens - from, width), width};
+    const int row_tile = local / all, tokens = table.rows[expert];
+    const Share share = share_of(tokens, kBox, all, local - row_tile * all);
+    return {expert, row_tile, table.begin[expert] + share.begin, min(tokens - share.begin, share.width), share.width};
   }
 };
 
@@ -111,7 +106,8 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
 struct Codes {
   uint32_t row, row8;
 
-  __device__ __forceinline__ Codes(uint32_t address, int blocks) : row(load_word(address)), row8(load_word(address + 128)) {
+  __device__ __forceinline__ Codes(uint32_t address, int blocks)
+      : row(load_word(address)), row8(load_word(address + 128)) {
     if (blocks >= kTileBlocks) return;
     const uint32_t exist = (1u << 8 * blocks) - 1;
     row = (row & exist) | (0x7F7F7F7F & ~exist);
@@ -216,14 +212,16 @@ struct Block {
 
   __device__ uint32_t weight_at(int stage) const { return base + stage * C::kStageBytes; }
   __device__ uint32_t token_at(int stage) const { return base + stage * C::kStageBytes + C::kWeightBytes; }
-  __device__ uint32_t scale_at(int stage) const { return base + Layout<C>::kScales + stage * C::kScaleBytes; }
+  __device__ uint32_t scale_at(int stage) const { return base + Layout<C>::kScales + stage * kTileBytes; }
   __device__ uint32_t full(int stage) const { return base + Layout<C>::kBarriers + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(C::kStages + stage); }
   __device__ uint32_t exchanged(int i) const { return full(2 * C::kStages + i); }
   __device__ uint32_t exchange_at(int i) const { return base + Layout<C>::kExchange + i * C::kExchangeBytes; }
 
   // Clusters go through the tiles in turn.
-  __device__ int first_tile() const { return C::kCluster == Cluster::kAlone ? blockIdx.x : blockIdx.x / cluster_size(); }
+  __device__ int first_tile() const {
+    return C::kCluster == Cluster::kAlone ? blockIdx.x : blockIdx.x / cluster_size();
+  }
   __device__ int tile_step() const { return C::kCluster == Cluster::kAlone ? gridDim.x : gridDim.x / cluster_size(); }
   __device__ int cluster_size() const { return C::kCluster == Cluster::kPairs ? 2 : a.splits; }
   __device__ int tile_count() const { return table.first[a.p.groups.count] * a.row_tiles; }
@@ -247,28 +245,25 @@ struct Block {
     Position<C::kStages> at;
     for (int index = first_tile(); index < tile_count(); index += tile_step()) {
       const Work w = work(index, rank);
-      // Behind the last weight row, scales are read that exist: a pair's second block may have none of its own.
-      const int first_row = w.row_tile * C::kRows;
+      // A pair's second block may have no weight rows: then it reads scales that exist.
+      const int first_row = w.row_tile * kRows;
       const uint8_t* scales = a.p.weight_scales + w.tile.expert * a.scale_expert_bytes +
                               (first_row < a.p.n ? first_row * a.scale_columns : 0);
-      const int64_t scale_step = first_row + kTileRows < a.p.n ? kTileRows * a.scale_columns : 0;
       const int boxes = w.tile.width / C::kBox;
-      const uint32_t bytes = C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128;
+      const uint32_t bytes = C::kWeightBytes + kTileBytes + C::kDepth / 64 * w.tile.width * 128;
       for (int k = w.first * C::kDepth; k < (w.first + w.count) * C::kDepth; k += C::kDepth) {
         wait(empty(at.stage), at.parity ^ 1);
         if (leader) {
           const uint32_t barrier = full(at.stage);
           arrive_expecting(barrier, bytes);
           copy_3d(weight_at(at.stage), weights, k, first_row, w.tile.expert, barrier);
-          for (int i = 0; i < C::kRows / kTileRows; ++i)
-            copy_bytes(scale_at(at.stage) + i * kTileBytes, scales + i * scale_step + k / 128 * kTileBytes, kTileBytes,
-                       barrier);
+          copy_bytes(scale_at(at.stage), scales + k / 128 * kTileBytes, kTileBytes, barrier);
           for (int i = 0; i < C::kDepth / 64; ++i) {
             const uint32_t to = token_at(at.stage) + i * C::kTokenBytes;
             if constexpr (C::kCluster == Cluster::kPairs) {
               for (int box = rank; box < boxes; box += 2)
-                copy_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64,
-                                  w.tile.begin + box * C::kBox, barrier, 3);
+                copy_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, barrier,
+                                  3);
             } else {
               for (int box = 0; box < boxes; ++box)
                 copy_2d(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, barrier);
@@ -294,8 +289,8 @@ struct Block {
 
   // Adds the product of half a stage.
   template <int N>
-  __device__ __forceinline__ void multiply_half(float (&d)[N / 2], const uint32_t (&f)[4 * C::kSteps], int stage, int half,
-                                                bool first) const {
+  __device__ __forceinline__ void multiply_half(float (&d)[N / 2], const uint32_t (&f)[4 * C::kSteps], int stage,
+                                                int half, bool first) const {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
@@ -313,12 +308,12 @@ struct Block {
     const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
     const int swizzle = kPitch == 128 ? row % 8 : row / 2 % 4;
     const uint32_t offset = row * kPitch + swizzle * 16 + lane % 4 * 2;
-    const uint32_t code_offset = row / kTileRows * kTileBytes + row % 32 * 16 + row % kTileRows / 32 * 4;
+    const uint32_t code_offset = row % 32 * 16 + row / 32 * 4;
 
     const auto load_codes = [&](int stage, int index) {
       return Codes(scale_at(stage) + code_offset, a.blocks - index * C::kDepth / 128 * kTileBlocks);
     };
-    const auto load = [&](uint32_t(&f)[4 * C::kSteps], const Codes& codes, int stage, int index, int half) {
+    const auto load = [&](uint32_t (&f)[4 * C::kSteps], const Codes& codes, int stage, int index, int half) {
       const int code = (index * C::kDepth + half * C::kDepth / 2) / kBlock % kTileBlocks;
       load_weights<kPitch, C::kSteps>(f, weight_at(stage) + offset, half * C::kSteps, codes, code);
     };
@@ -358,10 +353,10 @@ struct Block {
   __device__ __forceinline__ void add_parts(float (&d)[N / 2], uint32_t rank, int turn) const {
     const int thread = threadIdx.x, share = N / 2 / a.splits;
     const uint32_t buffer = exchange_at(turn % 2);
-    if (thread == 0) arrive_expecting(exchanged(turn % 2), a.splits * share * C::kConsumerThreads * 4);
+    if (thread == 0) arrive_expecting(exchanged(turn % 2), a.splits * share * kConsumerThreads * 4);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
-      const uint32_t at = buffer + ((rank * share + i % share) * C::kConsumerThreads + thread) * 4;
+      const uint32_t at = buffer + ((rank * share + i % share) * kConsumerThreads + thread) * 4;
       send(in_block(at, i / share), d[i], in_block(exchanged(turn % 2), i / share));
     }
     wait(exchanged(turn % 2), turn / 2 % 2);
@@ -373,7 +368,7 @@ struct Block {
         float part;
         asm volatile("ld.shared.f32 %0, [%1];"
                      : "=f"(part)
-                     : "r"(buffer + ((block * share + i % share) * C::kConsumerThreads + thread) * 4));
+                     : "r"(buffer + ((block * share + i % share) * kConsumerThreads + thread) * 4));
         total = block == 0 ? part : total + part;
       }
       d[i] = total;
@@ -381,7 +376,8 @@ struct Block {
   }
 
   template <int N>
-  __device__ __forceinline__ void store_part(const float (&d)[N / 2], const Tile& tile, int64_t row0, uint32_t rank) const {
+  __device__ __forceinline__ void store_part(const float (&d)[N / 2], const Tile& tile, int64_t row0,
+                                             uint32_t rank) const {
     const int share = N / 2 / a.splits, lane = threadIdx.x % 32;
     if (row0 >= a.p.n) return;
 #pragma unroll
@@ -401,7 +397,7 @@ struct Block {
     float d[N / 2];
     sum<N>(d, w, at, rank);
     const int warp = threadIdx.x / 32;
-    const int64_t row = int64_t{w.row_tile} * C::kRows + warp * 16;
+    const int64_t row = int64_t{w.row_tile} * kRows + warp * 16;
     if constexpr (C::kCluster == Cluster::kSplit) {
       if (a.splits > 1) add_parts<N>(d, rank, turn);
       store_part<N>(d, w.tile, row, rank);
@@ -417,7 +413,8 @@ struct Block {
 
   // The variant for a tile's width.
   template <int N>
-  __device__ __forceinline__ void consume_width(const Work& w, Position<C::kStages>& at, uint32_t rank, int turn) const {
+  __device__ __forceinline__ void consume_width(const Work& w, Position<C::kStages>& at, uint32_t rank,
+                                                int turn) const {
     constexpr int kNarrower = N - C::kBox;
     if constexpr (kNarrower > 0)
       if (w.tile.width <= kNarrower) return consume_width<kNarrower>(w, at, rank, turn);
@@ -435,7 +432,7 @@ struct Block {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     grouped_mm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap weights,
                       const __grid_constant__ CUtensorMap tokens) {
   extern __shared__ uint8_t dynamic[];
@@ -448,29 +445,29 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     prefetch_map(&tokens);
     for (int i = 0; i < C::kStages; ++i) {
       barrier_init(block.full(i), 1);
-      barrier_init(block.empty(i), C::kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
+      barrier_init(block.empty(i), kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
     }
     for (int i = 0; i < C::kExchanges; ++i) barrier_init(block.exchanged(i), 1);
     barrier_init_done();
   }
   wait_for_earlier_grids();
-  table.build<C::kThreads>(a.p.groups, C::kTokens);
+  table.build<kThreads>(a.p.groups, C::kTokens);
   if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   launch_dependents();
-  if (threadIdx.x >= C::kConsumerThreads) {
-    release_registers<C::kProducerRegisters>();
-    if (threadIdx.x < C::kConsumerThreads + 32) block.produce(rank);
+  if (threadIdx.x >= kConsumerThreads) {
+    release_registers<kProducerRegisters>();
+    if (threadIdx.x < kConsumerThreads + 32) block.produce(rank);
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   } else {
-    take_registers<C::kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     block.consume(rank);
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   }
 }
 
-using Few = Config<2, 16, 128, 8, Cluster::kSplit>;
-using Some = Config<2, 64, 128, 6, Cluster::kAlone>;
-using Many = Config<2, 224, 64, 5, Cluster::kPairs>;
+using Few = Config<TileKind::kFew, 128, 8, Cluster::kSplit>;
+using Some = Config<TileKind::kSome, 128, 6, Cluster::kAlone>;
+using Many = Config<TileKind::kMany, 64, 5, Cluster::kPairs>;
 
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
@@ -479,10 +476,9 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
                                      static_cast<cuuint64_t>(p.groups.count)};
   const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
                                        static_cast<cuuint64_t>(p.weight_expert_stride)};
-  const cuuint32_t weight_box[] = {C::kDepth, C::kRows, 1};
-  cudaError_t status =
-      make_map(&weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides, weight_box,
-               C::kDepth == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  const cuuint32_t weight_box[] = {C::kDepth, kRows, 1};
+  cudaError_t status = make_map(&weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides,
+                                weight_box, C::kDepth == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   if (status != cudaSuccess) return status;
   const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
   const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * 2};
@@ -495,7 +491,7 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   a.p = p;
   a.scale_columns = scale_columns(p.k);
   a.scale_expert_bytes = round_up(p.n, kTileRows) * a.scale_columns;
-  const int64_t tiles = (p.n + C::kRows - 1) / C::kRows;
+  const int64_t tiles = (p.n + kRows - 1) / kRows;
   a.row_tiles = static_cast<int>(C::kCluster == Cluster::kPairs ? (tiles + 1) / 2 : tiles);
   a.depth = static_cast<int>((p.k + C::kDepth - 1) / C::kDepth);
   a.blocks = static_cast<int>(p.k / kBlock);
@@ -506,8 +502,7 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   const uint32_t bytes = Layout<C>::bytes(p.groups.count);
   int device = 0, multiprocessors = 0;
   status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes));
@@ -518,7 +513,7 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(multiprocessors) / cluster * cluster;
-  config.blockDim = C::kThreads;
+  config.blockDim = kThreads;
   config.dynamicSmemBytes = bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -526,27 +521,20 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   if (cluster > 1) status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
   if (status != cudaSuccess) return status;
   return abiding::launch(grouped_mm_kernel<C>,
-                         Launch{static_cast<unsigned>(clusters) * cluster, C::kThreads, bytes, cluster}, stream, a, weights,
-                         tokens);
-}
-
-// Parts of K, so that few tiles keep many multiprocessors busy. From the shapes alone, never from the device's numbers.
-int choose_splits(const GroupedMmParams& p) {
-  const int64_t experts = p.groups.rows < p.groups.count ? p.groups.rows : p.groups.count;
-  const int64_t tiles = experts * ((p.n + Few::kRows - 1) / Few::kRows);
-  int splits = 1;
-  while (splits < 8 && tiles * splits < 96 && p.k / (2 * splits) >= 512) splits *= 2;
-  return splits;
+                         Launch{static_cast<unsigned>(clusters) * cluster, kThreads, bytes, cluster}, stream, a,
+                         weights, tokens);
 }
 
 }  // namespace
 
 cudaError_t grouped_mm_sm90(const GroupedMmParams& p, cudaStream_t stream) {
-  const int64_t experts = p.groups.rows < p.groups.count ? p.groups.rows : p.groups.count;
-  const int64_t average = p.groups.rows / experts;
-  if (average <= 4) return start<Few>(p, choose_splits(p), stream);
-  if (average <= 40) return start<Some>(p, 1, stream);
-  return start<Many>(p, 1, stream);
+  const Plan plan = choose_plan(p.groups.rows, p.groups.count, p.n, p.k);
+  switch (plan.kind) {
+    case TileKind::kFew: return start<Few>(p, plan.splits, stream);
+    case TileKind::kSome: return start<Some>(p, plan.splits, stream);
+    case TileKind::kMany: break;
+  }
+  return start<Many>(p, plan.splits, stream);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -46,8 +46,8 @@ struct Place {
 // `tile` is one that exists.
 __device__ __forceinline__ Place place_of(const TileTable& table, const Groups& groups, int tile) {
   const int group = table.find(tile);
-  const int64_t scale_begin = groups.form == Offsets::kProblems ? groups.scale_offsets[group]
-                                                                : int64_t{table.first[group]} * kTileRows;
+  const int64_t scale_begin =
+      groups.form == Offsets::kProblems ? groups.scale_offsets[group] : int64_t{table.first[group]} * kTileRows;
   return {scale_begin, table.begin[group], table.rows[group], (tile - table.first[group]) * kTileRows};
 }
 
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
   wait_for_earlier_grids();
   launch_dependents();
   table.build<kThreads>(p.groups, kTileRows);
-  const int row_tiles = table.first[p.groups.count], tile_columns = static_cast<int>(p.scale_rows.columns / kTileBlocks);
+  const int row_tiles = table.first[p.groups.count],
+            tile_columns = static_cast<int>(p.scale_rows.columns / kTileBlocks);
   const int all = p.clear_rest ? max(row_tiles, static_cast<int>(p.scale_rows.rows / kTileRows)) : row_tiles;
   for (int64_t i = blockIdx.x; i < int64_t{all} * tile_columns; i += gridDim.x) {
     const int tile = static_cast<int>(i / tile_columns), column = static_cast<int>(i % tile_columns);
@@ -130,8 +131,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
 cudaError_t choose_grid(int64_t work, unsigned* grid) {
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const int64_t most = int64_t{multiprocessors} * 8;
   *grid = static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
   return status;

@@ -21,19 +21,18 @@ template <int N>
 struct Wgmma;
 
 // Operands 0 .. N/2 - 1 are the sums; a variant passes the numbers of those behind: A's four registers, the tile, "add".
-#define ABIDING_WGMMA(N, SUMS, OPERANDS, a0, a1, a2, a3, tile, add)                                                   \
-  template <>                                                                                                         \
-  struct Wgmma<N> {                                                                                                   \
+#define ABIDING_WGMMA(N, SUMS, OPERANDS, a0, a1, a2, a3, tile, add)                                                    \
+  template <>                                                                                                          \
+  struct Wgmma<N> {                                                                                                    \
     static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t* a, uint64_t b, int32_t accumulate) { \
-      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" add                                                       \
-                   ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {%" a0 ", %" a1       \
-                   ", %" a2 ", %" a3 "}, %" tile ", p, 1, 1, 0;\n\t}"                                                 \
-                   : OPERANDS                                                                                         \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                            \
-    }                                                                                                                 \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" add ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #N         \
+                   "k16.f32.bf16.bf16 {" SUMS "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" tile ", p, 1, 1, 0;\n\t}"   \
+                   : OPERANDS                                                                                          \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                             \
+    }                                                                                                                  \
   };
 
-#define D8(i)                                                                                                \
+#define D8(i)                                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define S16 "%0, %1, %2, %3, %4, %5, %6, %7"

@@ -139,7 +139,7 @@ def grouped_mm(
 
     Returns:
         ``out``, or a new tensor ``[M, N]``: float32 sums of products of bfloat16 numbers, rounded once. A row's result
-        does not depend on other rows. Rows of no expert are left as memory was; those of an expert whose scales would
+        does not depend on what other rows hold. Rows of no expert are left as memory was; those of an expert whose scales would
         lie outside of ``a.scales`` are NaN.
 
     Raises:
@@ -180,7 +180,8 @@ def moe(
     ``out[t] = sum over j of topk_weights[t, j] * h``. In "w8a8" mode both products have rows that went through
     :func:`round`. The first product is rounded to bfloat16; the activation runs in float32 on that and is rounded to
     bfloat16; rows of the second stay float32, and the sum over j is one of float32 products and additions, none fused,
-    in order, rounded once. So the layer equals the composition of this module's functions bit for bit.
+    in order, rounded once. So the layer equals, bit for bit, the composition of this module's functions on as many rows
+    as there are pairs of a token and an expert.
 
     Args:
         x: ``[T, K]`` bfloat16.

@@ -220,6 +220,16 @@ def test_case(case: ProductCase, device: torch.device) -> None:
         assert_bitwise_equal(tensor, before, "an input")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_portable_kernel(case: ProductCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs that are not Hopper run, on any."""
+    monkeypatch.setenv("ABIDING_PORTABLE", "1")
+    i = case.make(cuda, seed=2)
+    rounded = mxfp8_moe.round(i.x)
+    assert_product(i.run(mxfp8_moe, rounded), rounded, i)
+
+
 @pytest.mark.parametrize("case", [*REGULAR, *ODD], ids=str)
 def test_outputs_are_written_where_they_belong(case: ProductCase, device: torch.device) -> None:
     i = case.make(device)
