@@ -139,8 +139,8 @@ def grouped_mm(
 
     Returns:
         ``out``, or a new tensor ``[M, N]``: float32 sums of products of bfloat16 numbers, rounded once. A row's result
-        does not depend on what other rows hold. Rows of no expert are left as memory was; those of an expert whose scales would
-        lie outside of ``a.scales`` are NaN.
+        does not depend on what other rows hold. Rows of no expert are left as memory was; those of an expert whose
+        scales would lie outside of ``a.scales`` are NaN.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`.

@@ -28,7 +28,7 @@ def demo() -> None:
 @app.command()
 def bench(
     group: Annotated[str, typer.Argument(help=f"One of: {', '.join(benchmarks.GROUPS)}.")],
-    peer: Annotated[Path | None, typer.Option(help="Shared library with the peer's operators, timed as well.")] = None,
+    peer: Annotated[list[Path] | None, typer.Option(help="A peer's kernels, timed as well; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the JSON file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes only.")] = False,
     op: Annotated[list[str] | None, typer.Option(help="Only this operator; repeatable.")] = None,
@@ -37,7 +37,7 @@ def bench(
     if group not in benchmarks.GROUPS:
         raise typer.BadParameter(f"{group!r}; expected one of {list(benchmarks.GROUPS)}")
     try:
-        benchmarks.run(group, peer=peer, output=output, quick=quick, ops=op or ())
+        benchmarks.run(group, peers=peer or (), output=output, quick=quick, ops=op or ())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -33,8 +33,8 @@ from abiding.testing.timing import Timing
 
 T = TypeVar("T")
 
-# What keeps virtual ranks apart, which wait for each other inside their kernels: a hardware queue to each stream, and all
-# kernels loaded from the start, since to load one later waits for those that run. Read when a process first uses a GPU.
+# What virtual ranks need, since they wait for each other inside their kernels: a hardware queue for each stream, and
+# all kernels loaded from the start, for to load one later waits until none runs. Read when a GPU is first used.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 

@@ -28,7 +28,7 @@ DEFAULT_OUTPUT = Path("benchmarks/results")
 def run(
     group: str,
     *,
-    peer: Path | None = None,
+    peers: Sequence[Path] = (),
     output: Path | None = None,
     quick: bool = False,
     ops: Sequence[str] = (),
@@ -38,7 +38,7 @@ def run(
 
     Args:
         group: one of `GROUPS`.
-        peer: the library that holds the peer's operators, timed in the same run.
+        peers: what holds the peers' kernels, timed in the same run: shared libraries, for some groups Python packages.
         output: where to write the results. By default a whole run on a GPU writes to `benchmarks/results`, others
         nowhere. quick: a few sizes only. On a CPU it is always so. ops: the operators to time, all by default.
         commit: recorded in the results; that of the source tree by default.
@@ -57,12 +57,12 @@ def run(
     floors = Floors.measure(device)
     results = Results.begin(group, device, floors, commit)
     say(f"{results.gpu}: copy {floors.copy_gbps:.0f} GB/s, bf16 product {floors.matmul_tflops:.0f} TFLOP/s")
-    settings = Settings(device, floors, peer, quick or device.type == "cpu", tuple(ops) or benchmark.ops)
+    settings = Settings(device, floors, tuple(peers), quick or device.type == "cpu", tuple(ops) or benchmark.ops)
     for case in benchmark.measure(settings):
         results.cases.append(case)
-        peers = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
+        theirs = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
         say(f"{case.op} {benchmark.row(case)}, {benchmark.axis} {case.params[benchmark.axis]}, "
-            f"{'warm' if case.warm else 'cold'}: {case.us:.2f} us{peers}, floor {case.floor_us:.2f}")  # fmt: skip
+            f"{'warm' if case.warm else 'cold'}: {case.us:.2f} us{theirs}, floor {case.floor_us:.2f}")  # fmt: skip
         if output is not None:
             results.write(output)
     print(full_table(results, benchmark))
@@ -74,13 +74,13 @@ def run(
 def main(group: str, arguments: Sequence[str] | None = None) -> None:
     """The command line of `benchmarks/<group>.py`."""
     parser = argparse.ArgumentParser(description=f"Time {group} on this machine.")
-    parser.add_argument("--peer", type=Path, help="shared library with the peer's operators, timed in the same run")
+    parser.add_argument("--peer", type=Path, action="append", default=[], help="a peer's kernels; repeatable")
     parser.add_argument("--output", type=Path, help=f"where to write the JSON (whole runs on a GPU: {DEFAULT_OUTPUT})")
     parser.add_argument("--quick", action="store_true", help="a few sizes only")
     parser.add_argument("--op", action="append", default=[], choices=GROUPS[group].ops, help="only this; repeatable")
     parser.add_argument("--commit", help="recorded in the results (default: ask git)")
     chosen = parser.parse_args(arguments)
-    run(group, peer=chosen.peer, output=chosen.output, quick=chosen.quick, ops=chosen.op, commit=chosen.commit)
+    run(group, peers=chosen.peer, output=chosen.output, quick=chosen.quick, ops=chosen.op, commit=chosen.commit)
 
 
 def say(line: str) -> None:

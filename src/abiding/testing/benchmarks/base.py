@@ -18,16 +18,22 @@ class Settings:
 
     device: torch.device
     floors: Floors
-    peer: Path | None
+    peers: tuple[Path, ...]
     quick: bool
     ops: tuple[str, ...]
+
+    @property
+    def peer(self) -> Path | None:
+        """The first shared library among the peers."""
+        return next((path for path in self.peers if path.suffix == ".so"), None)
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """A group's cases and how its tables read: a row for each `row(case)`, a column for each value of `params[axis]`.
 
-    `ops` begins with the operator that summaries and plots show; `target_us` is None for a case without a target.
+    `ops` begins with the operator that summaries and plots show; `target_us` is None for a case without a target. The
+    plot has a panel for each row, or, `overlaid`, a line for each in one panel.
     """
 
     group: str
@@ -36,6 +42,7 @@ class Benchmark:
     measure: Callable[[Settings], Iterator[CaseResult]]
     row: Callable[[CaseResult], str]
     target_us: Callable[[CaseResult], float | None]
+    overlaid: bool = False
 
     def verdict(self, case: CaseResult) -> str:
         """Met where the case is within its target and not slower than any peer; 1 % slower counts as equal."""

@@ -1,7 +1,8 @@
 """Times of MXFP8 products and layers at the shapes of models, cold: a call's experts are not those of the call before.
 
-Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds them, and torch's own grouped
-product of bfloat16 weights, which are twice as large. Both get weights of their own, so only times are compared.
+Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds its `_moe_C` operators,
+Humming's, from the wheel of humming-kernels, and torch's grouped product of bfloat16 weights, which are twice as large.
+Only times are compared.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from abiding import mxfp8_moe as face
 from abiding.mxfp8_moe import Mode
 from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks.humming import KINDS, Humming, HummingWeights
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs
 from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing, call_us, graph_us, rotations
@@ -37,10 +40,10 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
     cases = PERFORMANCE if settings.device.type == "cuda" else CPU_CASES
     if settings.quick and settings.device.type == "cuda":
         cases = [case for case in PERFORMANCE if case.tokens in QUICK_TOKENS and case.routing == "uniform"]
-    marlin = Marlin.load(settings.peer) if settings.peer and settings.device.type == "cuda" else None
+    libraries = _libraries(settings) if settings.device.type == "cuda" else []
     for name in dict.fromkeys(case.name for case in cases):
         some = [case for case in cases if case.name == name]
-        yield from _measure_shape(some, marlin, settings)
+        yield from _measure_shape(some, libraries, settings)
     for op in ("quantize", "round"):
         if op in settings.ops:
             for width in sorted({case.hidden for case in cases}):
@@ -120,22 +123,22 @@ class Routed:
         return self.active * product.n * product.k * 33 / 32 + len(self.rows) * (product.k + product.n) * 2
 
 
-def _measure_shape(cases: list[LayerCase], marlin: Marlin | None, settings: Settings) -> Iterator[CaseResult]:
+def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: Settings) -> Iterator[CaseResult]:
     layer = replace(cases[0], tokens=0).make(settings.device)
     products = (Product("GEMM1", layer.w13, layer.s13), Product("GEMM2", layer.w2, layer.s2))
     for product in products:
         if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops):
-            peers: list[Peer] = [peer for peer in (_bf16(product), marlin and marlin.product(product)) if peer]
+            peers = [*_bf16(product), *(peer for library in libraries for peer in library.products(product, cases))]
             for op in ("grouped_mm", "grouped_mm_e4m3"):
                 for case in cases:
                     if op in settings.ops and (op == "grouped_mm" or case.routing == "uniform"):
                         yield _time_product(op, case, product, peers, settings)
     if "moe" in settings.ops:
-        layer_peer = marlin.layer(*products) if marlin is not None else None
+        layers = [library.layer(*products, cases) for library in libraries]
         for mode in MODES:
             for case in cases:
                 if case.routing == "uniform":
-                    yield _time_layer(replace(case, mode=mode), layer, layer_peer, settings)
+                    yield _time_layer(replace(case, mode=mode), layer, layers, settings)
 
 
 def _routings(case: LayerCase, product: Product, device: torch.device) -> list[Routed]:
@@ -210,7 +213,7 @@ def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResu
     return CaseResult.of(op, params, call_us(calls, device), {}, warm=False, floor_us=settings.floors.us(moved))
 
 
-def _time_layer(case: LayerCase, layer: LayerInputs, peer: LayerPeer | None, settings: Settings) -> CaseResult:
+def _time_layer(case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
     device = settings.device
     rng = torch.Generator(device).manual_seed(case.tokens)
     ids, weights = case.route(rng)
@@ -233,7 +236,7 @@ def _time_layer(case: LayerCase, layer: LayerInputs, peer: LayerPeer | None, set
     space = torch.empty(size, dtype=torch.uint8, device=device)
     floor_us = settings.floors.us(moved, 2.0 * case.tokens * case.top_k * parameters)
     ours: Calls = [partial(one.run, face, workspace=space, out=torch.empty_like(one.x)) for one in sets]
-    theirs = {} if peer is None else {"marlin": _time([peer.call(one) for one in sets], floor_us, device)}
+    theirs = {peer.name: _time([peer.call(one) for one in sets], floor_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
     return CaseResult.of("moe", params, _time(ours, floor_us, device), theirs, warm=False, floor_us=floor_us)
 
@@ -253,12 +256,32 @@ class Peer:
 class LayerPeer:
     """Another implementation of a layer."""
 
+    name: str
     call: Callable[[LayerInputs], Callable[[], object]]
 
 
-def _bf16(product: Product) -> Peer | None:
+class Library(Protocol):
+    """What has products and layers to offer."""
+
+    def products(self, product: Product, cases: list[LayerCase]) -> list[Peer]: ...
+
+    def layer(self, up: Product, down: Product, cases: list[LayerCase]) -> LayerPeer: ...
+
+
+def _libraries(settings: Settings) -> list[Library]:
+    loaders: dict[str, Callable[[Path], Library]] = {".so": Marlin, ".whl": HummingLibrary}
+    found = []
+    for path in settings.peers:
+        try:
+            found.append(loaders[path.suffix](path))
+        except Exception as error:  # whatever keeps a peer from loading, ours is timed
+            print(f"{path} is left out: {error!r}", file=sys.stderr, flush=True)
+    return found
+
+
+def _bf16(product: Product) -> list[Peer]:
     if product.weight.device.type != "cuda":
-        return None
+        return []
     experts = product.weight.size(0)
     weight = torch.empty(experts, product.k, product.n, dtype=torch.bfloat16, device=product.weight.device)
     for one in weight:
@@ -267,7 +290,7 @@ def _bf16(product: Product) -> Peer | None:
     def call(routed: Routed) -> Callable[[], object]:
         return partial(torch._grouped_mm, routed.rows, weight, offs=routed.offsets[1:])
 
-    return Peer("bf16", call)
+    return [Peer("bf16", call)]
 
 
 @dataclass(frozen=True)
@@ -297,17 +320,13 @@ class Marlin:
     E4M3 = 2814749767172868
     """The number of float8 e4m3fn among vLLM's scalar types."""
 
-    def __init__(self, device: torch.device) -> None:
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.workspace = torch.zeros(4 * blocks, dtype=torch.int32, device=device)
-
-    @staticmethod
-    def load(library: Path) -> Marlin | None:
+    def __init__(self, library: Path) -> None:
         torch.ops.load_library(str(library.resolve()))
         if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
-            print(f"{library} has no moe_wna16_marlin_gemm: no Marlin peer", file=sys.stderr, flush=True)
-            return None
-        return Marlin(torch.device("cuda", torch.cuda.current_device()))
+            raise ValueError("it has no moe_wna16_marlin_gemm")
+        device = torch.device("cuda", torch.cuda.current_device())
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.workspace = torch.zeros(4 * blocks, dtype=torch.int32, device=device)
 
     def weights(self, product: Product) -> tuple[Tensor, Tensor]:
         experts, n, k = product.weight.shape
@@ -333,7 +352,7 @@ class Marlin:
             *(False, True, False, -1, -1, -1),
         )
 
-    def product(self, product: Product) -> Peer:
+    def products(self, product: Product, cases: list[LayerCase]) -> list[Peer]:
         weights = self.weights(product)
         experts = product.weight.size(0)
 
@@ -348,9 +367,9 @@ class Marlin:
             ones = torch.ones(ids.shape, device=ids.device)
             return lambda: self.gemm(a, out, weights, pairs, ones, top_k, False)
 
-        return Peer("marlin", call)
+        return [Peer("marlin", call)]
 
-    def layer(self, up: Product, down: Product) -> LayerPeer:
+    def layer(self, up: Product, down: Product, cases: list[LayerCase]) -> LayerPeer:
         """Sorting, two products, the activation in torch's own operations, the sum over a token's experts."""
         first, second = self.weights(up), self.weights(down)
         experts = up.weight.size(0)
@@ -372,4 +391,52 @@ class Marlin:
 
             return run
 
-        return LayerPeer(call)
+        return LayerPeer("marlin", call)
+
+
+class HummingLibrary:
+    """Humming's kernels, on our weights in its layout."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.humming = Humming(wheel)
+
+    def weights(self, product: Product, cases: list[LayerCase]) -> HummingWeights:
+        codes = face.unswizzle_scales(product.scale, product.n, product.k)
+        stacks = [product.n // 2] * 2 if product.name == "GEMM1" else [product.n]
+        weights = self.humming.weights(product.weight, codes, stacks)
+        weights.compile(case.tokens * case.top_k for case in cases)
+        return weights
+
+    def products(self, product: Product, cases: list[LayerCase]) -> list[Peer]:
+        weights = self.weights(product, cases)
+
+        def call(kind: str, routed: Routed) -> Callable[[], object]:
+            out = routed.rows.new_empty(len(routed.rows), product.n)
+            if kind == "indexed" and product.name == "GEMM1":
+                top_k = routed.ids.size(1)
+                return weights.call(kind, routed.rows[: len(routed.rows) // top_k], routed.ids, top_k, out)
+            return weights.call(kind, routed.rows, routed.ids, 1, out)
+
+        return [Peer(name, partial(call, kind)) for name, kind in KINDS.items()]
+
+    def layer(self, up: Product, down: Product, cases: list[LayerCase]) -> LayerPeer:
+        """Two indexed products, the activation and the weighted sum in torch's own operations."""
+        first, second = self.weights(up, cases), self.weights(down, cases)
+
+        def call(i: LayerInputs) -> Callable[[], object]:
+            tokens, top_k = i.topk_ids.shape
+            hidden, rows = i.x.new_empty(tokens * top_k, up.n), i.x.new_empty(tokens * top_k, down.k)
+            result = i.x.new_empty(tokens * top_k, down.n)
+            gate, value = hidden.chunk(2, 1)
+            multiply_up = first.call("indexed", i.x, i.topk_ids, top_k, hidden)
+            multiply_down = second.call("indexed", rows, i.topk_ids, 1, result)
+
+            def run() -> None:
+                multiply_up()
+                torch.mul(torch.nn.functional.silu(gate), value, out=rows)
+                multiply_down()
+                torch.sum(result.view(tokens, top_k, down.n) * i.topk_weights[..., None].bfloat16(), 1)
+
+            return run
+
+        return LayerPeer("humming", call)

@@ -1,0 +1,145 @@
+"""Humming's kernels (PyPI humming-kernels) beside ours: MXFP8 weights, bfloat16 activations, compiled where they run.
+
+Tiles are its own choice for every number of rows, as vLLM takes it. Its product comes in two kinds: `indexed` reads a
+token's row for each of its experts, `grouped` has rows in the order of their experts, as ours has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = {"humming": "grouped_contiguous", "humming_indexed": "indexed"}
+"""Humming's names of the two kinds, by ours."""
+
+_PADDING = {"pad_n_to_multiple": 256, "pad_k_to_multiple": 128}  # as vLLM pads; our shapes need none
+
+
+class Humming:
+    """The imported package."""
+
+    def __init__(self, path: Path) -> None:
+        """Import it from a wheel, which is unpacked into the temporary folder, or from an unpacked folder."""
+        temporary = Path(tempfile.gettempdir())
+        if path.suffix == ".whl":
+            unpacked = temporary / f"{path.stem}-unpacked"
+            if not unpacked.is_dir():
+                zipfile.ZipFile(path).extractall(unpacked)
+            path = unpacked
+        for tool in path.glob("humming/_native/*/*"):
+            tool.chmod(0o755)  # unpacking drops the right to execute, and one of them is its compiler
+        sys.path.insert(0, str(path))
+        os.environ.setdefault("HUMMING_CACHE_DIR", str(temporary / "humming-cache"))
+        os.environ.setdefault("HUMMING_TMP_DIR", str(temporary / "humming-tmp"))
+        os.environ.setdefault("HUMMING_COMPILER", "nvcc")
+        os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"  # nothing is compiled by importing
+        self.ops = importlib.import_module("humming.ops")
+        self.kernel = importlib.import_module("humming.kernel.humming").HummingKernel
+        self.schema = importlib.import_module("humming.schema")
+        self.modelopt = importlib.import_module("humming.schema.modelopt")
+        self.transform = importlib.import_module("humming.transform")
+        self.tune = importlib.import_module("humming.tune")
+        del os.environ["HUMMING_DISABLE_PARALLEL_BUILD"]  # it also limits compilation to one thread
+        importlib.import_module("humming.ops.utils").init_humming_launcher()
+
+    def weights(self, weight: Tensor, codes: Tensor, stacks: list[int]) -> HummingWeights:
+        """Weights [E, N, K] e4m3 and plain codes [E, N, K / 32] in its own layout; `stacks` are N's parts."""
+        experts, n, k = weight.shape
+        source = self.modelopt.ModeloptMxfp8WeightSchema()
+        schema, tensors = source.convert_humming(
+            tensors={"weight": weight.view(torch.float8_e4m3fn), "weight_scale": codes},
+            shape_n_stacks=stacks,
+            shape_k_stacks=[k],
+            param_dtype=torch.bfloat16,
+            num_experts=experts,
+            device=weight.device,
+        )
+        config, prepared = self.transform.prepare_and_transform_humming_tensors(
+            tensors=tensors,
+            shape_n=n,
+            shape_k=k,
+            weight_schema=schema,
+            input_schema=self.schema.HummingInputSchema(),
+            num_experts=experts,
+            torch_dtype=torch.bfloat16,
+            device=weight.device,
+            **_PADDING,
+        )
+        locks = torch.zeros(1 << 15, dtype=torch.int32, device=weight.device)
+        return HummingWeights(self, config, prepared, locks, n)
+
+
+@dataclass(frozen=True)
+class HummingWeights:
+    """A product's weights and how it is configured."""
+
+    humming: Humming
+    config: Any
+    tensors: dict[str, Tensor]
+    locks: Tensor
+    n: int
+
+    def compile(self, rows: Iterable[int]) -> None:
+        """Compile what calls of so many rows need, in parallel."""
+        jobs = {(kind, self._tuning(kind, count)) for kind in KINDS.values() for count in rows}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job: self._kernel(*job), jobs))
+
+    def call(self, kind: str, a: Tensor, ids: Tensor, top_k: int, out: Tensor) -> Callable[[], object]:
+        """A call of a kind (a value of `KINDS`). Rows of `a` are tokens, or with kind "grouped_contiguous" those of
+        pairs in the order of their experts; `out` has a row for each pair."""
+        pairs, experts = ids.flatten().long(), self.tensors["weight"].size(0)
+        tuning = self._tuning(kind, len(pairs))
+        counts = torch.bincount(pairs, minlength=experts)
+        if kind == "indexed":
+            block = json.loads(tuning)["block_shape"][0]
+            routing = _blocks_of_pairs(pairs, counts, block) | {"top_k": top_k}
+        else:
+            routing = {"expert_layout": torch.cat([counts.new_zeros(1), counts.cumsum(0)])}
+        arguments = {
+            "configs": self._kernel(kind, tuning),
+            "inputs": a,
+            "weight": self.tensors["weight"],
+            "weight_scale": self.tensors["weight_scale"],
+            "weight_scale_2": self.tensors.get("weight_scale_2"),
+            "outputs": out,
+            "locks": self.locks,
+            "valid_shape_m": len(pairs),
+        }
+        return lambda: self.humming.ops.launch_kernel(**arguments, **routing)
+
+    def _tuning(self, kind: str, rows: int) -> str:
+        return json.dumps(self.humming.tune.get_heuristics_config(self.config, shape_m=rows, gemm_type=kind))
+
+    def _kernel(self, kind: str, tuning: str) -> Any:
+        compute = json.dumps({"gemm_type": kind})
+        return self.humming.kernel.prepare_kernels(self.config.to_str(), compute, tuning, device=0)
+
+
+def _blocks_of_pairs(pairs: Tensor, counts: Tensor, block: int) -> dict[str, Any]:
+    """Pairs in the order of their experts, each expert's padded to whole blocks with a number that none has."""
+    order = pairs.argsort(stable=True)
+    blocks = (counts + block - 1) // block
+    total = int(blocks.sum()) * block
+    first = (blocks.cumsum(0) - blocks) * block
+    within = torch.arange(len(pairs), device=pairs.device) - (counts.cumsum(0) - counts)[pairs[order]]
+    sorted_pairs = torch.full((total,), len(pairs), dtype=torch.int32, device=pairs.device)
+    sorted_pairs[first[pairs[order]] + within] = order.int()
+    experts = torch.arange(len(counts), device=pairs.device).repeat_interleave(blocks)
+    return {
+        "sorted_ids": sorted_pairs,
+        "expert_ids": experts.int(),
+        "num_tokens_padded": torch.tensor([total], dtype=torch.int32, device=pairs.device),
+    }
