@@ -249,7 +249,7 @@ ODD = [
     ProductCase((5, 11), 64, 2080),
     # Few rows, so that K is split: in 2, and in 8 whose last parts have nothing.
     ProductCase((1, 0, 2, 1), 160, 2048, out_dtype=torch.float32),
-    ProductCase((1, 2), 32, 4640, form="ends"),
+    ProductCase((1, 2), 32, 4192, form="ends"),
     # Several widths of tiles, and more tiles than multiprocessors.
     ProductCase((700, 449, 33, 225), 1440, 160),
     ProductCase((3,) * 1024, 32, 64),
