@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench docs clean
+.PHONY: help setup build demo test lint format bench multi-gpu docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,11 +8,12 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 # The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and once "make build" was run.
 CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),auto,off))
+BENCHMARKS := $(filter-out %/one_call.py %/multi_gpu.py,$(wildcard benchmarks/*.py))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
 help: ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: build/installed-$(CUDA) ## make .venv: torch, every tool, this package
 
@@ -39,7 +40,14 @@ bench: $(if $(GPU),setup) ## time every kernel group into benchmarks/results (ne
 ifeq ($(GPU),)
 	@echo "benchmarks need a GPU, and none is visible here"
 else
-	for group in benchmarks/*.py; do $(BIN)/python $$group || exit; done
+	for group in $(BENCHMARKS); do $(BIN)/python $$group || exit; done
+endif
+
+multi-gpu: $(if $(GPU),setup) ## check and time the collectives between several GPUs, in 8 minutes
+ifeq ($(GPU),)
+	@echo "this needs several GPUs, and none is visible here; benchmarks/multi_gpu.py --device cpu rehearses it"
+else
+	$(BIN)/python benchmarks/multi_gpu.py
 endif
 
 docs: setup ## rewrite the README's tables and the plots from benchmarks/results

@@ -54,10 +54,10 @@ struct Operators {
     return {call.q, call.k};
   }
 
-  static void run_table(const char* op, const Tensor& rows, const Tensor& workspace, int64_t rank, int64_t nranks,
-                        const ReduceRmsParams& p) {
+  static void run_table(const char* op, const char* name, const Tensor& rows, const Tensor& workspace, int64_t rank,
+                        int64_t nranks, const ReduceRmsParams& p) {
     check_rank(op, rank, nranks);
-    check_table(op, workspace, {op, "input", rows}, nranks);
+    check_table(op, workspace, {op, name, rows}, nranks);
     const Backend backend(rows);
     const auto* pointers = static_cast<void* const*>(workspace.const_data_ptr());
     if (p.tokens > 0)
@@ -73,7 +73,7 @@ struct Operators {
     const int64_t columns = input.size(input.dim() - 1);
     const Tensor flat = torch::stable::view(input, {columns ? input.numel() / columns : 0, columns});
     const RmsNorm call = check_rms_norm(op, "input", flat, "norm_weight", norm_weight, eps);
-    run_table(op, flat, workspace, rank, nranks, call.params);
+    run_table(op, "input", flat, workspace, rank, nranks, call.params);
     return torch::stable::view(call.out, input.sizes());
   }
 
@@ -87,7 +87,7 @@ struct Operators {
           " elements of norm_weight_q");
     check(kv_size == norm_weight_k.numel(), op, "kv_size is ", kv_size, "; expected the ", norm_weight_k.numel(),
           " elements of norm_weight_k");
-    run_table(op, qkv, workspace, rank, nranks, call.params);
+    run_table(op, "qkv", qkv, workspace, rank, nranks, call.params);
     return {call.q, call.k};
   }
 

@@ -256,6 +256,9 @@ int killed(int ranks, int times, uint32_t seed) {
         live(world, rank, 1 << 30, seed, 30);
       });
     const auto victim = static_cast<int>(draw() % static_cast<uint32_t>(ranks));
+    // A rank whose process nobody knows yet could only be waited for; on a busy machine that can be a while after its start.
+    for (int rank = 0; rank < ranks; ++rank)
+      while (HostAccess::load(&world.header(rank)->pid) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     std::this_thread::sleep_for(std::chrono::microseconds(20000 + draw() % 20000));
     kill(pids[victim], SIGKILL);
     const auto began = std::chrono::steady_clock::now();

@@ -140,6 +140,23 @@ def test_the_same_results_plot_to_the_same_file(suffix: str, results: Results, t
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("overlaid", [False, True])
+def test_a_plot_has_a_panel_or_a_line_for_each_row(
+    overlaid: bool, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    more = replace(results, cases=[*results.cases, case(1, 2.0, heads=128), case(64, 9.5, heads=128, vllm=9.0)])
+    plot(more, replace(BENCHMARK, overlaid=overlaid), tmp_path / "plot.svg")
+    panels = [panel for panel in figures[0].axes if panel.get_visible()]
+    lines = [[(line.get_label(), line.get_linestyle()) for line in panel.lines] for panel in panels]
+    ours = [("vllm", "-"), ("abiding", "-"), ("floor", "--")]
+    rows = [[("64 heads", "-"), ("64 heads, vllm", "--"), ("128 heads", "-"), ("128 heads, vllm", "--")]]
+    assert lines == (rows if overlaid else [ours, ours])
+    assert list(panels[-1].lines[2 if overlaid else 1].get_ydata()) == [2.0, 9.5]
+
+
 def test_a_quick_run_writes_a_valid_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run("mla_prologue", output=tmp_path, quick=True, ops=["gather_kv"])
     assert Results.read(tmp_path / found.file_name) == found

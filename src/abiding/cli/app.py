@@ -9,7 +9,7 @@ import typer
 
 import abiding
 from abiding.cli import demo as demo_module
-from abiding.testing import benchmarks
+from abiding.testing import benchmarks, multi_gpu
 from abiding.testing.benchmarks import report as reports
 from abiding.testing.results import Results
 
@@ -54,9 +54,11 @@ def report(
         typer.echo(f"{results} holds no result files; `abiding bench` on a machine with a GPU makes one.", err=True)
         raise typer.Exit(1)
     targets = documents or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.exists()]
-    for group, benchmark in benchmarks.GROUPS.items():
+    for group, benchmark in (benchmarks.GROUPS | {"multi_gpu": multi_gpu.BENCHMARK}).items():
         members = [one for one in found if one.group == group]
         for one in members:
+            if not any(case.op == benchmark.ops[0] for case in one.cases):
+                continue
             plot = plots / f"{Path(one.file_name).stem}.svg"
             reports.plot(one, benchmark, plot)
             typer.echo(f"Wrote {plot}")

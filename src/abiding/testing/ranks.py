@@ -105,7 +105,7 @@ def run_processes(
             process.join(max(0.0, deadline - time.monotonic()) if process.is_alive() else None)
             if process.is_alive():
                 process.kill()
-                process.join()
+                process.join(10)  # not for ever: a process may be stuck in a driver
     if any(outcome.error is not None and outcome.rank not in may_die for outcome in outcomes):
         raise RanksFailedError(outcomes)
     return [outcome.value for outcome in outcomes]

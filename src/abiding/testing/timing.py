@@ -77,12 +77,14 @@ def call_us(calls: Calls, device: torch.device) -> Timing:
         return graph_us(calls)
 
 
-def graph_us(calls: Calls, *, replays: int = 20, nodes: int | None = None) -> Timing:
+def graph_us(
+    calls: Calls, *, replays: int = 20, nodes: int | None = None, captured: Callable[[], object] = lambda: None
+) -> Timing:
     """Time calls replayed from one CUDA graph on the current device.
 
     The graph holds the calls in turn, as often as it takes to last a millisecond and to reach 20 calls, or `nodes`
     calls if given. Every replay is a sample. Calls must not synchronise; what they allocate comes from the graph's
-    own memory.
+    own memory. `captured` is called between a capture and its first replay.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -94,11 +96,13 @@ def graph_us(calls: Calls, *, replays: int = 20, nodes: int | None = None) -> Ti
 
     rounds = -(-(nodes or 20) // len(calls))
     graph = _capture(calls, rounds)
+    captured()
     if nodes is None:
         lasts_us = statistics.median(_replay_us(graph, 1, 3))
         if lasts_us < _GRAPH_US:
             rounds *= math.ceil(_GRAPH_US / lasts_us)
             graph = _capture(calls, rounds)
+            captured()
     return Timing.of(_replay_us(graph, rounds * len(calls), replays))
 
 
@@ -148,7 +152,8 @@ def _queued_us(call: Callable[[], object], device: torch.device) -> float:
 
 def _capture(calls: Calls, rounds: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, such as NCCL's, may use CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(rounds):
             for call in calls:
                 call()

@@ -54,7 +54,7 @@ def row(case: CaseResult) -> str:
     return f"{case.params['ranks']} {'CPU processes' if case.op == 'qk_norm_cpu' else 'virtual ranks'}"
 
 
-BENCHMARK = Benchmark("reduce_rms", ("qk_norm", "qk_norm_cpu"), "tokens", measure, row, target_us)
+BENCHMARK = Benchmark("reduce_rms", ("qk_norm", "qk_norm_cpu"), "tokens", measure, row, target_us, overlaid=True)
 
 
 def _ranks(case: RmsCase) -> int:

@@ -7,14 +7,22 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from abiding.testing.benchmarks.base import Benchmark
 from abiding.testing.results import CaseResult, Results
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = tuple[str, list[CaseResult]]
+"""A label and its cases."""
+
 
 def full_table(results: Results, benchmark: Benchmark) -> str:
     """Every case in Markdown, with its floor, its target and whether that is met."""
-    peers = sorted({name for case in results.cases for name in case.peers})
+    peers = _peers(results.cases)
     times_head = ["us", "spread", "floor", "target", *peers, *(f"/ {name}" for name in peers)]
     head = ["op", "case", benchmark.axis, "L2", *times_head, "verdict"]
     rows = []
@@ -25,14 +33,14 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
             [
                 case.op,
                 benchmark.row(case),
-                str(case.params[benchmark.axis]),
+                str(case.params.get(benchmark.axis, "-")),
                 "warm" if case.warm else "cold",
                 *map(_us, (case.us, case.spread_us, case.floor_us, target, *times)),
                 *("-" if us is None else f"{case.us / us:.2f}" for us in times),
                 benchmark.verdict(case),
             ]
         )
-    return _markdown(head, rows)
+    return table(head, rows)
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
@@ -47,7 +55,8 @@ def summary(results: Results, benchmark: Benchmark) -> str:
         if cases:
             parts.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
     judged = [benchmark.verdict(case) for case in results.cases]
-    parts.append(f"Targets met: {judged.count('met')} of {judged.count('met') + judged.count('missed')}.")
+    if any(verdict != "-" for verdict in judged):
+        parts.append(f"Targets met: {judged.count('met')} of {judged.count('met') + judged.count('missed')}.")
     return "\n\n".join(parts)
 
 
@@ -83,26 +92,53 @@ def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
     cases = [case for case in results.cases if case.op == benchmark.ops[0]]
     cases = [case for case in cases if not case.warm] or cases
     rows = _rows(cases, benchmark)
-    columns = min(len(rows), 2)
-    lines = -(-len(rows) // columns)
-    size = (5 * columns, 3.4 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
-    for axis in axes.flat[len(rows) :]:
-        axis.set_visible(False)
-    for axis, (label, members) in zip(axes.flat, rows, strict=False):
-        xs = [float(case.params[benchmark.axis]) for case in members]
-        for name in sorted({name for case in members for name in case.peers}):
-            times = [case.peers.get(name, float("nan")) for case in members]
-            axis.plot(xs, times, marker="s", color="tab:orange", label=name)
-        axis.plot(xs, [case.us for case in members], marker="o", color="tab:blue", label="abiding")
-        axis.plot(xs, [case.floor_us for case in members], color="gray", linestyle="--", label="floor")
-        axis.set(xscale="log", yscale="log", title=label, xlabel=benchmark.axis, ylabel="us a call")
-        axis.grid(alpha=0.3)
-        axis.legend()
+    figure = pyplot.figure(layout="constrained")
+    (_plot_overlaid if benchmark.overlaid else _plot_panels)(figure, rows, benchmark.axis)
     figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, L2 {'warm' if cases[0].warm else 'cold'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
+
+
+def _plot_panels(figure: Figure, rows: Sequence[Row], axis: str) -> None:
+    """A panel for each row: the peers', ours, the floor."""
+    columns = min(len(rows), 2)
+    lines = -(-len(rows) // columns)
+    figure.set_size_inches(5 * columns, 3.4 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    for panel in panels.flat[len(rows) :]:
+        panel.set_visible(False)
+    for panel, (label, members) in zip(panels.flat, rows, strict=False):
+        xs = [float(case.params[axis]) for case in members]
+        for name in _peers(members):
+            times = [case.peers.get(name, float("nan")) for case in members]
+            panel.plot(xs, times, marker="s", color="tab:orange", label=name)
+        panel.plot(xs, [case.us for case in members], marker="o", color="tab:blue", label="abiding")
+        panel.plot(xs, [case.floor_us for case in members], color="gray", linestyle="--", label="floor")
+        _finish(panel, axis, title=label)
+
+
+def _plot_overlaid(figure: Figure, rows: Sequence[Row], axis: str) -> None:
+    """One panel: a colour for each row, ours as a line, the peers' dashed, each with its own markers."""
+    figure.set_size_inches(8, 4.8)
+    panel = figure.subplots()
+    for index, (label, members) in enumerate(rows):
+        xs, color = [float(case.params[axis]) for case in members], f"C{index}"
+        panel.plot(xs, [case.us for case in members], marker="o", color=color, label=label)
+        for marker, name in zip("s^vDx+", _peers(members), strict=False):
+            times = [case.peers.get(name, float("nan")) for case in members]
+            panel.plot(xs, times, marker=marker, color=color, linestyle="--", alpha=0.7, label=f"{label}, {name}")
+    _finish(panel, axis)
+
+
+def _finish(panel: Axes, axis: str, **more: str) -> None:
+    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="us a call", **more)
+    panel.grid(alpha=0.3)
+    panel.legend()
+
+
+def _peers(cases: Iterable[CaseResult]) -> list[str]:
+    return sorted({name for case in cases for name in case.peers})
 
 
 def _across(cases: Sequence[CaseResult], benchmark: Benchmark, title: str) -> str:
@@ -111,17 +147,18 @@ def _across(cases: Sequence[CaseResult], benchmark: Benchmark, title: str) -> st
     for label, members in _rows(cases, benchmark):
         at = {case.params[benchmark.axis]: case for case in members}
         rows.append([label, "**abiding**", *(f"**{_us(at[p].us)}**" if p in at else "-" for p in points)])
-        for name in sorted({name for case in members for name in case.peers}):
+        for name in _peers(members):
             rows.append(["", name, *(_us(at[p].peers.get(name)) if p in at else "-" for p in points)])
         rows.append(["", "floor", *(_us(at[p].floor_us) if p in at else "-" for p in points)])
-    return _markdown([title, benchmark.axis, *map(str, points)], rows)
+    return table([title, benchmark.axis, *map(str, points)], rows)
 
 
-def _rows(cases: Sequence[CaseResult], benchmark: Benchmark) -> list[tuple[str, list[CaseResult]]]:
+def _rows(cases: Sequence[CaseResult], benchmark: Benchmark) -> list[Row]:
     return [(label, list(members)) for label, members in groupby(cases, benchmark.row)]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)

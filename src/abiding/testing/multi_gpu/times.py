@@ -1,0 +1,228 @@
+"""How long the all-reduce takes between the ranks, and how long the peers take: one after another, in processes of
+their own, so that a peer that fails takes nothing with it. Messages stay in the caches from call to call.
+
+The functions that take a rank run in every process and return its times; the slowest rank's count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abiding.communicator import Communicator
+from abiding.testing.benchmarks.all_reduce import at_address
+from abiding.testing.multi_gpu.checks import Setting, insist_on_shared_memory, joined
+from abiding.testing.timing import Floors, Timing, graph_us
+
+Times = dict[tuple[str, int], Timing]
+"""By "eager" or "graph" and bytes."""
+Made = tuple[Tensor, Callable[[], Tensor]]
+"""A message, and a call that sums it up and returns the sum."""
+
+LARGEST = 64 << 20
+_VLLM_LARGEST = 8 << 20
+_NODES, _REPETITIONS = 20, 11
+
+
+def sizes(setting: Setting, largest: int = LARGEST) -> list[int]:
+    """Of the messages, in bytes."""
+    every = [1 << power for power in range(10, 27) if 1 << power <= largest]
+    return [size for size in every if size <= 64 << 10][::3] if setting.quick else every
+
+
+def floors(rank: int, setting: Setting) -> Floors | None:
+    """What the device of rank 0 does on its own."""
+    with joined(rank, setting, nccl=False) as (device, _):
+        return Floors.measure(device) if rank == 0 else None
+
+
+def ours(rank: int, setting: Setting) -> Times:
+    """Abiding's kernels, also for messages that a communicator leaves to torch.distributed unless told otherwise."""
+    with (
+        joined(rank, setting, nccl=False) as (device, group),
+        Communicator(group, device=device, max_bytes=LARGEST, timeout_s=setting.timeout_s) as comm,
+    ):
+        insist_on_shared_memory(comm)
+        times = _measure(setting, comm.ranks, sizes(setting), partial(_of_communicator, comm))
+        comm.check()
+        return times
+
+
+def _of_communicator(comm: Communicator, size: int) -> Made:
+    x = torch.empty(size // 2, dtype=torch.bfloat16, device=comm.device)
+    return x, partial(comm.all_reduce, x, torch.empty_like(x))
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def torch_distributed(rank: int, setting: Setting) -> Times:
+    """The group's own all-reduce: NCCL, or gloo between CPU processes."""
+    with joined(rank, setting) as (device, group):
+
+        def make(size: int) -> Made:
+            x = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
+
+            def call() -> Tensor:
+                dist.all_reduce(x, group=group)
+                return x
+
+            return x, call
+
+        # Gloo's goes through the host, which no graph can hold.
+        return _measure(setting, dist.get_world_size(), sizes(setting), make, graphs=group is not None)
+
+
+def symmetric_memory(rank: int, setting: Setting, name: str) -> Times:
+    """An operator of `torch.ops.symm_mem`, its messages in symmetric memory."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    op = getattr(torch.ops.symm_mem, name)
+    with joined(rank, setting) as (device, group):
+        assert group is not None
+        memory = symmetric.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
+        symmetric.rendezvous(memory, group.group_name)
+
+        def make(size: int) -> Made:
+            x = memory[: size // 2]
+            return x, partial(op, x, "sum", group.group_name)
+
+        return _measure(setting, dist.get_world_size(), sizes(setting), make)
+
+
+def vllm(rank: int, setting: Setting) -> Times:
+    """vLLM's kernel, every message in the memory that it calls a registered buffer."""
+    assert setting.peer is not None
+    torch.ops.load_library(setting.peer)
+    ops: Any = torch.ops._C_custom_ar
+    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
+
+        def shared(size: int) -> list[int]:
+            """Memory of every rank, as addresses here."""
+            address, handle = ops.allocate_shared_buffer_and_handle(size)
+            stack.callback(ops.free_shared_buffer, address)
+            handles: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(handles, handle.tolist())
+            return [
+                address if other == rank else ops.open_mem_handle(torch.tensor(theirs, dtype=torch.uint8))
+                for other, theirs in enumerate(handles)
+            ]
+
+        signals, buffers = shared(ops.meta_size() + _VLLM_LARGEST), shared(_VLLM_LARGEST)
+        arena = torch.empty(8 << 20, dtype=torch.uint8, device=device)
+        handle = ops.init_custom_ar(signals, arena, rank, True)
+        stack.callback(ops.dispose, handle)
+        ops.register_buffer(handle, buffers)
+        torch.cuda.synchronize(device)
+        dist.barrier()
+
+        def make(size: int) -> Made:
+            out = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
+            x = at_address(buffers[rank], torch.zeros_like(out))
+
+            def call() -> Tensor:
+                ops.all_reduce(handle, x, out, 0, 0)
+                return out
+
+            return x, call
+
+        def captured() -> None:
+            """Give a graph its peers' addresses: a capture leaves them open, also those of registered buffers."""
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, ops.get_graph_buffer_ipc_meta(handle))
+            theirs, offsets = zip(*everyone, strict=True)
+            ops.register_graph_buffers(handle, list(theirs), list(offsets))
+            torch.cuda.synchronize(device)
+            dist.barrier()
+
+        some = sizes(setting, _VLLM_LARGEST)
+        times = _measure(setting, dist.get_world_size(), some, make, captured=captured)
+        torch.cuda.synchronize(device)
+        dist.barrier()
+        return times
+
+
+# --- one-shot and two-shot --------------------------------------------------------------------------------------------
+
+
+def can_force_an_algorithm() -> bool:
+    """Whether `abiding_custom_ar::configure` takes `one_shot_bytes`, up to which a message goes one-shot."""
+    schema = torch.ops.abiding_custom_ar.configure.default._schema
+    return any(argument.name == "one_shot_bytes" for argument in schema.arguments)
+
+
+def algorithm(rank: int, setting: Setting, name: str) -> Times:
+    """One of our two algorithms at every size around where they change places."""
+    some = [size for power in range(14, 23) for size in (1 << power, 3 << power - 1)]
+    with (
+        joined(rank, setting, nccl=False) as (device, group),
+        Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
+    ):
+        insist_on_shared_memory(comm)
+        assert comm._link is not None
+        limit = {"one-shot": LARGEST, "two-shot": 0}[name]
+        configure: Any = torch.ops.abiding_custom_ar.configure
+        configure(comm._link.handle, comm.timeout_s, comm._link.max_blocks, limit)
+        times = _measure(setting, comm.ranks, some, partial(_of_communicator, comm))
+        comm.check()
+        return times
+
+
+def hand_over(one_shot: Sequence[tuple[int, float]], two_shot: Sequence[tuple[int, float]]) -> int | None:
+    """The size up to which one-shot should go, from (bytes, us) of both: the one that costs least, where a size costs
+    the time of its algorithm over that of the faster one. None where two-shot is better from the start."""
+    one, two = dict(one_shot), dict(two_shot)
+    both = sorted(one.keys() & two.keys())
+
+    def loss(limit: int) -> float:
+        return sum((one[size] if size <= limit else two[size]) / min(one[size], two[size]) for size in both)
+
+    best = min([0, *both], key=loss)
+    return best or None
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    setting: Setting,
+    ranks: int,
+    some: Sequence[int],
+    make: Callable[[int], Made],
+    *,
+    graphs: bool = True,
+    captured: Callable[[], object] = lambda: None,
+) -> Times:
+    times: Times = {}
+    for size in some:
+        x, call = make(size)
+        x.fill_(1)
+        out = call()
+        if not bool((out == ranks).all()):
+            raise AssertionError(f"{size} bytes of 1 from each of {ranks} ranks sum to {float(out[0])}")
+        x.zero_()
+        times["eager", size] = Timing.of(list(_eager_us(call, x.device, 20 if size <= 1 << 20 else 5)))
+        if setting.device == "cuda" and graphs:
+            dist.barrier()
+            times["graph", size] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, captured=captured)
+    return times
+
+
+def _eager_us(call: Callable[[], object], device: torch.device, calls: int) -> Iterator[float]:
+    """Microseconds a call that the host makes, until the device is done with all of them."""
+    for repetition in range(_REPETITIONS + 2):
+        dist.barrier()
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if repetition >= 2:
+            yield (time.perf_counter_ns() - start) / 1e3 / calls

@@ -1,0 +1,107 @@
+"""A hundred thousand calls of both collectives, from CUDA graphs that take turns with fresh inputs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from abiding import Communicator
+from abiding.testing.ranks import on_each, virtual_ranks
+from abiding.testing.stress import Stress, plan
+
+
+def learn(stresses: list[Stress], comms: list[Communicator]) -> None:
+    """Call by call, so that all that is allocated is allocated while the other ranks wait for nothing else."""
+    for variant in range(stresses[0].variants):
+        for stress in stresses:
+            stress.load(variant)
+        for index in range(len(stresses[0].calls)):
+            for stress, returned in zip(
+                stresses, on_each(comms, lambda rank, comm, i=index: stresses[rank].run(comm, [i])), strict=True
+            ):
+                stress.collect(returned)
+        for stress, comm in zip(stresses, comms, strict=True):
+            comm.check()
+            stress.learn(variant)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_calls_without_a_pause(ranks: int) -> None:
+    cpu = torch.device("cpu")
+    stresses = [Stress(rank, ranks, cpu, calls=80, seed=ranks, largest=5120) for rank in range(ranks)]
+    with virtual_ranks(ranks) as comms:
+        learn(stresses, comms)
+        for number in range(6):
+            variant = number % 3
+            for stress in stresses:
+                stress.load(variant)
+            returned = on_each(comms, lambda rank, comm: stresses[rank].run(comm))
+            for stress, comm, theirs in zip(stresses, comms, returned, strict=True):
+                comm.check()
+                stress.collect(theirs)
+                stress.check(variant, f"run {number}")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_hundred_thousand_calls_from_graphs(ranks: int, cuda: torch.device) -> None:
+    """A graph a rank, each replayed on a stream of its own, with other inputs every time."""
+    calls, replays = 128, 800
+    stresses = [Stress(rank, ranks, cuda, calls=calls, seed=ranks) for rank in range(ranks)]
+    with virtual_ranks(ranks, cuda) as comms:
+        learn(stresses, comms)
+        streams = [torch.cuda.Stream() for _ in comms]
+        graphs, returned = [], []
+        for rank, comm in enumerate(comms):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=streams[rank]):
+                returned.append(stresses[rank].run(comm))
+            graphs.append(graph)
+        for replay in range(replays):
+            variant = replay % 3
+            for stress in stresses:
+                stress.load(variant)
+            torch.cuda.synchronize()
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            torch.cuda.synchronize()
+            for stress, comm, theirs in zip(stresses, comms, returned, strict=True):
+                comm.check()
+                stress.collect(theirs)
+                stress.check(variant, f"replay {replay}, rank {comm.rank}")
+    assert calls * replays >= 100_000
+
+
+# --- what finds the errors --------------------------------------------------------------------------------------------
+
+
+def test_the_plan_has_every_kind_of_call_and_is_the_same_on_all_ranks() -> None:
+    calls = plan(128, seed=1)
+    assert calls == plan(128, seed=1) != plan(128, seed=2)
+    assert {call.kind for call in calls} == {"new", "out", "in_place", "qk_norm", "rms_norm"}
+    assert {call.dtype for call in calls} == {torch.float32, torch.float16, torch.bfloat16}
+    assert any(call.offset for call in calls)
+    assert max(call.shape[0] for call in plan(128, seed=1, largest=1000)) == 1000
+
+
+def test_one_wrong_bit_is_found_and_its_call_named() -> None:
+    stress = Stress(0, 1, torch.device("cpu"), calls=30, variants=1, largest=1000)
+    with virtual_ranks(1) as comms:
+        learn([stress], comms)
+        stress.load(0)
+        stress.collect(stress.run(comms[0]))
+        stress.check(0)
+        memory = stress._results.memory
+        for place in random.Random(0).sample(range(len(memory)), 50):
+            memory[place] ^= 4
+            inside = not bool(stress._results._gaps[place])
+            with pytest.raises(AssertionError, match=r"call \d+, Call\(" if inside else "1 bytes between the results"):
+                stress.check(0)
+            memory[place] ^= 4
+        stress.load(0)
+        with pytest.raises(AssertionError, match=r"call \d+, Call\("):
+            stress.check(0)

@@ -1,0 +1,165 @@
+"""What runs between several GPUs, rehearsed between CPU processes: every phase, and what is said when one fails."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from abiding import Communicator
+from abiding.testing import multi_gpu
+from abiding.testing.benchmarks.report import full_table, plot, summary
+from abiding.testing.multi_gpu import BENCHMARK, Phase, _in_short, _Run, main
+from abiding.testing.multi_gpu.checks import Setting
+from abiding.testing.multi_gpu.times import hand_over
+from abiding.testing.ranks import Outcome, RanksFailedError, run_processes
+from abiding.testing.results import CaseResult, Results
+from abiding.testing.timing import Floors
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "multi_gpu.py"
+CPU = Setting(device="cpu", quick=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_rehearsal_between_cpu_processes(ranks: int, tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--quick", "--calls", "300", "--ranks", str(ranks), "--output", str(tmp_path)]
+    start = [str(SCRIPT)] if SCRIPT.exists() else ["-c", "from abiding.testing.multi_gpu import main; main()"]
+    done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob(f"multi_gpu-*-x{ranks}.json")
+    found = Results.read(path)
+    checks = {case.op: case for case in found.cases if "passed" in case.params}
+    assert list(checks) == ["correctness", "stress", "killed"]
+    assert all(case.params["passed"] for case in checks.values())
+    assert checks["correctness"].params["calls"] > 50
+    assert checks["stress"].params["calls"] == 300
+    assert checks["killed"].us < 5e6
+    timed = [case for case in found.cases if "bytes" in case.params]
+    assert [(case.op, case.params["bytes"], list(case.peers)) for case in timed] == [
+        ("eager", size, ["gloo"]) for size in (1024, 8192, 65536)
+    ]
+    for line in ("correctness: passed", "stress: passed (300 calls", "killed: passed", "| eager: bytes | abiding us"):
+        assert line in done.stdout
+
+
+def with_a_wrong_bit(rank: int, setting: Setting, phase: str) -> None:
+    """A phase where rank 1 has one bit wrong in one of its sums."""
+    right, calls = Communicator.all_reduce, itertools.count()
+
+    def wrong(self: Communicator, x: Tensor, out: Tensor | None = None) -> Tensor:
+        result = right(self, x, out)
+        if rank == 1 and result.numel() and next(calls) == 20:
+            result.view(torch.uint8).view(-1)[0] ^= 1
+        return result
+
+    Communicator.all_reduce = wrong  # type: ignore[method-assign]
+    getattr(multi_gpu.checks, phase)(rank, setting)
+
+
+@pytest.mark.parametrize(("phase", "text"), [("correctness", "rank 1: shape="), ("stress", "call .*, Call")])
+def test_one_wrong_bit_fails_a_check(phase: str, text: str) -> None:
+    with pytest.raises(RanksFailedError, match=rf"AssertionError: .*{text}.* differs? in their bits"):
+        run_processes(with_a_wrong_bit, 2, CPU, phase, timeout_s=60)
+
+
+def fails(rank: int, setting: Setting) -> None:
+    if rank == 1:
+        raise ValueError(f"no luck on a {setting.device}")
+
+
+def hangs(rank: int, setting: Setting) -> None:
+    if rank == 0:
+        time.sleep(1000)
+
+
+def test_a_phase_that_fails_or_hangs_is_told_and_the_next_one_goes_on() -> None:
+    go = _Run(2, CPU)
+    assert go(Phase("first", fails))[0] is None
+    begin = time.monotonic()
+    assert go(Phase("second", hangs, limit_s=5.5))[0] is None
+    assert time.monotonic() - begin < 20
+    assert go(Phase("third", fails, may_die={1}))[0] == [None, None]
+    assert go.errors == {
+        "first": "rank 1: ValueError: no luck on a cpu",
+        "second": "rank 0: did not end in time",
+    }
+
+
+def test_nothing_starts_once_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_gpu, "TOTAL_S", 1.0)
+    go = _Run(2, CPU)
+    assert go(Phase("late", fails))[0] is None
+    assert go.errors == {"late": "no time was left for it"}
+
+
+def test_the_error_that_tells_something_comes_first() -> None:
+    outcomes = [Outcome(0, error="did not end in time"), Outcome(1, error="x\nKeyError: 3\n"), Outcome(2, value=1)]
+    wrong = Outcome(3, error="x\nAssertionError: 3 is 4")
+    assert _in_short(RanksFailedError([*outcomes, wrong]), ()) == "rank 3: AssertionError: 3 is 4"
+    assert _in_short(RanksFailedError(outcomes), ()) == "rank 1: KeyError: 3"
+    assert _in_short(RanksFailedError(outcomes), {1}) == "rank 0: did not end in time"
+
+
+def test_a_failed_check_stays_in_the_results_and_in_what_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(multi_gpu.checks, "correctness", fails)
+    monkeypatch.setattr(multi_gpu, "run_processes", answer)
+    results, errors = multi_gpu.run(2, CPU, output=tmp_path, commit="abc")
+    assert errors == {"correctness": "rank 1: no luck"}
+    assert Results.read(tmp_path / results.file_name) == results
+    assert "FAILED" in full_table(results, BENCHMARK)
+    assert "correctness: FAILED: rank 1: no luck" in capsys.readouterr().out
+
+
+def answer(function: Any, ranks: int, *args: Any, **_: Any) -> Any:
+    """In place of processes: every rank's answer to a phase."""
+    if function is fails:
+        raise RanksFailedError([Outcome(0), Outcome(1, error="no luck")])
+    found = {"floors": [Floors(10.0, 1.0)], "stress": [(1, 2.0), (1, 3.0)], "killed": [0.5, None]}
+    return found.get(function.__name__)
+
+
+def test_where_the_algorithms_change_places() -> None:
+    one = [(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]
+    assert hand_over(one, [(1, 3.0), (2, 3.0), (4, 3.0), (8, 3.0)]) == 2
+    assert hand_over(one, [(1, 3.0), (2, 1.9), (4, 4.5), (8, 3.0)]) == 4, "one small loss does not count"
+    assert hand_over(one, [(size, 0.5) for size, _ in one]) is None
+    assert hand_over(one, [(size, 50.0) for size, _ in one]) == 8
+
+
+def test_results_make_tables_and_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    cases = [CaseResult("stress", {"ranks": 4, "passed": True, "calls": 9}, 5.0, 0.0, True, 0.0)]
+    for op, size, us in (("graph", 1024, 3.0), ("graph", 2048, 4.0), ("eager", 1024, 9.0)):
+        cases.append(CaseResult(op, {"bytes": size, "ranks": 4}, us, 0.1, True, 0.1, {"nccl": 12.0}))
+    results = Results("multi_gpu", "NVIDIA H100 x4", "580", "2.11", "13", "c" * 40, "2026-01-02", 1.0, 1.0, cases)
+    assert results.file_name == "multi_gpu-h100-x4.json"
+    assert "| 4 ranks | **abiding** | **3.00** | **4.00** |" in summary(results, BENCHMARK)
+    assert "Targets" not in summary(results, BENCHMARK)
+    assert full_table(results, BENCHMARK).count("4 ranks") == 4
+    plot(results, BENCHMARK, tmp_path / "plot.svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu", "--ranks", "1"], "--ranks 1; expected 2 to 16"),
+        (["--device", "cpu", "--ranks", "17"], "--ranks 17; expected 2 to 16"),
+        (["--ranks", "16"], "--ranks 16, but torch sees"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)
+def test_what_cannot_run_is_told_at_once(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
