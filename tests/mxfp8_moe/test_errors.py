@@ -384,7 +384,7 @@ def blamed(op: str, name: str) -> set[str]:
     return together | {name} if name in together else {name}
 
 
-@pytest.mark.parametrize(("op", "name", "spoil"), every_spoil(raw=True))
+@pytest.mark.parametrize(("op", "name", "spoil"), list(every_spoil(raw=True)))
 def test_operator_refuses(op: str, name: str, spoil: Spoil, device: torch.device) -> None:
     call = well_formed(op, device).remember()
     call.args[name] = spoil(call.args[name])
@@ -402,7 +402,7 @@ def test_operator_refuses(op: str, name: str, spoil: Spoil, device: torch.device
 FACE_NAMES = {"input": "x", "offsets": "expert_offsets", "a_scales": "scales", "weight_scales": "weight_scale"}
 
 
-@pytest.mark.parametrize(("op", "name", "spoil"), every_spoil(raw=False))
+@pytest.mark.parametrize(("op", "name", "spoil"), list(every_spoil(raw=False)))
 def test_face_refuses(op: str, name: str, spoil: Spoil) -> None:
     call = well_formed(op).remember()
     before = call.args[name]
