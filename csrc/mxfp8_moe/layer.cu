@@ -1,5 +1,6 @@
 // What a layer does around its two products: order the tokens by expert, gather them, activate, combine.
 #include "common/launch.cuh"
+#include "common/warp.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/octet.cuh"
@@ -45,12 +46,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
       mine[i] = first + i < pairs && p.ids[first + i] == expert;
       count += mine[i];
     }
-    int sum = count;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
+    const int sum = inclusive_sum(count);
     if (lane == 31) warp_sums[warp] = sum;
     __syncthreads();
     int row = next + sum - count;

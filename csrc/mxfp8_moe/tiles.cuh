@@ -1,6 +1,7 @@
 // Which tiles of rows a call has, found on the device: each group's rows are cut into tiles, groups in their order.
 #pragma once
 
+#include "common/warp.cuh"
 #include "mxfp8_moe/params.h"
 
 namespace abiding::mxfp8_moe {
@@ -32,12 +33,7 @@ struct TileTable {
         rows[group] = static_cast<int>(span.rows);
         tiles = static_cast<int>((span.rows + tile_rows - 1) / tile_rows);
       }
-      int sum = tiles;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-      }
+      const int sum = inclusive_sum(tiles);
       if (lane == 31) warp_sums[warp] = sum;
       __syncthreads();
       int start = before;
