@@ -20,13 +20,11 @@ __device__ __forceinline__ void wait_for_earlier_grids() {
 #endif
 }
 
-// On devices below compute capability 9.0 the attribute is refused, so it is left out.
-inline cudaError_t supports_dependent_launch(bool* supported) {
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  *supported = major >= 9;
-  return status;
+// Of the current device.
+inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  return status == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : status;
 }
 
 // What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster.
@@ -39,8 +37,9 @@ struct Launch {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_t stream,
                    const Arguments&... arguments) {
-  bool dependent = false;
-  if (const cudaError_t status = supports_dependent_launch(&dependent); status != cudaSuccess) return status;
+  int major = 0;
+  if (const cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major); status != cudaSuccess)
+    return status;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
@@ -48,7 +47,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
   config.dynamicSmemBytes = how.shared;
   config.stream = stream;
   config.attrs = attributes;
-  if (dependent) {
+  if (major >= 9) {  // devices below compute capability 9.0 refuse this attribute
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -130,10 +130,9 @@ bool portable_only() {
 }  // namespace
 
 cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream) {
-  int device = 0, major = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int major = 0, multiprocessors = 0;
+  cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (status == cudaSuccess) status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status != cudaSuccess) return status;
   return major == 9 && !portable_only() ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
 }

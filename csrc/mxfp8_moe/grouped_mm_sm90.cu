@@ -6,7 +6,6 @@
 #include "common/half.cuh"
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
-#include "mxfp8_moe/dequantize.cuh"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/plan.h"
 #include "mxfp8_moe/tiles.cuh"
@@ -500,9 +499,8 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
 
   const unsigned cluster = C::kCluster == Cluster::kPairs ? 2 : C::kCluster == Cluster::kSplit ? splits : 1;
   const uint32_t bytes = Layout<C>::bytes(p.groups.count);
-  int device = 0, multiprocessors = 0;
-  status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes));

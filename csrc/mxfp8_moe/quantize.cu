@@ -129,9 +129,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
 
 // As many blocks as run at once, or as there is work for.
 cudaError_t choose_grid(int64_t work, unsigned* grid) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   const int64_t most = int64_t{multiprocessors} * 8;
   *grid = static_cast<unsigned>(work < 1 ? 1 : work < most ? work : most);
   return status;
