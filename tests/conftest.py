@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,15 @@ def cuda() -> torch.device:
 def two_gpus() -> tuple[torch.device, torch.device]:
     require_cuda(gpus=2)
     return torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+@pytest.fixture
+def inductor(device: torch.device) -> None:
+    """Skips where torch.compile's own backend cannot make code for the device."""
+    if device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("inductor needs g++")
+    if device.type == "cpu" and " " in torch.__file__:
+        pytest.skip("inductor does not quote a torch whose path has spaces")
 
 
 @pytest.fixture(autouse=True)

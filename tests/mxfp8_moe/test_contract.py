@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -189,11 +188,8 @@ def test_compile_with_dynamic_shapes(device: torch.device) -> None:
     assert compilations == compilations[:1] * 3, "another number of rows compiles again"
 
 
+@pytest.mark.usefixtures("inductor")
 def test_compile_with_inductor(device: torch.device) -> None:
-    if device.type == "cpu" and not shutil.which("g++"):
-        pytest.skip("inductor needs g++")
-    if device.type == "cpu" and " " in torch.__file__:
-        pytest.skip("inductor does not quote a torch whose path has spaces")
     torch._dynamo.reset()
     assert_compiles(*(torch.compile(step, fullgraph=True) for step in (product_step, layer_step)), 5, device)
 

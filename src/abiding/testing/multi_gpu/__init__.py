@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from abiding import _library
+from abiding.testing.benchmarks import DEFAULT_OUTPUT, say
 from abiding.testing.benchmarks.base import Benchmark, Settings
 from abiding.testing.benchmarks.report import table
 from abiding.testing.multi_gpu import checks, times
@@ -28,7 +29,6 @@ from abiding.testing.ranks import RanksFailedError, run_processes
 from abiding.testing.results import CaseResult, Param, Results
 from abiding.testing.timing import Floors, Timing
 
-DEFAULT_OUTPUT = Path("benchmarks/results")
 TOTAL_S = 470.0
 """No phase starts, and none goes on, after this."""
 NO_HOOK = (
@@ -199,11 +199,6 @@ def _in_short(error: RanksFailedError, may_die: Collection[int]) -> str:
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
-
-
-def say(line: str) -> None:
-    """Progress, apart from the output proper."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _summary(results: Results, errors: Mapping[str, str]) -> str:
