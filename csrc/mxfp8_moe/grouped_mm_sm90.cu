@@ -1,8 +1,8 @@
 // The grouped product on Hopper. Weights are what a warpgroup multiplies from registers: it reads their bytes from shared
-// memory, makes bf16 of them with their scales in it, and multiplies tokens, which stay in shared memory. So a tile is 128
-// weight rows x N tokens, N as wide as the tokens of an expert ask for.
+// memory, makes bf16 of them with their scales in it, and multiplies tokens, which stay in shared memory. So a tile is 128 or
+// 256 weight rows x N tokens, N as wide as the tokens of an expert ask for.
 //
-// A block is three warpgroups: one copies tiles, two own 64 weight rows each. It takes tiles until none is left.
+// A block is a warpgroup that copies tiles, and two or four that own 64 weight rows each. It takes tiles until none is left.
 #include "common/half.cuh"
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
@@ -16,24 +16,28 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kConsumers = 2, kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // what a block starts with, shared out again
-constexpr int kRows = 64 * kConsumers;                            // weight rows of a tile
-static_assert(kRows == kWeightRows && kRows == kTileRows);
-
 // kPairs: two blocks of a cluster take neighbouring weight rows and copy half of the tokens each, to both.
 // kSplit: the blocks of a cluster take parts of K, and add up in their order.
 enum class Cluster { kAlone, kPairs, kSplit };
 
 // K is copied kDepth at a time, and multiplied in two halves of that.
-template <TileKind kKind, int kDepth_, int kStages_, Cluster kCluster_>
+template <TileKind kKind, int kConsumers_, int kDepth_, int kStages_, Cluster kCluster_, int kResident_ = 1>
 struct Config {
-  static constexpr int kTokens = static_cast<int>(kKind), kDepth = kDepth_, kStages = kStages_;
+  static constexpr int kConsumers = kConsumers_, kDepth = kDepth_, kStages = kStages_;
   static constexpr Cluster kCluster = kCluster_;
-  static constexpr int kBox = box_of(kTokens);
+  static constexpr int kResident = kResident_;  // blocks of a multiprocessor
+  static constexpr int kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
+  // What a block starts with is shared out again.
+  static constexpr bool kRoomy = kThreads * kResident == 384;
+  static constexpr int kProducerRegisters = kRoomy ? 40 : 32;
+  static constexpr int kConsumerRegisters = kRoomy ? 232 : kResident == 1 ? 112 : 104;
+  static constexpr int kTokens = tokens_of(kKind), kBox = box_of(kTokens);
+  static constexpr int kRows = 64 * kConsumers;  // weight rows of a tile
+  static constexpr int kScaleTiles = kRows / kTileRows;
   static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
   static constexpr uint32_t kWeightBytes = kRows * kDepth, kTokenBytes = kTokens * 128;
   static constexpr uint32_t kStageBytes = kWeightBytes + kDepth / 64 * kTokenBytes;
+  static constexpr uint32_t kScaleBytes = kScaleTiles * kTileBytes;
   static constexpr int kExchanges = kCluster == Cluster::kSplit ? 2 : 0;
   static constexpr uint32_t kExchangeBytes = kRows * kTokens * 4;
   static constexpr uint32_t kStagingBytes = kCluster == Cluster::kSplit ? 0 : 16 * 80;  // a warp's
@@ -43,9 +47,9 @@ struct Config {
 template <class C>
 struct Layout {
   static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
-  static constexpr uint32_t kExchange = kScales + C::kStages * kTileBytes;
+  static constexpr uint32_t kExchange = kScales + C::kStages * C::kScaleBytes;
   static constexpr uint32_t kStaging = kExchange + C::kExchanges * C::kExchangeBytes;
-  static constexpr uint32_t kBarriers = kStaging + kConsumerThreads / 32 * C::kStagingBytes;
+  static constexpr uint32_t kBarriers = kStaging + C::kConsumerThreads / 32 * C::kStagingBytes;
   static constexpr uint32_t kTable = kBarriers + (2 * C::kStages + 2) * 8;
   static uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
 };
@@ -206,12 +210,14 @@ template <class C>
 struct Block {
   const Arguments& a;
   const CUtensorMap *weights, *tokens;
-  uint32_t base;  // of shared memory
   const TileTable& table;
+  uint32_t base;         // of shared memory
+  uint32_t rank;         // in the cluster
+  uint32_t other_empty;  // empty(0) of a pair's other block
 
   __device__ uint32_t weight_at(int stage) const { return base + stage * C::kStageBytes; }
   __device__ uint32_t token_at(int stage) const { return base + stage * C::kStageBytes + C::kWeightBytes; }
-  __device__ uint32_t scale_at(int stage) const { return base + Layout<C>::kScales + stage * kTileBytes; }
+  __device__ uint32_t scale_at(int stage) const { return base + Layout<C>::kScales + stage * C::kScaleBytes; }
   __device__ uint32_t full(int stage) const { return base + Layout<C>::kBarriers + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(C::kStages + stage); }
   __device__ uint32_t exchanged(int i) const { return full(2 * C::kStages + i); }
@@ -229,7 +235,7 @@ struct Block {
     Tile tile;
     int row_tile, first, count;  // of kDepth of K
   };
-  __device__ __forceinline__ Work work(int index, uint32_t rank) const {
+  __device__ __forceinline__ Work work(int index) const {
     Work w;
     w.tile = Tile::find<C::kBox>(table, index, a.row_tiles);
     w.row_tile = C::kCluster == Cluster::kPairs ? 2 * w.tile.row_tile + rank : w.tile.row_tile;
@@ -239,24 +245,30 @@ struct Block {
   }
 
   // One warp.
-  __device__ __forceinline__ void produce(uint32_t rank) const {
+  __device__ __forceinline__ void produce() const {
     const bool leader = threadIdx.x % 32 == 0;
     Position<C::kStages> at;
     for (int index = first_tile(); index < tile_count(); index += tile_step()) {
-      const Work w = work(index, rank);
+      const Work w = work(index);
       // A pair's second block may have no weight rows: then it reads scales that exist.
-      const int first_row = w.row_tile * kRows;
-      const uint8_t* scales = a.p.weight_scales + w.tile.expert * a.scale_expert_bytes +
-                              (first_row < a.p.n ? first_row * a.scale_columns : 0);
+      const int first_row = w.row_tile * C::kRows;
+      const uint8_t* scales[C::kScaleTiles];
+      for (int i = 0; i < C::kScaleTiles; ++i) {
+        const int row = first_row + i * kTileRows;
+        scales[i] =
+            a.p.weight_scales + w.tile.expert * a.scale_expert_bytes + (row < a.p.n ? row * a.scale_columns : 0);
+      }
       const int boxes = w.tile.width / C::kBox;
-      const uint32_t bytes = C::kWeightBytes + kTileBytes + C::kDepth / 64 * w.tile.width * 128;
+      const uint32_t bytes = C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128;
       for (int k = w.first * C::kDepth; k < (w.first + w.count) * C::kDepth; k += C::kDepth) {
         wait(empty(at.stage), at.parity ^ 1);
         if (leader) {
           const uint32_t barrier = full(at.stage);
           arrive_expecting(barrier, bytes);
           copy_3d(weight_at(at.stage), weights, k, first_row, w.tile.expert, barrier);
-          copy_bytes(scale_at(at.stage), scales + k / 128 * kTileBytes, kTileBytes, barrier);
+#pragma unroll
+          for (int i = 0; i < C::kScaleTiles; ++i)
+            copy_bytes(scale_at(at.stage) + i * kTileBytes, scales[i] + k / 128 * kTileBytes, kTileBytes, barrier);
           for (int i = 0; i < C::kDepth / 64; ++i) {
             const uint32_t to = token_at(at.stage) + i * C::kTokenBytes;
             if constexpr (C::kCluster == Cluster::kPairs) {
@@ -276,14 +288,12 @@ struct Block {
     for (int i = 0; i < C::kStages; ++i, at.advance()) wait(empty(at.stage), at.parity ^ 1);
   }
 
-  __device__ __forceinline__ void release(int stage, uint32_t rank) const {
+  __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % 32 != 0) return;
     if constexpr (C::kCluster == Cluster::kPairs) {
-      arrive_remote(in_block(empty(stage), rank));
-      arrive_remote(in_block(empty(stage), rank ^ 1));
-    } else {
-      arrive(empty(stage));
+      arrive_remote(other_empty + 8 * stage);
     }
+    arrive(empty(stage));
   }
 
   // Adds the product of half a stage.
@@ -294,7 +304,7 @@ struct Block {
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
       const int k = (half * C::kSteps + step) * 16;
-      const uint64_t tile = swizzled_tile(token_at(stage) + k / 64 * C::kTokenBytes) + k % 64 * 2 / 16;
+      const uint64_t tile = swizzled_tile(token_at(stage), k / 64 * C::kTokenBytes + k % 64 * 2);
       Wgmma<N>::run(d, f + 4 * step, tile, !(first && step == 0));
     }
     wgmma_commit();
@@ -302,18 +312,18 @@ struct Block {
 
   // The sums of this thread's weight rows and N tokens over the block's part of K.
   template <int N>
-  __device__ __forceinline__ void sum(float (&d)[N / 2], const Work& w, Position<C::kStages>& at, uint32_t rank) const {
+  __device__ __forceinline__ void sum(float (&d)[N / 2], const Work& w, Position<C::kStages>& at) const {
     constexpr int kPitch = C::kDepth;
     const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
     const int swizzle = kPitch == 128 ? row % 8 : row / 2 % 4;
     const uint32_t offset = row * kPitch + swizzle * 16 + lane % 4 * 2;
-    const uint32_t code_offset = row % 32 * 16 + row / 32 * 4;
+    const uint32_t code_offset = row % 32 * 16 + row % 128 / 32 * 4 + row / 128 * kTileBytes;
 
     const auto load_codes = [&](int stage, int index) {
       return Codes(scale_at(stage) + code_offset, a.blocks - index * C::kDepth / 128 * kTileBlocks);
     };
     const auto load = [&](uint32_t (&f)[4 * C::kSteps], const Codes& codes, int stage, int index, int half) {
-      const int code = (index * C::kDepth + half * C::kDepth / 2) / kBlock % kTileBlocks;
+      const int code = (index * (C::kDepth / kBlock) + half * (C::kDepth / kBlock / 2)) & (kTileBlocks - 1);
       load_weights<kPitch, C::kSteps>(f, weight_at(stage) + offset, half * C::kSteps, codes, code);
     };
 
@@ -327,35 +337,35 @@ struct Block {
     Codes codes = load_codes(at.stage, w.first);
     load(even, codes, at.stage, w.first, 0);
     multiply_half<N>(d, even, at.stage, 0, true);
-    for (int i = 0; i + 1 < w.count; ++i) {
-      load(odd, codes, at.stage, w.first + i, 1);
-      multiply_half<N>(d, odd, at.stage, 1, false);
+    load(odd, codes, at.stage, w.first, 1);
+    multiply_half<N>(d, odd, at.stage, 1, false);
+    for (int i = 1; i < w.count; ++i) {
       const int stage = at.stage;
       at.advance();
       wait(full(at.stage), at.parity);
-      codes = load_codes(at.stage, w.first + i + 1);
+      codes = load_codes(at.stage, w.first + i);
       wgmma_wait<1>();
-      load(even, codes, at.stage, w.first + i + 1, 0);
+      load(even, codes, at.stage, w.first + i, 0);
       multiply_half<N>(d, even, at.stage, 0, false);
       wgmma_wait<1>();
-      release(stage, rank);
+      release(stage);
+      load(odd, codes, at.stage, w.first + i, 1);
+      multiply_half<N>(d, odd, at.stage, 1, false);
     }
-    load(odd, codes, at.stage, w.first + w.count - 1, 1);
-    multiply_half<N>(d, odd, at.stage, 1, false);
     wgmma_wait<0>();
-    release(at.stage, rank);
+    release(at.stage);
     at.advance();
   }
 
   // Each block of the cluster adds up a part of the sums: those of all blocks, in their order.
   template <int N>
-  __device__ __forceinline__ void add_parts(float (&d)[N / 2], uint32_t rank, int turn) const {
+  __device__ __forceinline__ void add_parts(float (&d)[N / 2], int turn) const {
     const int thread = threadIdx.x, share = N / 2 / a.splits;
     const uint32_t buffer = exchange_at(turn % 2);
-    if (thread == 0) arrive_expecting(exchanged(turn % 2), a.splits * share * kConsumerThreads * 4);
+    if (thread == 0) arrive_expecting(exchanged(turn % 2), a.splits * share * C::kConsumerThreads * 4);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
-      const uint32_t at = buffer + ((rank * share + i % share) * kConsumerThreads + thread) * 4;
+      const uint32_t at = buffer + ((rank * share + i % share) * C::kConsumerThreads + thread) * 4;
       send(in_block(at, i / share), d[i], in_block(exchanged(turn % 2), i / share));
     }
     wait(exchanged(turn % 2), turn / 2 % 2);
@@ -367,7 +377,7 @@ struct Block {
         float part;
         asm volatile("ld.shared.f32 %0, [%1];"
                      : "=f"(part)
-                     : "r"(buffer + ((block * share + i % share) * kConsumerThreads + thread) * 4));
+                     : "r"(buffer + ((block * share + i % share) * C::kConsumerThreads + thread) * 4));
         total = block == 0 ? part : total + part;
       }
       d[i] = total;
@@ -375,8 +385,7 @@ struct Block {
   }
 
   template <int N>
-  __device__ __forceinline__ void store_part(const float (&d)[N / 2], const Tile& tile, int64_t row0,
-                                             uint32_t rank) const {
+  __device__ __forceinline__ void store_part(const float (&d)[N / 2], const Tile& tile, int64_t row0) const {
     const int share = N / 2 / a.splits, lane = threadIdx.x % 32;
     if (row0 >= a.p.n) return;
 #pragma unroll
@@ -392,14 +401,14 @@ struct Block {
   }
 
   template <int N>
-  __device__ __forceinline__ void consume_tile(const Work& w, Position<C::kStages>& at, uint32_t rank, int turn) const {
+  __device__ __forceinline__ void consume_tile(const Work& w, Position<C::kStages>& at, int turn) const {
     float d[N / 2];
-    sum<N>(d, w, at, rank);
+    sum<N>(d, w, at);
     const int warp = threadIdx.x / 32;
-    const int64_t row = int64_t{w.row_tile} * kRows + warp * 16;
+    const int64_t row = int64_t{w.row_tile} * C::kRows + warp * 16;
     if constexpr (C::kCluster == Cluster::kSplit) {
-      if (a.splits > 1) add_parts<N>(d, rank, turn);
-      store_part<N>(d, w.tile, row, rank);
+      if (a.splits > 1) add_parts<N>(d, turn);
+      store_part<N>(d, w.tile, row);
     } else {
       const uint32_t staging = base + Layout<C>::kStaging + warp * C::kStagingBytes;
       switch (a.p.out_type) {
@@ -412,61 +421,65 @@ struct Block {
 
   // The variant for a tile's width.
   template <int N>
-  __device__ __forceinline__ void consume_width(const Work& w, Position<C::kStages>& at, uint32_t rank,
-                                                int turn) const {
+  __device__ __forceinline__ void consume_width(const Work& w, Position<C::kStages>& at, int turn) const {
     constexpr int kNarrower = N - C::kBox;
     if constexpr (kNarrower > 0)
-      if (w.tile.width <= kNarrower) return consume_width<kNarrower>(w, at, rank, turn);
-    consume_tile<N>(w, at, rank, turn);
+      if (w.tile.width <= kNarrower) return consume_width<kNarrower>(w, at, turn);
+    consume_tile<N>(w, at, turn);
   }
 
-  __device__ __forceinline__ void consume(uint32_t rank) const {
+  __device__ __forceinline__ void consume() const {
     Position<C::kStages> at;
     int turn = 0;
     for (int index = first_tile(); index < tile_count(); index += tile_step(), ++turn) {
-      const Work w = work(index, rank);
-      consume_width<C::kTokens>(w, at, rank, turn);
+      const Work w = work(index);
+      consume_width<C::kTokens>(w, at, turn);
     }
   }
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, C::kResident)
     grouped_mm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap weights,
                       const __grid_constant__ CUtensorMap tokens) {
   extern __shared__ uint8_t dynamic[];
   uint8_t* memory = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
   TileTable table(memory + Layout<C>::kTable, a.p.groups.count);
-  const Block<C> block{a, &weights, &tokens, shared_address(memory), table};
-  const uint32_t rank = C::kCluster == Cluster::kAlone ? 0 : cluster_rank();
+  const uint32_t base = shared_address(memory), rank = C::kCluster == Cluster::kAlone ? 0 : cluster_rank();
+  const uint32_t other_empty =
+      C::kCluster == Cluster::kPairs ? in_block(base + Layout<C>::kBarriers + C::kStages * 8, rank ^ 1) : 0;
+  const Block<C> block{a, &weights, &tokens, table, base, rank, other_empty};
   if (threadIdx.x == 0) {
     prefetch_map(&weights);
     prefetch_map(&tokens);
     for (int i = 0; i < C::kStages; ++i) {
       barrier_init(block.full(i), 1);
-      barrier_init(block.empty(i), kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
+      barrier_init(block.empty(i), C::kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
     }
     for (int i = 0; i < C::kExchanges; ++i) barrier_init(block.exchanged(i), 1);
     barrier_init_done();
   }
   wait_for_earlier_grids();
-  table.build<kThreads>(a.p.groups, C::kTokens);
+  table.build<C::kThreads>(a.p.groups, C::kTokens);
   if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   launch_dependents();
-  if (threadIdx.x >= kConsumerThreads) {
-    release_registers<kProducerRegisters>();
-    if (threadIdx.x < kConsumerThreads + 32) block.produce(rank);
+  if (threadIdx.x >= C::kConsumerThreads) {
+    release_registers<C::kProducerRegisters>();
+    if (threadIdx.x < C::kConsumerThreads + 32) block.produce();
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   } else {
-    take_registers<kConsumerRegisters>();
-    block.consume(rank);
+    take_registers<C::kConsumerRegisters>();
+    block.consume();
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   }
 }
 
-using Few = Config<TileKind::kFew, 128, 8, Cluster::kSplit>;
-using Some = Config<TileKind::kSome, 128, 6, Cluster::kAlone>;
-using Many = Config<TileKind::kMany, 64, 5, Cluster::kPairs>;
+using Split = Config<TileKind::kSplit, 2, 128, 8, Cluster::kSplit>;
+using Few = Config<TileKind::kFew, 2, 128, 6, Cluster::kAlone>;
+using FewTwice = Config<TileKind::kFewTwice, 2, 128, 3, Cluster::kAlone, 2>;
+using Some = Config<TileKind::kSome, 4, 64, 6, Cluster::kAlone>;
+using More = Config<TileKind::kMore, 2, 64, 7, Cluster::kPairs>;
+using Many = Config<TileKind::kMany, 2, 64, 5, Cluster::kPairs>;
 
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
@@ -475,7 +488,7 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
                                      static_cast<cuuint64_t>(p.groups.count)};
   const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
                                        static_cast<cuuint64_t>(p.weight_expert_stride)};
-  const cuuint32_t weight_box[] = {C::kDepth, kRows, 1};
+  const cuuint32_t weight_box[] = {C::kDepth, C::kRows, 1};
   cudaError_t status = make_map(&weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides,
                                 weight_box, C::kDepth == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   if (status != cudaSuccess) return status;
@@ -490,7 +503,7 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   a.p = p;
   a.scale_columns = scale_columns(p.k);
   a.scale_expert_bytes = round_up(p.n, kTileRows) * a.scale_columns;
-  const int64_t tiles = (p.n + kRows - 1) / kRows;
+  const int64_t tiles = (p.n + C::kRows - 1) / C::kRows;
   a.row_tiles = static_cast<int>(C::kCluster == Cluster::kPairs ? (tiles + 1) / 2 : tiles);
   a.depth = static_cast<int>((p.k + C::kDepth - 1) / C::kDepth);
   a.blocks = static_cast<int>(p.k / kBlock);
@@ -510,16 +523,16 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(multiprocessors) / cluster * cluster;
-  config.blockDim = kThreads;
+  config.gridDim = static_cast<unsigned>(multiprocessors * C::kResident) / cluster * cluster;
+  config.blockDim = C::kThreads;
   config.dynamicSmemBytes = bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  int clusters = multiprocessors;
+  int clusters = multiprocessors * C::kResident;
   if (cluster > 1) status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
   if (status != cudaSuccess) return status;
   return abiding::launch(grouped_mm_kernel<C>,
-                         Launch{static_cast<unsigned>(clusters) * cluster, kThreads, bytes, cluster}, stream, a,
+                         Launch{static_cast<unsigned>(clusters) * cluster, C::kThreads, bytes, cluster}, stream, a,
                          weights, tokens);
 }
 
@@ -528,11 +541,14 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
 cudaError_t grouped_mm_sm90(const GroupedMmParams& p, cudaStream_t stream) {
   const Plan plan = choose_plan(p.groups.rows, p.groups.count, p.n, p.k);
   switch (plan.kind) {
-    case TileKind::kFew: return start<Few>(p, plan.splits, stream);
-    case TileKind::kSome: return start<Some>(p, plan.splits, stream);
+    case TileKind::kSplit: return start<Split>(p, plan.splits, stream);
+    case TileKind::kFew: return start<Few>(p, 1, stream);
+    case TileKind::kFewTwice: return start<FewTwice>(p, 1, stream);
+    case TileKind::kSome: return start<Some>(p, 1, stream);
+    case TileKind::kMore: return start<More>(p, 1, stream);
     case TileKind::kMany: break;
   }
-  return start<Many>(p, plan.splits, stream);
+  return start<Many>(p, 1, stream);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -5,27 +5,39 @@
 
 namespace abiding::mxfp8_moe {
 
-// Tiles for few tokens an expert, some, and many: their most tokens.
-enum class TileKind { kFew = 16, kSome = 64, kMany = 224 };
+// By how many tokens an expert has: so few that K is split, few, some, more, many. kFewTwice has two blocks to a
+// multiprocessor.
+enum class TileKind { kSplit, kFew, kFewTwice, kSome, kMore, kMany };
 
-constexpr int kWeightRows = 128;  // of a tile
+// The most of a tile.
+constexpr int tokens_of(TileKind kind) {
+  constexpr int most[] = {16, 64, 64, 128, 160, 256};
+  return most[static_cast<int>(kind)];
+}
+
+constexpr int kWeightRows = 128;  // of a tile of few tokens
 constexpr int kMaxSplits = 8;
+constexpr int kMultiprocessors = 132;  // of an H100 or H200; on others, the same results a little later
 
 struct Plan {
   TileKind kind;
-  int splits;  // blocks that share K, of kFew alone
+  int splits;  // blocks that share K, of kSplit alone
 };
 
 // `rows` are those of the tensors: what the device will find in them is not known here.
 constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k) {
   const int64_t busy = rows < experts ? rows : experts, average = rows / busy;
-  if (average > 40) return {TileKind::kMany, 1};
-  if (average > 4) return {TileKind::kSome, 1};
-  // Parts of K, so that few tiles keep many multiprocessors busy.
+  if (average > 140) return {TileKind::kMany, 1};
+  if (average > 105) return {TileKind::kMore, 1};
+  if (average > 40) return {TileKind::kSome, 1};
   const int64_t tiles = busy * ((n + kWeightRows - 1) / kWeightRows);
+  // Parts of K, so that few tiles keep many multiprocessors busy.
   int splits = 1;
-  while (splits < kMaxSplits && tiles * splits < 96 && k / (2 * splits) >= 512) splits *= 2;
-  return {TileKind::kFew, splits};
+  while (average <= 4 && splits < kMaxSplits && tiles * splits < 96 && k / (2 * splits) >= 512) splits *= 2;
+  if (splits > 1) return {TileKind::kSplit, splits};
+  // Tiles that a second round of blocks would be short of.
+  if (tiles > kMultiprocessors && tiles < 2 * kMultiprocessors - 8) return {TileKind::kFewTwice, 1};
+  return {TileKind::kFew, 1};
 }
 
 // Tokens are copied a box at a time, and a tile has whole boxes.

@@ -12,9 +12,11 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Rows of 128 bytes, 128-byte swizzle, eight rows to an atom of 1024 bytes.
-__device__ __forceinline__ uint64_t swizzled_tile(uint32_t address) {
-  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4;
+// Rows of 128 bytes, 128-byte swizzle, eight rows to an atom of 1024 bytes; `offset` bytes further, of a whole atom or within
+// a row. Only the low half depends on where the tile is.
+__device__ __forceinline__ uint64_t swizzled_tile(uint32_t address, uint32_t offset) {
+  const uint32_t low = (1 << 16 | (address & 0x3FFFF) >> 4) + (offset >> 4);
+  return uint64_t{1 << 30 | 1024 >> 4} << 32 | low;
 }
 
 template <int N>

@@ -17,7 +17,7 @@ void expect(bool ok, const char* format, Values... values) {
 // Tiles cover the tokens in order, without gaps, none is wider than its kernel allows, none is empty, and together they are
 // less than one box wider than the tokens.
 static void check_shares(TileKind kind, int tokens) {
-  const int most = static_cast<int>(kind), box = box_of(most), tiles = (tokens + most - 1) / most;
+  const int most = tokens_of(kind), box = box_of(most), tiles = (tokens + most - 1) / most;
   int next = 0, widest = 0, narrowest = most;
   for (int tile = 0; tile < tiles; ++tile) {
     const Share share = share_of(tokens, box, tiles, tile);
@@ -34,7 +34,8 @@ static void check_shares(TileKind kind, int tokens) {
 }
 
 int main() {
-  for (TileKind kind : {TileKind::kFew, TileKind::kSome, TileKind::kMany})
+  for (TileKind kind : {TileKind::kSplit, TileKind::kFew, TileKind::kFewTwice, TileKind::kSome, TileKind::kMore,
+                        TileKind::kMany})
     for (int tokens = 1; tokens <= 5000; ++tokens) check_shares(kind, tokens);
 
   const auto plan = [](int64_t rows, int64_t experts, int64_t n, int64_t k) {
@@ -49,11 +50,11 @@ int main() {
         for (int64_t k : {32L, 384L, 6144L}) {
           const Plan p = plan(rows, experts, n, k);
           const bool power = p.splits >= 1 && p.splits <= kMaxSplits && (p.splits & (p.splits - 1)) == 0;
-          expect(power && (p.splits == 1 || p.kind == TileKind::kFew), "%ld rows, %ld experts: %d splits\n", rows,
+          expect(power && (p.splits == 1 || p.kind == TileKind::kSplit), "%ld rows, %ld experts: %d splits\n", rows,
                  experts, p.splits);
           expect(p.splits == 1 || k / p.splits >= 512, "%ld of K in %d splits\n", k, p.splits);
           const Plan more = plan(rows + 1, experts, n, k);
-          expect(rows < experts || static_cast<int>(more.kind) >= static_cast<int>(p.kind),
+          expect(rows < experts || tokens_of(more.kind) >= tokens_of(p.kind),
                  "%ld rows and one more, %ld experts: a smaller kind of tile\n", rows, experts);
         }
   return wrong != 0;

@@ -121,3 +121,12 @@ def test_performance_layers_are_the_whole_table() -> None:
     zipf = mxfp8_moe.LayerCase(4096, 32, 32, 64, 4, "zipf").make()
     counts = zipf.topk_ids.flatten().bincount().sort(descending=True).values
     assert counts[0] > 4 * counts[16]
+
+
+def test_uniform_routing_gives_every_expert_its_share() -> None:
+    case = mxfp8_moe.LayerCase(4096, 32, 32, 64, 4)
+    rng = torch.Generator().manual_seed(0)
+    ids, _ = case.route(rng)
+    counts = ids.flatten().bincount(minlength=64)
+    assert 200 < int(counts.min()) <= int(counts.max()) < 320  # 256 on average
+    assert not torch.equal(case.route(rng)[0], ids)

@@ -136,7 +136,7 @@ class LayerCase:
     def route(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Experts and weights [tokens, top_k]; the weights of a token sum up to 1."""
         shape, device = (self.tokens, self.experts), rng.device
-        noise = -torch.rand(shape, generator=rng, device=device).clamp(min=1e-9).log().clamp(min=1e-9).log()
+        noise = -(-torch.rand(shape, generator=rng, device=device).clamp(min=1e-9).log()).clamp(min=1e-9).log()
         if self.routing == "zipf":
             rank = torch.randperm(self.experts, generator=rng, device=device) + 1
             noise = noise - rank.log()
