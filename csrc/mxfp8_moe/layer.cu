@@ -1,6 +1,5 @@
 // What a layer does around its two products: order the tokens by expert, gather them, activate, combine.
 #include "common/launch.cuh"
-#include "common/warp.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/octet.cuh"
@@ -11,55 +10,57 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 
-__device__ __forceinline__ int block_sum(int value, int* warp_sums) {
-  value = __reduce_add_sync(~0u, value);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  int sum = 0;
-  for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += warp_sums[w];
-  __syncthreads();
-  return sum;
-}
-
-// A block has an expert. It counts the pairs of the experts before, and then gives its own their rows in order.
+// A block has an expert, a warp of it a range of neighbouring pairs. It counts the pairs of the experts before and its own, and
+// then gives its own their rows in the order of the pairs.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
-  __shared__ int warp_sums[kRouteThreads / 32];
+  __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   wait_for_earlier_grids();
   launch_dependents();
   const int64_t expert = blockIdx.x, pairs = p.tokens * p.top_k;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int smaller = 0;
-  for (int64_t pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t range = round_up((pairs + warps - 1) / warps, 32);
+  const int64_t begin = warp * range, end = min(begin + range, pairs);
+  int before = 0, mine = 0;
+#pragma unroll 4
+  for (int64_t pair = begin + lane; pair < end; pair += 32) {
     const int64_t id = p.ids[pair];
-    smaller += id >= 0 && id < expert;
+    before += id >= 0 && id < expert;
+    mine += id == expert;
     if (expert == 0 && (id < 0 || id >= p.experts)) p.rows[pair] = -1;
   }
-  int next = block_sum(smaller, warp_sums);
-  if (threadIdx.x == 0) p.offsets[expert] = next;
-  // A thread has neighbouring pairs, so that rows are given in the order of the pairs.
-  for (int64_t from = 0; from < pairs; from += int64_t{blockDim.x} * kRouteUnroll) {
-    const int64_t first = from + threadIdx.x * kRouteUnroll;
-    bool mine[kRouteUnroll];
-    int count = 0;
+  before = __reduce_add_sync(~0u, before);
+  mine = __reduce_add_sync(~0u, mine);
+  if (lane == 0) {
+    smaller[warp] = before;
+    equal[warp] = mine;
+  }
+  __syncthreads();
+  int first = 0, row = 0, count = 0;
+  for (int w = 0; w < warps; ++w) {
+    first += smaller[w];
+    row += w < warp ? equal[w] : 0;
+    count += equal[w];
+  }
+  if (threadIdx.x == 0) {
+    p.offsets[expert] = first;
+    if (expert == p.experts - 1) p.offsets[p.experts] = first + count;
+  }
+  if (mine == 0) return;
+  row += first;
+  for (int64_t from = begin; from < end; from += 32 * kRouteUnroll) {
+    bool is_mine[kRouteUnroll];
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
-      mine[i] = first + i < pairs && p.ids[first + i] == expert;
-      count += mine[i];
-    }
-    const int sum = inclusive_sum(count);
-    if (lane == 31) warp_sums[warp] = sum;
-    __syncthreads();
-    int row = next + sum - count;
-    for (unsigned w = 0; w < blockDim.x / 32; ++w) {
-      if (static_cast<int>(w) < warp) row += warp_sums[w];
-      next += warp_sums[w];
+      const int64_t pair = from + i * 32 + lane;
+      is_mine[i] = pair < end && p.ids[pair] == expert;
     }
 #pragma unroll
-    for (int i = 0; i < kRouteUnroll; ++i)
-      if (mine[i]) p.rows[first + i] = row++;
-    __syncthreads();
+    for (int i = 0; i < kRouteUnroll; ++i) {
+      const unsigned lanes = __ballot_sync(~0u, is_mine[i]);
+      if (is_mine[i]) p.rows[from + i * 32 + lane] = row + __popc(lanes & ((1u << lane) - 1));
+      row += __popc(lanes);
+    }
   }
-  if (threadIdx.x == 0 && expert == p.experts - 1) p.offsets[p.experts] = next;
 }
 
 // Blocks that share a token's columns, eight to a thread.
@@ -80,26 +81,35 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
 }
 
 template <Activation kActivation>
+__device__ __forceinline__ uint4 activate_octet(uint4 gates, const uint4& ups, bool round) {
+  if constexpr (kActivation != Activation::kNone) {
+    float gate[8], up[8];
+    unpack<__nv_bfloat16>(gates, gate);
+    unpack<__nv_bfloat16>(ups, up);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) gate[j] = activated(kActivation, gate[j], up[j]);
+    gates = pack<__nv_bfloat16>(gate);
+    if (!round) return canonical_nans<__nv_bfloat16>(gates);
+  }
+  return round ? round_octet<__nv_bfloat16>(gates) : gates;
+}
+
+template <Activation kActivation>
 __global__ void __launch_bounds__(kThreads) activate_kernel(ActivateParams p) {
   wait_for_earlier_grids();
   launch_dependents();
-  const unsigned width = static_cast<unsigned>(p.width / 8);
-  const int64_t octets = int64_t{*p.total} * width, step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < octets; i += step) {
-    const int64_t row = i / width, column = i - row * width;
-    constexpr int kParts = kActivation == Activation::kNone ? 1 : 2;
+  const unsigned width = static_cast<unsigned>(p.width / 8), step = gridDim.x * kThreads;
+  const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * kThreads + threadIdx.x;
+  unsigned column = start % width;
+  constexpr int kParts = kActivation == Activation::kNone ? 1 : 2;
+  const int total = *p.total;
+  // The four lanes of a block of 32 elements have the same row.
+  for (int64_t row = start / width; row < total; row += step_rows) {
     const uint4* from = static_cast<const uint4*>(p.input) + row * kParts * width + column;
-    uint4 packed = *from;
-    if constexpr (kParts == 2) {
-      float gate[8], up[8];
-      unpack<__nv_bfloat16>(packed, gate);
-      unpack<__nv_bfloat16>(from[width], up);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) gate[j] = activated(kActivation, gate[j], up[j]);
-      packed = pack<__nv_bfloat16>(gate);
-    }
-    if (p.round) packed = round_octet<__nv_bfloat16>(packed);
-    static_cast<uint4*>(p.out)[i] = kParts == 2 && !p.round ? canonical_nans<__nv_bfloat16>(packed) : packed;
+    const uint4 gates = *from, ups = kParts == 2 ? from[width] : uint4{};
+    static_cast<uint4*>(p.out)[row * width + column] = activate_octet<kActivation>(gates, ups, p.round);
+    column += step_columns;
+    if (column >= width) column -= width, ++row;
   }
 }
 

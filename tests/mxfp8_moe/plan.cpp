@@ -34,8 +34,8 @@ static void check_shares(TileKind kind, int tokens) {
 }
 
 int main() {
-  for (TileKind kind : {TileKind::kSplit, TileKind::kFew, TileKind::kFewTwice, TileKind::kSome, TileKind::kMore,
-                        TileKind::kMany})
+  for (TileKind kind :
+       {TileKind::kSplit, TileKind::kFew, TileKind::kFewTwice, TileKind::kSome, TileKind::kMore, TileKind::kMany})
     for (int tokens = 1; tokens <= 5000; ++tokens) check_shares(kind, tokens);
 
   const auto plan = [](int64_t rows, int64_t experts, int64_t n, int64_t k) {

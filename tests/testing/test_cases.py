@@ -116,8 +116,9 @@ def test_layers_are_routed_as_asked(case: mxfp8_moe.LayerCase) -> None:
 
 def test_performance_layers_are_the_whole_table() -> None:
     found = {(case.name, case.routing, case.tokens) for case in mxfp8_moe.PERFORMANCE}
-    tokens = (1, 8, 32, 128, 512, 2048, 8192)
-    assert found == {(name, way, t) for name in mxfp8_moe.SHAPES for way in ("uniform", "zipf") for t in tokens}
+    tokens = mxfp8_moe.PERFORMANCE_TOKENS
+    assert found == {(name, way, t) for name in mxfp8_moe.SHAPES for way in tokens for t in tokens[way]}
+    assert tokens["uniform"] == (1, 8, 32, 128, 512, 2048, 8192)
     zipf = mxfp8_moe.LayerCase(4096, 32, 32, 64, 4, "zipf").make()
     counts = zipf.topk_ids.flatten().bincount().sort(descending=True).values
     assert counts[0] > 4 * counts[16]

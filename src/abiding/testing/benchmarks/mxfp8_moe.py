@@ -36,19 +36,19 @@ QUICK_TOKENS = (1, 32, 2048)
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
-    """Time the chosen operators: products and layers shape by shape, since a shape's weights are gigabytes."""
+    """Time the chosen operators; products and layers shape by shape, since a shape's weights are gigabytes."""
     cases = PERFORMANCE if settings.device.type == "cuda" else CPU_CASES
     if settings.quick and settings.device.type == "cuda":
         cases = [case for case in PERFORMANCE if case.tokens in QUICK_TOKENS and case.routing == "uniform"]
-    libraries = _libraries(settings) if settings.device.type == "cuda" else []
-    for name in dict.fromkeys(case.name for case in cases):
-        some = [case for case in cases if case.name == name]
-        yield from _measure_shape(some, libraries, settings)
     for op in ("quantize", "round"):
         if op in settings.ops:
             for width in sorted({case.hidden for case in cases}):
                 for tokens in sorted({case.tokens for case in cases}):
                     yield _time_rows(op, tokens, width, settings)
+    libraries = _libraries(settings) if settings.device.type == "cuda" else []
+    for name in dict.fromkeys(case.name for case in cases):
+        some = [case for case in cases if case.name == name]
+        yield from _measure_shape(some, libraries, settings)
 
 
 def target_us(case: CaseResult) -> float | None:

@@ -298,9 +298,13 @@ SHAPES = {
 }
 """Hidden, intermediate, experts, top-k of models' layers, or a rank's share of them."""
 
+PERFORMANCE_TOKENS: dict[Routing, tuple[int, ...]] = {
+    "uniform": (1, 8, 32, 128, 512, 2048, 8192),
+    "zipf": (32, 512, 8192),
+}
 PERFORMANCE = [
     LayerCase(tokens, *shape, routing, name=name)
     for name, shape in SHAPES.items()
-    for routing in ("uniform", "zipf")
-    for tokens in (1, 8, 32, 128, 512, 2048, 8192)
+    for routing, all_tokens in PERFORMANCE_TOKENS.items()
+    for tokens in all_tokens
 ]
