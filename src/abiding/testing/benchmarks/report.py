@@ -110,9 +110,9 @@ def _plot_panels(figure: Figure, rows: Sequence[Row], axis: str) -> None:
         panel.set_visible(False)
     for panel, (label, members) in zip(panels.flat, rows, strict=False):
         xs = [float(case.params[axis]) for case in members]
-        for name in _peers(members):
+        for color, name in zip(("tab:orange", "tab:green", "tab:red", "tab:purple"), _peers(members), strict=False):
             times = [case.peers.get(name, float("nan")) for case in members]
-            panel.plot(xs, times, marker="s", color="tab:orange", label=name)
+            panel.plot(xs, times, marker="s", color=color, label=name)
         panel.plot(xs, [case.us for case in members], marker="o", color="tab:blue", label="abiding")
         panel.plot(xs, [case.floor_us for case in members], color="gray", linestyle="--", label="floor")
         _finish(panel, axis, title=label)
