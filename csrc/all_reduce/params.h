@@ -18,11 +18,21 @@ struct AllReduceParams {
 // leave a rank in one hop, or 2 * (N - 1) / N * S in two.
 enum class Algorithm { kOneShot, kTwoShot };
 
-// For 2 ranks both send the same bytes, and one hop is always better.
-constexpr Algorithm choose_algorithm(int ranks, int64_t bytes) {
-  if (ranks <= 2) return Algorithm::kOneShot;
-  return bytes <= (ranks <= 4 ? 384 << 10 : 128 << 10) ? Algorithm::kOneShot : Algorithm::kTwoShot;
+// Up to how many bytes one hop is taken, a row for up to so many ranks; `make multi-gpu` prints what it should say. For 2 ranks
+// both algorithms send the same bytes.
+struct OneShotLimit {
+  int ranks;
+  int64_t bytes;
+};
+constexpr OneShotLimit kOneShotLimits[] = {{2, INT64_MAX}, {4, 384 << 10}, {peer::kMaxRanks, 128 << 10}};
+
+constexpr int64_t one_shot_bytes(int ranks) {
+  for (const OneShotLimit& limit : kOneShotLimits)
+    if (ranks <= limit.ranks) return limit.bytes;
+  return 0;
 }
+static_assert(one_shot_bytes(1) == INT64_MAX && one_shot_bytes(3) == one_shot_bytes(4) &&
+              one_shot_bytes(peer::kMaxRanks) == 128 << 10);
 
 // The most bytes that one call of the protocol moves; longer messages take several.
 constexpr int64_t capacity(Algorithm algorithm, int ranks, int max_blocks = peer::kMaxBlocks) {

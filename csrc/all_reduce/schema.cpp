@@ -15,7 +15,7 @@ ABIDING_SCHEMAS(abiding_custom_ar, all_reduce, m) {
 
   m.def("allocate_shared_memory_and_handle(int size) -> (int, Tensor)");
   m.def("close_mem_handle(int ptr) -> ()");
-  m.def("configure(int fa, float timeout_s, int max_blocks) -> ()");
+  m.def("configure(int fa, float timeout_s, int max_blocks, int one_shot_bytes=-1) -> ()");
   m.def("fault(int fa, bool look=False) -> int[]");
   m.def("clear(int fa) -> ()");
   m.def("probe_send(int fa) -> ()");

@@ -31,6 +31,7 @@ struct Communicator {
   const Memory* memory;
   uint64_t timeout_ns = 300'000'000'000;
   int max_blocks = kMaxBlocks;
+  int64_t one_shot_bytes = 0;  // of a message that an all-reduce sends in one hop; the same on all ranks
 
   Peers peers() const {
     Peers p{rank, ranks, {}, record, timeout_ns};

@@ -80,6 +80,17 @@ def test_larger_than_the_workspace(device: torch.device) -> None:
         assert_sums(comms, AllReduceCase((3_000_001,), torch.float32))
 
 
+@pytest.mark.parametrize("one_shot_bytes", [0, 1 << 40])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_one_shot_and_two_shot_at_any_size(ranks: int, one_shot_bytes: int, device: torch.device) -> None:
+    """Either algorithm where the table would take the other: the same bits, also in several rounds."""
+    with virtual_ranks(ranks, device, max_bytes=1 << 30) as comms:
+        for comm in comms:
+            torch.ops.abiding_custom_ar.configure(comm._handle, 20.0, comm._link.max_blocks, one_shot_bytes)
+        for case in (*cases.REGULAR, *cases.ODD, *cases.CORNER, AllReduceCase((3_000_001,))):
+            assert_sums(comms, case)
+
+
 def test_slices_of_heads_are_served(device: torch.device) -> None:
     """Dense views that lie in the middle of their storage, permuted: strides stay as they are."""
     with virtual_ranks(2, device) as comms:

@@ -31,10 +31,6 @@ from abiding.testing.timing import Floors, Timing
 
 TOTAL_S = 470.0
 """No phase starts, and none goes on, after this."""
-NO_HOOK = (
-    "Up to which size one-shot should go was not timed: this build's abiding_custom_ar::configure takes no "
-    "one_shot_bytes, by which the choice could be forced."
-)
 
 
 def _measure(_: Settings) -> Iterator[CaseResult]:
@@ -179,10 +175,7 @@ def _timed(op: str, ranks: int, size: int, timing: Timing, peers: Mapping[str, T
 
 def _algorithms(ranks: int, go: _Run, floors: Floors) -> Iterator[CaseResult]:
     """Both of ours at every size, where they can be told apart: on GPUs."""
-    if go.setting.device != "cuda" or ranks == 2:
-        return
-    if not times.can_force_an_algorithm():
-        say(NO_HOOK)
+    if go.setting.device != "cuda":
         return
     for name in ("one-shot", "two-shot"):
         for (mode, size), timing in _slowest(go(Phase(name, times.algorithm, (name,), limit_s=40))[0]).items():
@@ -222,7 +215,11 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
             parts.append(_table(op, cases))
     one, two = ([(int(c.params["bytes"]), c.us) for c in by_op.get(name, [])] for name in ("one-shot", "two-shot"))
     if one and two:
-        parts.append(f"One-shot should hand over to two-shot above {times.hand_over(one, two)} bytes")
+        ranks = by_op["one-shot"][0].params["ranks"]
+        parts.append(
+            f"One-shot should hand over to two-shot above {times.hand_over(one, two)} bytes: "
+            f"kOneShotLimits in csrc/all_reduce/params.h, the row for {ranks} ranks"
+        )
     parts += [f"no result: {name}: {error}" for name, error in errors.items() if name not in by_op]
     return "\n\n".join(parts)
 

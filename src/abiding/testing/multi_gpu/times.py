@@ -152,12 +152,6 @@ def vllm(rank: int, setting: Setting) -> Times:
 # --- one-shot and two-shot --------------------------------------------------------------------------------------------
 
 
-def can_force_an_algorithm() -> bool:
-    """Whether `abiding_custom_ar::configure` takes `one_shot_bytes`, up to which a message goes one-shot."""
-    schema = torch.ops.abiding_custom_ar.configure.default._schema
-    return any(argument.name == "one_shot_bytes" for argument in schema.arguments)
-
-
 def algorithm(rank: int, setting: Setting, name: str) -> Times:
     """One of our two algorithms at every size around where they change places."""
     some = [size for power in range(14, 23) for size in (1 << power, 3 << power - 1)]
@@ -168,8 +162,7 @@ def algorithm(rank: int, setting: Setting, name: str) -> Times:
         insist_on_shared_memory(comm)
         assert comm._link is not None
         limit = {"one-shot": LARGEST, "two-shot": 0}[name]
-        configure: Any = torch.ops.abiding_custom_ar.configure
-        configure(comm._link.handle, comm.timeout_s, comm._link.max_blocks, limit)
+        torch.ops.abiding_custom_ar.configure(comm._link.handle, comm.timeout_s, comm._link.max_blocks, limit)
         times = _measure(setting, comm.ranks, some, partial(_of_communicator, comm))
         comm.check()
         return times
