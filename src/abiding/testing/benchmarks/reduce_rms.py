@@ -23,8 +23,8 @@ from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
 Q_COLUMNS = 6144
-PEER_TOKENS = 1024
-"""Beyond that not all blocks of the peer's kernel are resident on one GPU: it would spin for ever."""
+PEER_TOKENS = 2048
+"""Of all ranks together. Beyond that not all blocks of the peer's kernel are resident on one GPU: it would spin for ever."""
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
@@ -68,7 +68,7 @@ def _on_gpu(case: RmsCase, peer: Any, settings: Settings) -> CaseResult:
         ours = virtual_ranks_us(ranks, lambda rank: inputs[rank].run(face, comms[rank]))
         for comm in comms:
             comm.check()
-        peers = {"vllm": _peer_us(peer, inputs)} if peer is not None and case.tokens <= PEER_TOKENS else {}
+        peers = {"vllm": _peer_us(peer, inputs)} if peer is not None and ranks * case.tokens <= PEER_TOKENS else {}
     return _result("qk_norm", case, ours, peers, settings.floors.us(ranks * case.bytes))
 
 
