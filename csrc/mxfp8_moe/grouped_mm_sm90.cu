@@ -27,10 +27,11 @@ struct Config {
   static constexpr Cluster kCluster = kCluster_;
   static constexpr int kResident = kResident_;  // blocks of a multiprocessor
   static constexpr int kConsumerThreads = 128 * kConsumers, kThreads = kConsumerThreads + 128;
-  // What a block starts with is shared out again.
-  static constexpr bool kRoomy = kThreads * kResident == 384;
-  static constexpr int kProducerRegisters = kRoomy ? 40 : 32;
-  static constexpr int kConsumerRegisters = kRoomy ? 232 : kResident == 1 ? 112 : 104;
+  // Of a thread. What all start with, in eights, is shared out again.
+  static constexpr int kRegisters = 65536 / (kThreads * kResident) / 8 * 8;
+  static constexpr int kProducerRegisters = kRegisters > 128 ? 40 : 32;
+  static constexpr int kConsumerRegisters = (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads;
+  static_assert(kConsumerRegisters % 8 == 0);
   static constexpr int kTokens = tokens_of(kKind), kBox = box_of(kTokens);
   static constexpr int kRows = 64 * kConsumers;  // weight rows of a tile
   static constexpr int kScaleTiles = kRows / kTileRows;
@@ -310,7 +311,9 @@ struct Block {
     wgmma_commit();
   }
 
-  // The sums of this thread's weight rows and N tokens over the block's part of K.
+  // The sums of this thread's weight rows and N tokens over the block's part of K. Weights are made ready while the product of
+  // those before still runs. The loop is entered with two products on their way, as it is repeated: what is in flight must have
+  // been written on every path, or the compiler keeps the registers of all widths at once, and serialises for want of them.
   template <int N>
   __device__ __forceinline__ void sum(float (&d)[N / 2], const Work& w, Position<C::kStages>& at) const {
     constexpr int kPitch = C::kDepth;

@@ -24,7 +24,7 @@ from abiding.testing.timing import Timing
 
 Q_COLUMNS = 6144
 PEER_TOKENS = 2048
-"""Of all ranks together. Beyond that not all blocks of the peer's kernel are resident on one GPU: it would spin for ever."""
+"""Of all ranks together. Beyond that the peer's blocks are not all resident on one GPU: it would spin for ever."""
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
