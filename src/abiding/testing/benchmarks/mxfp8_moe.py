@@ -30,7 +30,8 @@ Calls = list[Callable[[], object]]
 LONG_US = 300.0
 """Calls that take longer are timed in fewer repetitions."""
 
-MODES: tuple[Mode, ...] = ("w8a8", "w8a16")
+MODES: dict[str, Mode] = {"moe": "w8a8", "moe_w8a16": "w8a16"}
+"""Of a layer, by operator."""
 CPU_CASES = [LayerCase(tokens, 256, 128, 8, 2, name="small") for tokens in (1, 8)]
 QUICK_TOKENS = (1, 32, 2048)
 
@@ -71,12 +72,12 @@ def row(case: CaseResult) -> str:
     """Everything but the number of tokens."""
     if case.op in ("quantize", "round"):
         return f"{case.params['k']} columns"
-    parts = [str(case.params["shape"]), str(case.params.get("gemm", case.params.get("mode")))]
-    return " ".join([*parts, *(["zipf"] if case.params["routing"] == "zipf" else [])])
+    parts = [case.params["shape"], case.params.get("gemm", ""), "zipf" if case.params["routing"] == "zipf" else ""]
+    return " ".join(str(part) for part in parts if part)
 
 
 BENCHMARK = Benchmark(
-    "mxfp8_moe", ("moe", "grouped_mm", "grouped_mm_e4m3", "quantize", "round"), "tokens", measure, row, target_us
+    "mxfp8_moe", (*MODES, "grouped_mm", "grouped_mm_e4m3", "quantize", "round"), "tokens", measure, row, target_us
 )
 
 
@@ -133,12 +134,13 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
                 for case in cases:
                     if op in settings.ops and (op == "grouped_mm" or case.routing == "uniform"):
                         yield _time_product(op, case, product, peers, settings)
-    if "moe" in settings.ops:
+    modes = {op: mode for op, mode in MODES.items() if op in settings.ops}
+    if modes:
         layers = [library.layer(*products, cases) for library in libraries]
-        for mode in MODES:
+        for op, mode in modes.items():
             for case in cases:
                 if case.routing == "uniform":
-                    yield _time_layer(replace(case, mode=mode), layer, layers, settings)
+                    yield _time_layer(op, replace(case, mode=mode), layer, layers, settings)
 
 
 def _routings(case: LayerCase, product: Product, device: torch.device) -> list[Routed]:
@@ -213,7 +215,7 @@ def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResu
     return CaseResult.of(op, params, call_us(calls, device), {}, warm=False, floor_us=settings.floors.us(moved))
 
 
-def _time_layer(case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
+def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
     device = settings.device
     rng = torch.Generator(device).manual_seed(case.tokens)
     ids, weights = case.route(rng)
@@ -238,7 +240,7 @@ def _time_layer(case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], set
     ours: Calls = [partial(one.run, face, workspace=space, out=torch.empty_like(one.x)) for one in sets]
     theirs = {peer.name: _time([peer.call(one) for one in sets], floor_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
-    return CaseResult.of("moe", params, _time(ours, floor_us, device), theirs, warm=False, floor_us=floor_us)
+    return CaseResult.of(op, params, _time(ours, floor_us, device), theirs, warm=False, floor_us=floor_us)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
