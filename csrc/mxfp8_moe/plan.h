@@ -35,7 +35,7 @@ constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k) 
   int splits = 1;
   while (average <= 4 && splits < kMaxSplits && tiles * splits < 96 && k / (2 * splits) >= 512) splits *= 2;
   if (splits > 1) return {TileKind::kSplit, splits};
-  // Tiles that a second round of blocks would be short of.
+  // Tiles that a second round of blocks would be short of; two rounds that are nearly full are better one after the other.
   if (tiles > kMultiprocessors && tiles < 2 * kMultiprocessors - 8) return {TileKind::kFewTwice, 1};
   return {TileKind::kFew, 1};
 }
