@@ -93,7 +93,6 @@ int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& ra
   Communicator communicator{};
   communicator.rank = static_cast<int>(rank);
   communicator.ranks = static_cast<int>(ranks);
-  communicator.one_shot_bytes = one_shot_bytes(communicator.ranks);
   for (int64_t r = 0; r < ranks; ++r) {
     check(ipc_tensors[r] != 0, op, "ipc_tensors[", r, "] is 0; expected the address of a workspace");
     communicator.workspaces[r] = reinterpret_cast<uint8_t*>(ipc_tensors[r]);
@@ -127,16 +126,16 @@ void register_graph_buffers(int64_t fa, const std::vector<std::vector<int64_t>>&
         handles.size(), " and ", offsets.size(), " entries; expected one for each of ", ranks, " ranks");
 }
 
-// A negative `limit` stands for the table's.
-void configure(int64_t fa, double timeout_s, int64_t max_blocks, int64_t limit) {
+void configure(int64_t fa, double timeout_s, int64_t max_blocks, int64_t one_shot_bytes) {
   Communicator& communicator = find_or_fail("configure", "fa", fa);
   check(timeout_s > 0 && timeout_s < 1e9, "configure", "timeout_s is ", timeout_s, "; expected seconds, more than 0");
   check(1 <= max_blocks && max_blocks <= peer::kMaxBlocks, "configure", "max_blocks is ", max_blocks,
         "; expected 1 or more and at most ", peer::kMaxBlocks);
-  check(limit >= -1, "configure", "one_shot_bytes is ", limit, "; expected -1 for the default, or a number of bytes");
+  check(one_shot_bytes >= -1, "configure", "one_shot_bytes is ", one_shot_bytes,
+        "; expected -1 for the default, or a number of bytes");
   communicator.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
   communicator.max_blocks = static_cast<int>(max_blocks);
-  communicator.one_shot_bytes = limit < 0 ? one_shot_bytes(communicator.ranks) : limit;
+  communicator.one_shot_bytes = one_shot_bytes;
 }
 
 const peer::Header* own_header(const Communicator& communicator) {

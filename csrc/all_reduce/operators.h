@@ -23,7 +23,7 @@ struct Operators {
     peer::check_running(op, communicator);
     if (p.numel == 0) return;
     const int64_t bytes = p.numel * peer::size_of(p.type);
-    const Algorithm algorithm = bytes <= communicator.one_shot_bytes ? Algorithm::kOneShot : Algorithm::kTwoShot;
+    const Algorithm algorithm = choose_algorithm(communicator.ranks, bytes, communicator.one_shot_bytes);
     const int64_t most = backend.capacity(communicator, algorithm) / peer::size_of(p.type);
     for (int64_t done = 0; done < p.numel; done += most) {
       AllReduceParams part = p;

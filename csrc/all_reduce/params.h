@@ -34,6 +34,11 @@ constexpr int64_t one_shot_bytes(int ranks) {
 static_assert(one_shot_bytes(1) == INT64_MAX && one_shot_bytes(3) == one_shot_bytes(4) &&
               one_shot_bytes(peer::kMaxRanks) == 128 << 10);
 
+// A negative `limit` stands for the table's.
+constexpr Algorithm choose_algorithm(int ranks, int64_t bytes, int64_t limit) {
+  return bytes <= (limit < 0 ? one_shot_bytes(ranks) : limit) ? Algorithm::kOneShot : Algorithm::kTwoShot;
+}
+
 // The most bytes that one call of the protocol moves; longer messages take several.
 constexpr int64_t capacity(Algorithm algorithm, int ranks, int max_blocks = peer::kMaxBlocks) {
   const int64_t direct = peer::share_bytes(peer::kDirect, ranks) * max_blocks;

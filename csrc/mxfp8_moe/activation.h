@@ -5,7 +5,7 @@
 
 namespace abiding::mxfp8_moe {
 
-// gate * sigmoid(scale * gate). The device's is off by 2^-18 of it at most, before it is rounded to bf16; of the exponential it
+// gate * sigmoid(scale * gate). The device's is off by 2^-15 of it at most, before it is rounded to bf16; of the exponential it
 // takes the side below 1, since its division has no results for large divisors.
 ABIDING_HD float swish(float gate, float scale) {
 #ifdef __CUDA_ARCH__

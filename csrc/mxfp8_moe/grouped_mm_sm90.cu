@@ -34,6 +34,7 @@ struct Config {
   static_assert(kConsumerRegisters % 8 == 0);
   static constexpr int kTokens = tokens_of(kKind), kBox = box_of(kTokens);
   static constexpr int kRows = 64 * kConsumers;  // weight rows of a tile
+  static_assert(kRows % kTileRows == 0);
   static constexpr int kScaleTiles = kRows / kTileRows;
   static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
   static constexpr uint32_t kWeightBytes = kRows * kDepth, kTokenBytes = kTokens * 128;
@@ -480,6 +481,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 using Split = Config<TileKind::kSplit, 2, 128, 8, Cluster::kSplit>;
 using Few = Config<TileKind::kFew, 2, 128, 6, Cluster::kAlone>;
 using FewTwice = Config<TileKind::kFewTwice, 2, 128, 3, Cluster::kAlone, 2>;
+static_assert(Split::kRows == kWeightRows && Few::kRows == kWeightRows && FewTwice::kRows == kWeightRows);
 using Some = Config<TileKind::kSome, 4, 64, 6, Cluster::kAlone>;
 using More = Config<TileKind::kMore, 2, 64, 7, Cluster::kPairs>;
 using Many = Config<TileKind::kMany, 2, 64, 5, Cluster::kPairs>;

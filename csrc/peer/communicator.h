@@ -31,7 +31,7 @@ struct Communicator {
   const Memory* memory;
   uint64_t timeout_ns = 300'000'000'000;
   int max_blocks = kMaxBlocks;
-  int64_t one_shot_bytes = 0;  // of a message that an all-reduce sends in one hop; the same on all ranks
+  int64_t one_shot_bytes = -1;  // up to which an all-reduce takes one hop, the same on all ranks; -1: its own choice
 
   Peers peers() const {
     Peers p{rank, ranks, {}, record, timeout_ns};

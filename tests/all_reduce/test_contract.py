@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import abiding
@@ -20,7 +21,7 @@ from abiding._meeting import Meeting, Step, has_ended
 from abiding.communicator import Route, choose_route, is_dense
 from abiding.testing.cases.all_reduce import ODD, REGULAR, AllReduceCase
 from abiding.testing.comparison import assert_bitwise_equal
-from abiding.testing.ranks import on_each, virtual_ranks
+from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
 
 SCHEMAS = {
     "abiding_custom_ar::init_custom_ar": "(int[] ipc_tensors, Tensor rank_data, int rank, bool fully_connected) -> int",
@@ -263,24 +264,18 @@ def test_cuda_graph(ranks: int, count: int, cuda: torch.device) -> None:
     with virtual_ranks(ranks, cuda) as comms:
         case = AllReduceCase((count,))
         static = case.make(ranks, cuda)
-        streams = [torch.cuda.Stream() for _ in comms]
-        graphs, twice = [], []
-        for rank, comm in enumerate(comms):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=streams[rank]):
-                once = comm.all_reduce(static.messages[rank].tensor)
-                static.outs[rank].tensor.copy_(once)
-                twice.append(comm.all_reduce(once))
-            graphs.append(graph)
+
+        def call_twice(rank: int, comm: Communicator) -> Tensor:
+            once = comm.all_reduce(static.messages[rank].tensor)
+            static.outs[rank].tensor.copy_(once)
+            return comm.all_reduce(once)
+
+        replay_all, twice = captured_on_each(comms, call_twice)
         for seed in range(1, 6):
             fresh = case.make(ranks, cuda, seed)
             for old, new in zip(static.messages, fresh.messages, strict=True):
                 old.tensor.copy_(new.tensor)
-            torch.cuda.synchronize()
-            for graph, stream in zip(graphs, streams, strict=True):
-                with torch.cuda.stream(stream):
-                    graph.replay()
-            torch.cuda.synchronize()
+            replay_all()
             for comm, out, second in zip(comms, static.outs, twice, strict=True):
                 comm.check()
                 assert_bitwise_equal(out.tensor, fresh.expected, f"replay {seed}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abiding import Communicator
-from abiding.testing.ranks import on_each, virtual_ranks
+from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
 from abiding.testing.stress import Stress, plan
 
 
@@ -53,22 +53,12 @@ def test_a_hundred_thousand_calls_from_graphs(ranks: int, cuda: torch.device) ->
     stresses = [Stress(rank, ranks, cuda, calls=calls, seed=ranks) for rank in range(ranks)]
     with virtual_ranks(ranks, cuda) as comms:
         learn(stresses, comms)
-        streams = [torch.cuda.Stream() for _ in comms]
-        graphs, returned = [], []
-        for rank, comm in enumerate(comms):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=streams[rank]):
-                returned.append(stresses[rank].run(comm))
-            graphs.append(graph)
+        replay_all, returned = captured_on_each(comms, lambda rank, comm: stresses[rank].run(comm))
         for replay in range(replays):
             variant = replay % 3
             for stress in stresses:
                 stress.load(variant)
-            torch.cuda.synchronize()
-            for graph, stream in zip(graphs, streams, strict=True):
-                with torch.cuda.stream(stream):
-                    graph.replay()
-            torch.cuda.synchronize()
+            replay_all()
             for stress, comm, theirs in zip(stresses, comms, returned, strict=True):
                 comm.check()
                 stress.collect(theirs)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from abiding import Communicator, reduce_rms
 from abiding.testing.cases.reduce_rms import RmsCase
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
-from abiding.testing.ranks import on_each, virtual_ranks
+from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
 
 MINIMAX = "Tensor workspace, int rank, int nranks, float eps"
 SCHEMAS = {
@@ -121,23 +121,17 @@ def test_cuda_graph(ranks: int, tokens: int, cuda: torch.device) -> None:
     case = RmsCase(tokens, 6144 // ranks, 1024 // ranks)
     with virtual_ranks(ranks, cuda) as comms:
         static = case.make(ranks, cuda)
-        streams = [torch.cuda.Stream() for _ in comms]
-        graphs, results = [], []
-        for rank, comm in enumerate(comms):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=streams[rank]):
-                first = static[rank].run(reduce_rms, comm)
-                results.append([*first, *static[rank].run(reduce_rms, comm)])
-            graphs.append(graph)
+
+        def twice(rank: int, comm: Communicator) -> list[Tensor]:
+            first = static[rank].run(reduce_rms, comm)
+            return [*first, *static[rank].run(reduce_rms, comm)]
+
+        replay_all, results = captured_on_each(comms, twice)
         for seed in range(1, 5):
             fresh = case.make(ranks, cuda, seed)
             for old, new in zip(static, fresh, strict=True):
                 old.rows.copy_(new.rows)
-            torch.cuda.synchronize()
-            for graph, stream in zip(graphs, streams, strict=True):
-                with torch.cuda.stream(stream):
-                    graph.replay()
-            torch.cuda.synchronize()
+            replay_all()
             for comm, old, outs in zip(comms, static, results, strict=True):
                 comm.check()
                 for out, again, expected in zip(outs[:2], outs[2:], old.expected(), strict=True):

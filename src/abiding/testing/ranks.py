@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -204,6 +205,20 @@ def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T
         current.wait_stream(stream)
     torch.cuda.synchronize(device)
     return results
+
+
+def captured_on_each(
+    comms: Sequence[Communicator], call: Callable[[int, Communicator], T]
+) -> tuple[Callable[[], object], list[T]]:
+    """Capture ``call(rank, communicator)`` in a CUDA graph for each virtual rank: what replays all graphs at once and
+    waits for them, and what the calls returned."""
+    graphs, returned = [], []
+    for rank, comm in enumerate(comms):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            returned.append(call(rank, comm))
+        graphs.append(graph)
+    return partial(on_each, comms, lambda rank, _: graphs[rank].replay()), returned
 
 
 def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 50, repetitions: int = 9) -> Timing:
