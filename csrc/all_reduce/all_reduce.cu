@@ -98,9 +98,12 @@ __device__ __forceinline__ uint4 nans() {
   return {word, word, word, word};
 }
 
-// Packs of a thread that are in flight at once, so that all ranks' words of them fit the registers.
-template <int kRanks, bool kAligned>
-constexpr int kUnroll = kAligned && kRanks == 2 ? 2 : 1;
+// Where no thread has more than one pack (kOnce), kernels are compiled apart, with as many threads as their registers allow.
+// Elsewhere a thread has so many packs in flight that all ranks' words of them fit the registers.
+template <int kRanks, bool kOnce>
+constexpr int kMaxThreads = kOnce && kRanks == 2 ? 1024 : 512;
+template <int kRanks, bool kAligned, bool kOnce>
+constexpr int kUnroll = kAligned && !kOnce && (kRanks == 2 || kRanks == 4) ? 2 : 1;
 
 // A block's share of `packs`, `each` packs to a block: `count` from `begin`.
 struct Run {
@@ -110,10 +113,20 @@ struct Run {
       : begin(int64_t{each} * blockIdx.x), count(static_cast<int>(min(int64_t{each}, packs - begin))) {}
 };
 
-// Calls body(k), k the thread's packs of a run from the run's begin, kBatch at a time.
-template <int kBatch, class Body>
-__device__ __forceinline__ void for_packs(const Run& run, Body body) {
-  for (int k = threadIdx.x; k < run.count; k += kBatch * blockDim.x) body(k);
+// Calls each stage with k, the thread's packs of a run from the run's begin, kBatch at a time. A stage works on what the one
+// before it did a step earlier: what is on its way to or from the peers then overlaps with adding up.
+template <bool kOnce, int kBatch, class... Stages>
+__device__ __forceinline__ void for_packs(const Run& run, Stages... stages) {
+  int k = threadIdx.x;
+  if constexpr (kOnce) {
+    if (k < run.count) (stages(k), ...);
+  } else {
+    const int step = kBatch * static_cast<int>(blockDim.x);
+    for (const int end = run.count + (sizeof...(Stages) - 1) * step; k < end; k += step) {
+      int at = k + step;
+      ((at -= step, 0 <= at && at < run.count ? stages(at) : void()), ...);
+    }
+  }
 }
 
 // Adds up packs k, k + blockDim, ... of every rank and hands each to done(u, sum). own(j) loads this rank's pack j; in(j) says
@@ -151,17 +164,17 @@ __device__ __forceinline__ void add_up(Turn& turn, const Peers& peers, int k, In
   }
 }
 
-template <class T, bool kAligned, int kRanks>
-__global__ void __launch_bounds__(512, 1)
+template <class T, bool kAligned, int kRanks, bool kOnce>
+__global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
     one_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
-  constexpr int kBatch = kUnroll<kRanks, kAligned>;
+  constexpr int kBatch = kUnroll<kRanks, kAligned, kOnce>;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const Run run(packs, each);
   wait_for_earlier_grids();
-  Turn turn(peers, ranks, peer::kDirect, peer::Op::kAllReduce);
+  Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   const auto in = [&](int k) { return k < run.count; };
 
-  for_packs<kBatch>(run, [&](int k) {
+  const auto send = [&](int k) {
     uint4 words[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u)
@@ -173,29 +186,30 @@ __global__ void __launch_bounds__(512, 1)
       for (int u = 0; u < kBatch; ++u)
         if (in(k + u * blockDim.x)) peer::store_volatile(place + u * blockDim.x, words[u]);
     }
-  });
-  for_packs<kBatch>(run, [&](int k) {
+  };
+  const auto receive = [&](int k) {
     add_up<T, kRanks, kBatch>(
         turn, peers, k, in, [&](int j) { return message.load(run.begin + j); },
         [&](int u, const uint4& sum) { message.store(run.begin + k + u * blockDim.x, sum); });
-  });
-  turn.end();
+  };
+  for_packs<kOnce, kBatch>(run, send, receive);
   launch_dependents();
+  turn.end();
 }
 
-template <class T, bool kAligned, int kRanks>
-__global__ void __launch_bounds__(512, 1)
+template <class T, bool kAligned, int kRanks, bool kOnce>
+__global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
     two_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
-  constexpr int kBatch = kUnroll<kRanks, kAligned>;
+  constexpr int kBatch = kUnroll<kRanks, kAligned, kOnce>;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const int64_t part = (packs + ranks - 1) / ranks;
   const Run run(part, each);
   wait_for_earlier_grids();
-  Turn turn(peers, ranks, peer::kDirect, peer::Op::kAllReduce);
+  Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   const auto in = [&](int owner, int64_t k) { return k < run.count && owner * part + run.begin + k < packs; };
 
   // Every part but the own one goes to its owner.
-  for_packs<kBatch>(run, [&](int k) {
+  const auto send = [&](int k) {
 #pragma unroll
     for (int r = 1; r < ranks; ++r) {
       const int to = peer::rank_after(peers.rank, r, ranks);
@@ -208,9 +222,9 @@ __global__ void __launch_bounds__(512, 1)
       for (int u = 0; u < kBatch; ++u)
         if (in(to, k + u * blockDim.x)) peer::store_volatile(place + u * blockDim.x, peer::encode(words[u]));
     }
-  });
+  };
   // The own part is added up, and its sum goes to everyone.
-  for_packs<kBatch>(run, [&](int k) {
+  const auto reduce = [&](int k) {
     const auto in_own = [&](int j) { return in(peers.rank, j); };
     const int64_t own_part = peers.rank * part + run.begin;
     const auto own = [&](int j) { return message.load(own_part + j); };
@@ -222,19 +236,27 @@ __global__ void __launch_bounds__(512, 1)
         peer::store_volatile(turn.place<uint4>(peer::kResult, r, peers.rank) + k + u * blockDim.x, words);
       }
     });
-  });
-  for_packs<1>(run, [&](int k) {
+  };
+  const auto receive = [&](int k) {
 #pragma unroll
     for (int r = 1; r < ranks; ++r) {
       const int from = peer::rank_after(peers.rank, r, ranks);
-      if (!in(from, k)) continue;
       uint4* place = turn.place<uint4>(peer::kResult, 0, from) + k;
-      uint4 words = peer::load_volatile(place);
-      message.store(from * part + run.begin + k, turn.receive(place, words, from) ? peer::decode(words) : nans<T>());
+      uint4 words[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u)
+        if (in(from, k + u * blockDim.x)) words[u] = peer::load_volatile(place + u * blockDim.x);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (!in(from, k + u * blockDim.x)) continue;
+        const bool ok = turn.receive(place + u * blockDim.x, words[u], from);
+        message.store(from * part + run.begin + k + u * blockDim.x, ok ? peer::decode(words[u]) : nans<T>());
+      }
     }
-  });
-  turn.end();
+  };
+  for_packs<kOnce, kBatch>(run, send, reduce, receive);
   launch_dependents();
+  turn.end();
 }
 
 template <class T, bool kAligned, int kRanks>
@@ -243,12 +265,17 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
   const Message<T, kAligned> message{static_cast<const T*>(p.input), static_cast<T*>(p.out), p.numel};
   const int64_t packs = (p.numel * static_cast<int64_t>(sizeof(T)) + 15) / 16;
   const int64_t run = algorithm == Algorithm::kOneShot ? packs : (packs + peers.ranks - 1) / peers.ranks;
-  const Shape shape = choose_shape(run, max_blocks);
-  const int each = static_cast<int>((run + shape.blocks - 1) / shape.blocks);
-  const auto kernel =
-      algorithm == Algorithm::kOneShot ? one_shot_kernel<T, kAligned, kRanks> : two_shot_kernel<T, kAligned, kRanks>;
-  return launch(kernel, Launch{static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads)}, stream,
-                peers, message, packs, each);
+  const auto start = [&](auto one_shot, auto two_shot, const Shape& shape) {
+    return launch(algorithm == Algorithm::kOneShot ? one_shot : two_shot, Launch{shape.blocks, shape.threads}, stream,
+                  peers, message, packs, shape.each);
+  };
+  if constexpr (kAligned) {  // what is unaligned is slow anyhow
+    const Shape shape = choose_shape(run, max_blocks, kMaxThreads<kRanks, true>);
+    if (shape.each <= static_cast<int>(shape.threads))
+      return start(&one_shot_kernel<T, kAligned, kRanks, true>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
+  }
+  return start(&one_shot_kernel<T, kAligned, kRanks, false>, &two_shot_kernel<T, kAligned, kRanks, false>,
+               choose_shape(run, max_blocks, kMaxThreads<kRanks, false>));
 }
 
 template <class T, bool kAligned>

@@ -12,6 +12,7 @@ namespace abiding::all_reduce {
 // Memory without gaps and without two indices for one element, whatever the order of the strides. Then elementwise work may
 // take it as a flat run of numel elements.
 inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) == 0) return true;

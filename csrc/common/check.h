@@ -54,6 +54,12 @@ inline const char* dtype_name(int32_t code) {
   return "another dtype";
 }
 
+inline std::ostream& write(std::ostream& text, const torch::headeronly::IntHeaderOnlyArrayRef& values) {
+  text << "[";
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  return text << "]";
+}
+
 // One tensor argument under check. Each test returns the argument, so that a contract reads as one sentence.
 class Argument {
  public:
@@ -63,16 +69,16 @@ class Argument {
   }
 
   const Argument& dtype(std::initializer_list<DType> accepted) const {
-    std::string names;
-    for (DType candidate : accepted) {
+    for (DType candidate : accepted)
       if (candidate() == dtype_) return *this;
-      names += (names.empty() ? "" : " or ") + std::string(dtype_name(candidate()));
-    }
+    std::string names;
+    for (DType candidate : accepted) names += (names.empty() ? "" : " or ") + std::string(dtype_name(candidate()));
     fail(op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ", names);
   }
   const Argument& same_dtype(const Argument& other) const {
-    check(dtype_ == other.dtype_, op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ",
-          dtype_name(other.dtype_), " as ", other.name_);
+    if (dtype_ != other.dtype_)
+      fail(op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ", dtype_name(other.dtype_), " as ",
+           other.name_);
     return *this;
   }
   const Argument& same_device(const Argument& other) const {
@@ -128,20 +134,27 @@ class Argument {
   const Tensor& tensor() const { return tensor_; }
   const char* name() const { return name_; }
   bool is(DType dtype) const { return dtype() == dtype_; }
-  std::string shape() const { return list(tensor_.sizes()); }
-  std::string strides() const { return list(tensor_.strides()); }
+  // For messages. They become text only when one is written: a call that is fine has no time for that.
+  struct Shape {
+    const Tensor& tensor;
+    friend std::ostream& operator<<(std::ostream& text, const Shape& it) { return write(text, it.tensor.sizes()); }
+  };
+  struct Strides {
+    const Tensor& tensor;
+    friend std::ostream& operator<<(std::ostream& text, const Strides& it) { return write(text, it.tensor.strides()); }
+  };
+  struct Device {
+    const Tensor& tensor;
+    friend std::ostream& operator<<(std::ostream& text, const Device& it) {
+      if (it.tensor.is_cpu()) return text << "cpu";
+      return text << (it.tensor.is_cuda() ? "cuda:" : "another device:") << int64_t{it.tensor.get_device_index()};
+    }
+  };
+  Shape shape() const { return {tensor_}; }
+  Strides strides() const { return {tensor_}; }
 
  private:
-  static std::string list(const torch::headeronly::IntHeaderOnlyArrayRef& values) {
-    std::string text = "[";
-    for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-    return text + "]";
-  }
-  std::string device() const {
-    if (tensor_.is_cpu()) return "cpu";
-    const std::string index = std::to_string(tensor_.get_device_index());
-    return (tensor_.is_cuda() ? "cuda:" : "another device:") + index;
-  }
+  Device device() const { return {tensor_}; }
 
   const char* op_;
   const char* name_;

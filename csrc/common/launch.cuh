@@ -6,7 +6,7 @@
 namespace abiding {
 
 // From here on the next kernel's blocks may take what room there is; they wait for this grid's end before they read.
-// Its best place is found by measuring: right after the wait in the prologue, at the end in kernels that wait for peers.
+// Its best place is found by measuring: right after the wait in the prologue, near the end in kernels that wait for peers.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -27,11 +27,12 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   return status == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : status;
 }
 
-// What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster.
+// What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster, and how many
+// rows of so many blocks.
 struct Launch {
   unsigned grid, block;
   size_t shared = 0;
-  unsigned cluster = 1;
+  unsigned cluster = 1, grid_rows = 1;
 };
 
 template <class... Parameters, class... Arguments>
@@ -42,7 +43,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
     return status;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
-  config.gridDim = how.grid;
+  config.gridDim = dim3(how.grid, how.grid_rows);
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared;
   config.stream = stream;

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) round_kernel(RoundParams p) {
   }
 }
 
-// A block of threads takes a tile of 128 rows x 4 blocks.
+// Where a tile of 128 rows x 4 blocks lies.
 struct Place {
   int64_t scale_begin;  // the group's first row among the scales
   int begin, rows;      // of the group
@@ -51,49 +51,65 @@ __device__ __forceinline__ Place place_of(const TileTable& table, const Groups& 
   return {scale_begin, table.begin[group], table.rows[group], (tile - table.first[group]) * kTileRows};
 }
 
-template <class T>
+__device__ __forceinline__ Place lone_place(const Groups& groups, const Span& span, int tile) {
+  const int64_t scale_begin = groups.form == Offsets::kProblems ? groups.scale_offsets[0] : 0;
+  return {scale_begin, static_cast<int>(span.begin), static_cast<int>(span.rows), tile * kTileRows};
+}
+
+// Block (x, y) takes columns of tiles x and quarters of their 128 rows y, y + gridDim.y, ...: little enough that a call of few rows
+// is spread over the multiprocessors. A lone group needs no table.
+constexpr int kQuarters = 4, kQuarterRows = kTileRows / kQuarters;
+
+template <class T, bool kLone>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
   extern __shared__ int memory[];
-  __shared__ __align__(16) uint8_t codes[kTileBytes];
   TileTable table(memory, p.groups.count);
   wait_for_earlier_grids();
   launch_dependents();
-  table.build<kThreads>(p.groups, kTileRows);
-  const int row_tiles = table.first[p.groups.count],
-            tile_columns = static_cast<int>(p.scale_rows.columns / kTileBlocks);
-  const int all = p.clear_rest ? max(row_tiles, static_cast<int>(p.scale_rows.rows / kTileRows)) : row_tiles;
-  for (int64_t i = blockIdx.x; i < int64_t{all} * tile_columns; i += gridDim.x) {
-    const int tile = static_cast<int>(i / tile_columns), column = static_cast<int>(i % tile_columns);
-    if (tile >= row_tiles) {
-      uint4* to = reinterpret_cast<uint4*>(p.scales + i * kTileBytes);
-      if (threadIdx.x < kTileBytes / 16) to[threadIdx.x] = uint4{};
-      continue;
+  if constexpr (!kLone) table.build<kThreads>(p.groups, kTileRows);
+  const Span lone = kLone ? p.groups.span(0) : Span{};
+  const int column = blockIdx.x, tile_columns = gridDim.x;
+  const int row_tiles = kLone ? static_cast<int>((lone.rows + kTileRows - 1) / kTileRows) : table.first[p.groups.count];
+  const int scale_tiles = static_cast<int>(p.scale_rows.rows / kTileRows);
+  const int all = p.clear_rest ? max(row_tiles, scale_tiles) : row_tiles;
+  for (int unit = blockIdx.y; unit < all * kQuarters; unit += gridDim.y) {
+    const int tile = unit / kQuarters, first_row = unit % kQuarters * kQuarterRows;
+    Place place{int64_t{tile} * kTileRows, 0, 0, 0};  // of no rows
+    bool held = false;
+    if (tile < row_tiles) {
+      const Place its = kLone ? lone_place(p.groups, lone, tile) : place_of(table, p.groups, tile);
+      held = p.scale_rows.hold(its.scale_begin, its.rows);
+      if (held) place = its;
     }
-    const Place place = place_of(table, p.groups, tile);
-    if (!p.scale_rows.hold(place.scale_begin, place.rows)) {
-      if (p.clear_rest && tile < p.scale_rows.rows / kTileRows && threadIdx.x < kTileBytes / 16)
-        reinterpret_cast<uint4*>(p.scales + i * kTileBytes)[threadIdx.x] = uint4{};
-      continue;
+    if (!held && !(p.clear_rest && tile < scale_tiles)) continue;
+    uint8_t* scales = p.scales + place.scale_begin * p.scale_rows.columns +
+                      (int64_t{place.first} / kTileRows * tile_columns + column) * kTileBytes;
+    constexpr int kEach = kQuarterRows * kOctetsPerRow / kThreads;
+    const int piece = threadIdx.x % kOctetsPerRow;
+    const int64_t k = int64_t{column} * kTileColumns + piece * 8;
+    int row[kEach];
+    bool exists[kEach];  // the same for the four lanes of a block
+    uint4 packed[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      row[i] = first_row + (i * kThreads + static_cast<int>(threadIdx.x)) / kOctetsPerRow;
+      exists[i] = place.first + row[i] < place.rows && k < p.k;
+      const int64_t at = int64_t{place.begin} + place.first + row[i];
+      packed[i] = exists[i] ? *reinterpret_cast<const uint4*>(static_cast<const T*>(p.input) + at * p.input_stride + k)
+                            : uint4{};
     }
-#pragma unroll 4
-    for (int octet = threadIdx.x; octet < kTileRows * kOctetsPerRow; octet += kThreads) {
-      const int row = octet / kOctetsPerRow, piece = octet % kOctetsPerRow;
-      const int64_t k = int64_t{column} * kTileColumns + piece * 8;
-      const bool exists = place.first + row < place.rows && k < p.k;  // the same for the four lanes of a block
-      const int64_t at = place.begin + place.first + row;
-      const uint4 packed =
-          exists ? *reinterpret_cast<const uint4*>(static_cast<const T*>(p.input) + at * p.input_stride + k) : uint4{};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
       uint8_t code;
-      const uint2 bytes = quantize_octet<T>(packed, code);
-      if (exists) *reinterpret_cast<uint2*>(p.data + at * p.data_stride + k) = bytes;
-      if (piece % 4 == 0) codes[scale_at(row, piece / 4, kTileBlocks)] = exists ? code : uint8_t{0};
+      const uint2 bytes = quantize_octet<T>(packed[i], code);
+      const int64_t at = int64_t{place.begin} + place.first + row[i];
+      if (exists[i]) *reinterpret_cast<uint2*>(p.data + at * p.data_stride + k) = bytes;
+      // The codes of a row's four blocks are neighbours among the scales.
+      uint32_t codes = exists[i] ? uint32_t{code} << piece / 4 * 8 : 0;
+      codes |= __shfl_xor_sync(~0u, codes, 4);
+      codes |= __shfl_xor_sync(~0u, codes, 8);
+      if (piece == 0) *reinterpret_cast<uint32_t*>(scales + scale_at(row[i], 0, kTileBlocks)) = codes;
     }
-    __syncthreads();
-    uint8_t* to = p.scales + place.scale_begin * p.scale_rows.columns +
-                  (int64_t{place.first} / kTileRows * tile_columns + column) * kTileBytes;
-    if (threadIdx.x < kTileBytes / 16)
-      reinterpret_cast<uint4*>(to)[threadIdx.x] = reinterpret_cast<const uint4*>(codes)[threadIdx.x];
-    __syncthreads();
   }
 }
 
@@ -146,13 +162,17 @@ int64_t most_tiles(const Groups& groups, const ScaleRows& scales, bool all_scale
 }  // namespace
 
 cudaError_t quantize(const QuantizeParams& p, cudaStream_t stream) {
-  unsigned grid = 0;
-  if (const cudaError_t status = choose_grid(most_tiles(p.groups, p.scale_rows, p.clear_rest), &grid);
-      status != cudaSuccess)
-    return status;
-  const Launch config{grid, kThreads, TileTable::bytes(p.groups.count)};
-  return p.half == Half::kBfloat16 ? launch(quantize_kernel<__nv_bfloat16>, config, stream, p)
-                                   : launch(quantize_kernel<__half>, config, stream, p);
+  unsigned blocks = 0;
+  const int64_t units = most_tiles(p.groups, p.scale_rows, p.clear_rest) * kQuarters;
+  if (const cudaError_t status = choose_grid(units, &blocks); status != cudaSuccess) return status;
+  const unsigned columns = static_cast<unsigned>(p.scale_rows.columns / kTileBlocks);
+  if (columns == 0) return cudaSuccess;
+  const Launch config{columns, kThreads, TileTable::bytes(p.groups.count), 1, (blocks + columns - 1) / columns};
+  const bool lone = p.groups.count == 1;
+  if (p.half == Half::kBfloat16)
+    return launch(lone ? quantize_kernel<__nv_bfloat16, true> : quantize_kernel<__nv_bfloat16, false>, config, stream,
+                  p);
+  return launch(lone ? quantize_kernel<__half, true> : quantize_kernel<__half, false>, config, stream, p);
 }
 
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream) {

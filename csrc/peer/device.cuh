@@ -89,10 +89,9 @@ __device__ __noinline__ inline uint64_t keep_waiting(const Peers& peers, Op op, 
 // A block's part in one call: its epoch, and how long it may wait.
 class Turn {
  public:
-  // All threads of the block call this, after the wait for earlier grids. `ranks` is peers.ranks, for a kernel that knows it
-  // when it is compiled.
-  __device__ __forceinline__ Turn(const Peers& peers, int ranks, Channel channel, Op op)
-      : peers_(peers), ranks_(ranks), channel_(channel), op_(op) {
+  // All threads of the block call this, after the wait for earlier grids.
+  __device__ __forceinline__ Turn(const Peers& peers, Channel channel, Op op)
+      : peers_(peers), channel_(channel), op_(op) {
     Header* own = header(peers, 0);
     // A second kernel on another stream would find this one's turn open. The answer is looked at last.
     if (threadIdx.x == 0) turn_ = atomicAdd(&own->turns[channel][blockIdx.x], 1u);
@@ -116,7 +115,8 @@ class Turn {
   // This block's place for the words of `source` in the workspace of rank (rank + i) % ranks.
   template <class Word>
   __device__ __forceinline__ Word* place(Channel channel, int i, int source) const {
-    return reinterpret_cast<Word*>(peers_.workspaces[i] + share_at(channel, epoch_, ranks_, source, blockIdx.x));
+    const int share = source * peers_.blocks + static_cast<int>(blockIdx.x);
+    return reinterpret_cast<Word*>(peers_.workspaces[i] + share_at(channel, epoch_, share, peers_.shares[channel]));
   }
 
   // Polls until the words are there and empties them. `words` was read from `at` just before. False: the call is over.
@@ -135,7 +135,6 @@ class Turn {
 
  private:
   const Peers& peers_;
-  int ranks_;
   Channel channel_;
   Op op_;
   uint32_t epoch_, poison_, turn_ = 0;

@@ -17,9 +17,6 @@
 
 namespace abiding::peer {
 
-// What one rank may send to one rank in an epoch: the shares of all blocks lie side by side.
-constexpr int64_t host_share_bytes(Channel channel, int ranks) { return share_bytes(channel, ranks) * kMaxBlocks; }
-
 // Whether a process has ended. One that its parent has not waited for yet is still listed, as a zombie.
 inline bool has_ended(uint32_t pid) {
   if (pid == 0) return false;
@@ -106,7 +103,8 @@ struct HostAccess {
 template <class Access>
 class HostTurn {
  public:
-  HostTurn(const Peers& peers, Channel channel, Op op) : peers_(peers), channel_(channel), op_(op) {
+  HostTurn(const Peers& peers, Channel channel, Op op)
+      : peers_(peers), channel_(channel), op_(op), share_(share_bytes(channel, peers.ranks, 1)) {
     if (const uint32_t poison = Access::load(&header(0)->poison)) {
       give_up(poison, 0);
       return;
@@ -155,7 +153,7 @@ class HostTurn {
   Header* header(int i) const { return reinterpret_cast<Header*>(peers_.workspaces[i]); }
 
   uint32_t* place(int i, int source) const {
-    return reinterpret_cast<uint32_t*>(peers_.workspaces[i] + share_at(channel_, epoch_, peers_.ranks, source, 0));
+    return reinterpret_cast<uint32_t*>(peers_.workspaces[i] + share_at(channel_, epoch_, source, share_));
   }
 
   static bool read(const uint32_t* from, uint32_t* words, int count) {
@@ -201,6 +199,7 @@ class HostTurn {
   const Peers& peers_;
   Channel channel_;
   Op op_;
+  int64_t share_;
   uint32_t epoch_ = 0;
   bool ok_ = true;
 };
@@ -269,7 +268,7 @@ template <class Access = HostAccess>
 bool all_reduce(const Peers& peers, Channel channel, Op op, const void* input, void* out, int64_t numel, Type type) {
   if (numel == 0) return true;
   HostTurn<Access> turn(peers, channel, op);
-  const int64_t share = host_share_bytes(channel, peers.ranks), bytes = numel * size_of(type);
+  const int64_t share = share_bytes(channel, peers.ranks, 1), bytes = numel * size_of(type);
   const auto run = [&](auto t) {
     using T = decltype(t);
     return all_reduce(turn, peers, share,

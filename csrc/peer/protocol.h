@@ -31,7 +31,7 @@ enum Channel : int {
   kScalars,  // one or two numbers a token
   kChannels
 };
-constexpr int kMaxBlocks = 64;  // blocks of one kernel; each has its own epochs and its own share of a channel
+constexpr int kMaxBlocks = 128;  // blocks of one kernel; each has its own epochs and its own share of a channel
 constexpr int64_t kHeaderBytes = 64 << 10;
 // A slot of a channel, all sources together.
 ABIDING_HD constexpr int64_t slot_bytes(Channel channel) { return channel == kScalars ? 1 << 20 : 8 << 20; }
@@ -42,15 +42,14 @@ ABIDING_HD constexpr int64_t channel_at(int channel) {
 }
 constexpr int64_t kWorkspaceBytes = channel_at(kChannels);
 
-// What one kernel block of one rank may send to one rank in an epoch.
-ABIDING_HD constexpr int64_t share_bytes(Channel channel, int ranks) {
-  return static_cast<uint32_t>(slot_bytes(channel)) / static_cast<uint32_t>(ranks) / kMaxBlocks / 16 * 16;
+// What one of a rank's `blocks` kernel blocks may send to one rank in an epoch.
+ABIDING_HD constexpr int64_t share_bytes(Channel channel, int ranks, int blocks) {
+  return slot_bytes(channel) / ranks / blocks / 16 * 16;
 }
 
-// Where the words of `source` for `block` lie in a receiver's workspace.
-ABIDING_HD int64_t share_at(Channel channel, uint32_t epoch, int ranks, int source, int block) {
-  const int64_t slot = (epoch % kSlots) * slot_bytes(channel);
-  return channel_at(channel) + slot + (int64_t{source} * kMaxBlocks + block) * share_bytes(channel, ranks);
+// Where a share lies in a receiver's workspace. Block b of rank r has share r * blocks + b.
+ABIDING_HD int64_t share_at(Channel channel, uint32_t epoch, int share, int64_t bytes) {
+  return channel_at(channel) + (epoch % kSlots) * slot_bytes(channel) + share * bytes;
 }
 
 // The dtypes that collectives work on.
@@ -100,6 +99,8 @@ struct Peers {
   uint8_t* workspaces[kMaxRanks];  // [i]: of rank (rank + i) % ranks, at this process's address; the own one first
   FaultRecord* record;
   uint64_t timeout_ns;
+  int blocks;                  // that a kernel may have, the same on all ranks
+  uint32_t shares[kChannels];  // share_bytes of each channel
 };
 
 }  // namespace abiding::peer

@@ -54,18 +54,23 @@ constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
 // Tokens that one call of the protocol can take. A block's share has 8 bytes for each of its tokens, counted in whole rounds of
 // its teams.
 constexpr int64_t capacity(int ranks, int max_blocks) {
-  return (peer::share_bytes(peer::kScalars, ranks) / 8 - (kMaxBlockWarps - 1)) * max_blocks;
+  return (peer::share_bytes(peer::kScalars, ranks, max_blocks) / 8 - (kMaxBlockWarps - 1)) * max_blocks;
 }
 
-constexpr bool capacity_fits(int ranks) {
+constexpr bool capacity_fits(int ranks, int max_blocks) {
   for (int64_t teams = 1; teams <= kMaxBlockWarps; ++teams) {
-    const int64_t at_once = teams * peer::kMaxBlocks;
-    const int64_t rounds = (capacity(ranks, peer::kMaxBlocks) + at_once - 1) / at_once;
-    if (rounds * teams * 8 > peer::share_bytes(peer::kScalars, ranks)) return false;
+    const int64_t at_once = teams * max_blocks;
+    const int64_t rounds = (capacity(ranks, max_blocks) + at_once - 1) / at_once;
+    if (rounds * teams * 8 > peer::share_bytes(peer::kScalars, ranks, max_blocks)) return false;
   }
   return true;
 }
-static_assert(capacity_fits(1) && capacity_fits(2) && capacity_fits(3) && capacity_fits(4) && capacity_fits(8) &&
-              capacity_fits(peer::kMaxRanks));
+constexpr bool capacity_fits() {
+  for (int ranks = 1; ranks <= peer::kMaxRanks; ++ranks)
+    for (int blocks = 1; blocks <= peer::kMaxBlocks; ++blocks)
+      if (!capacity_fits(ranks, blocks)) return false;
+  return true;
+}
+static_assert(capacity_fits());
 
 }  // namespace abiding::reduce_rms

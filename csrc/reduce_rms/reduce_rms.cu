@@ -43,7 +43,7 @@ __device__ __forceinline__ uint2 flip(uint2 w, uint32_t mask) { return {w.x ^ ma
 class WorkspaceLink {
  public:
   __device__ __forceinline__ WorkspaceLink(const Peers& peers, peer::Op op)
-      : peers_(peers), turn_(peers, peers.ranks, peer::kScalars, op) {}
+      : peers_(peers), turn_(peers, peer::kScalars, op) {}
   __device__ __forceinline__ int rank() const { return peers_.rank; }
   __device__ __forceinline__ int ranks() const { return peers_.ranks; }
   __device__ __forceinline__ bool ok() const { return turn_.ok(); }

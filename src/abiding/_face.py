@@ -25,10 +25,20 @@ def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *ar
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
-        wanted = _translated(error, function, names)
-        if wanted is error:
-            raise
-        raise wanted from None
+        raise translated(error, function, names) from None
+
+
+def translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
+    """The TypeError or ValueError that an operator's argument error stands for; other errors come back as they are."""
+    text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
+    if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
+        complaint = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), match["complaint"])
+        return (TypeError if re.search(r" has dtype | is undefined;", text) else ValueError)(f"{function}: {complaint}")
+    mismatch = r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+    if match := re.search(mismatch, str(error)):
+        expected, argument, found = match.groups()
+        return TypeError(f"{function}: {names.get(argument, argument)} is a {found}; expected a {expected}")
+    return error
 
 
 def check_tensor(function: str, name: str, tensor: object) -> Tensor:
@@ -44,16 +54,3 @@ def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str
     fits = len(sizes) == len(shape)
     if not fits or any(isinstance(want, int) and want != size for want, size in zip(shape, sizes, strict=True)):
         raise ValueError(f"{function}: {name} has shape {list(sizes)}; expected [{', '.join(map(str, shape))}]")
-
-
-def _translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
-    """The TypeError or ValueError that an operator's argument error stands for; other errors come back as they are."""
-    text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
-    if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
-        complaint = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), match["complaint"])
-        return (TypeError if re.search(r" has dtype | is undefined;", text) else ValueError)(f"{function}: {complaint}")
-    mismatch = r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
-    if match := re.search(mismatch, str(error)):
-        expected, argument, found = match.groups()
-        return TypeError(f"{function}: {names.get(argument, argument)} is a {found}; expected a {expected}")
-    return error

@@ -34,7 +34,7 @@ class Link:
     table: int = 0
     table_is_own: bool = False
     meeting: Meeting | None = None
-    max_blocks: int = 64
+    max_blocks: int = 128
     rank_data: Tensor | None = None
 
     def allocate(self) -> bytes:
@@ -230,7 +230,7 @@ def _build(together: _Together, link: Link, rank: int) -> None:
 
 def blocks_of_a_rank(ranks_on_device: int) -> int:
     """Thread blocks that a kernel may have. Where ranks share a GPU, the blocks of all of them must run at once."""
-    return 64 if ranks_on_device == 1 else max(1, min(32, 128 // ranks_on_device))
+    return 128 // ranks_on_device
 
 
 def _lacking(device: torch.device) -> str | None:

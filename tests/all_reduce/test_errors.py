@@ -88,7 +88,7 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (raw.register_graph_buffers, (fa, [[]], [[]]), "handles and offsets have 1 and 1 entries"),
             (raw.configure, (fa, 0.0, 8), "timeout_s is 0; expected seconds"),
             (raw.configure, (fa, 1.0, 0), "max_blocks is 0; expected 1 or more"),
-            (raw.configure, (fa, 1.0, 65), "max_blocks is 65"),
+            (raw.configure, (fa, 1.0, 129), "max_blocks is 129"),
             (raw.configure, (fa, 1.0, 8, -2), "one_shot_bytes is -2; expected -1 for the default"),
             (raw.allocate_shared_memory_and_handle, (0,), "size is 0; expected a number of bytes"),
             (raw.open_mem_handle, (handle[:63],), r"mem_handle has shape \[63\]; expected \[64\]"),

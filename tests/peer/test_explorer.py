@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "slots by another counter",
         "2 3 1",
-        "share_at(channel_, epoch_, peers_.ranks",
-        "share_at(channel_, 2 * epoch_, peers_.ranks",
+        "share_at(channel_, epoch_, source",
+        "share_at(channel_, 2 * epoch_, source",
         found="wrong words",
     ),
     Mutant("poison unseen by a new call", "2 3 1 timeout", "(const uint32_t poison = Access::load(&header(0)->poison))",

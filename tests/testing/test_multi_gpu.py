@@ -16,8 +16,9 @@ from torch import Tensor
 from abiding import Communicator
 from abiding.testing import multi_gpu
 from abiding.testing.benchmarks.report import full_table, plot, summary
-from abiding.testing.multi_gpu import BENCHMARK, Phase, _in_short, _Run, main
+from abiding.testing.multi_gpu import BENCHMARK, Phase, _in_short, _peers, _Run, main
 from abiding.testing.multi_gpu.checks import Setting
+from abiding.testing.multi_gpu.sglang import SGLang
 from abiding.testing.multi_gpu.times import hand_over
 from abiding.testing.ranks import Outcome, RanksFailedError, run_processes
 from abiding.testing.results import CaseResult, Results
@@ -125,6 +126,35 @@ def answer(function: Any, ranks: int, *args: Any, **_: Any) -> Any:
         raise RanksFailedError([Outcome(0), Outcome(1, error="no luck")])
     found = {"floors": [Floors(10.0, 1.0)], "stress": [(1, 2.0), (1, 3.0)], "killed": [0.5, None]}
     return found.get(function.__name__)
+
+
+def test_peers_from_outside_are_timed_where_they_are_given() -> None:
+    names = [[name for name, _ in _peers(Setting("cuda", **peers))] for peers in ({}, {"peer": "a"}, {"sglang": "b"})]
+    assert [[name for name in found if name in ("vllm", "sglang")] for found in names] == [[], ["vllm"], ["sglang"]]
+    assert [name for name, _ in _peers(Setting("cpu", peer="a", sglang="b"))] == ["gloo"]
+    assert [name for name, _ in _peers(Setting("cuda", shared_gpu=True, sglang="b"))] == ["gloo"]
+
+
+def of_a_folder(rank: int, folder: str) -> bool:
+    """What a class in the place of SGLang's says to being asked for by a rank."""
+    answer: bool = SGLang(Path(folder))._class.serves(rank)
+    return answer
+
+
+def test_of_sglang_only_the_all_reduce_is_imported(tmp_path: Path) -> None:
+    folder = tmp_path / "sglang" / "srt" / "distributed" / "device_communicators"
+    folder.mkdir(parents=True)
+    for package in folder, *folder.parents[:3]:
+        (package / "__init__.py").write_text("raise ImportError('the whole server')")
+    (folder / "custom_all_reduce_v2.py").write_text(
+        "from sglang.srt.distributed.parallel_state import in_the_same_node_as\n"
+        "from .custom_all_reduce_utils import can_use_custom_all_reduce_with_nvlink\n"
+        "class CustomAllReduceV2:\n"
+        "    def serves(rank):\n"
+        "        near = in_the_same_node_as(None, source_rank=0)\n"
+        "        return near == [True, True] and can_use_custom_all_reduce_with_nvlink(group=None)\n"
+    )
+    assert run_processes(of_a_folder, 2, str(tmp_path), timeout_s=60) == [True, True]
 
 
 def test_where_the_algorithms_change_places() -> None:

@@ -141,6 +141,8 @@ def _peers(setting: Setting) -> list[tuple[str, Phase]]:
                 found.append((name, Phase(f"times of {name}", times.symmetric_memory, (op,), limit_s=40)))
     if setting.device == "cuda" and setting.peer is not None:
         found.append(("vllm", Phase("times of vllm", times.vllm, limit_s=40)))
+    if backend == "nccl" and setting.sglang is not None:
+        found.append(("sglang", Phase("times of sglang", times.sglang, limit_s=120)))  # it may have to compile
     return found
 
 
@@ -254,6 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small messages, few of them: a rehearsal")
     parser.add_argument("--timeout", type=float, default=20.0, help="of the communicators, in seconds (default: 20)")
     parser.add_argument("--peer", type=Path, help="shared library with vLLM's kernels, timed as well")
+    parser.add_argument(
+        "--sglang", type=Path, help="folder with SGLang's package, tvm_ffi and msgspec: compiled by nvcc, timed as well"
+    )
     parser.add_argument("--output", type=Path, help=f"where to write the JSON (default, for GPUs: {DEFAULT_OUTPUT})")
     parser.add_argument("--commit", help="recorded in the results (default: ask git)")
     chosen = parser.parse_args(arguments)
@@ -274,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quick=chosen.quick,
         timeout_s=chosen.timeout,
         peer=None if chosen.peer is None else str(chosen.peer.resolve()),
+        sglang=None if chosen.sglang is None else str(chosen.sglang.resolve()),
     )
     whole = not alone and not chosen.quick
     # The peers' multicast through the NVLink switch stays off: it is another kind of hardware than is compared here.

@@ -55,6 +55,8 @@ class Setting:
     """The communicators'."""
     peer: str | None = None
     """A library with vLLM's kernels."""
+    sglang: str | None = None
+    """A folder with SGLang's package and what it imports."""
 
     @property
     def max_bytes(self) -> int:

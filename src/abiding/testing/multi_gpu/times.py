@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from abiding.communicator import Communicator
 from abiding.testing.benchmarks.all_reduce import at_address
 from abiding.testing.multi_gpu.checks import Setting, insist_on_shared_memory, joined
+from abiding.testing.multi_gpu.sglang import SGLang
 from abiding.testing.timing import Floors, Timing, graph_us
 
 Times = dict[tuple[str, int], Timing]
@@ -149,6 +151,39 @@ def vllm(rank: int, setting: Setting) -> Times:
         return times
 
 
+def sglang(rank: int, setting: Setting) -> Times:
+    """SGLang's kernels, as its own class chooses among them, for all messages that it takes by default."""
+    assert setting.sglang is not None
+    package = SGLang(Path(setting.sglang))
+    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
+        comm = package.communicator(device)
+        # Otherwise its end waits for the other ranks, also after an error.
+        stack.callback(setattr, comm, "disabled", True)
+        # One message for all sizes: the other ranks open its memory, which must not be freed in between.
+        memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
+
+        def make(size: int) -> Made:
+            x = memory[: size // 2]
+            return x, partial(comm.custom_all_reduce, x)
+
+        capture = ExitStack()
+
+        def capturing() -> None:
+            capture.enter_context(comm.capture())
+
+        def captured() -> None:
+            """Give a graph its peers' addresses, at the end of the class's own context."""
+            capture.close()
+            dist.barrier()
+
+        some = [size for size in sizes(setting) if comm.should_custom_ar(memory[: size // 2])]
+        times = _measure(setting, dist.get_world_size(), some, make, capturing=capturing, captured=captured)
+        torch.cuda.synchronize(device)
+        dist.barrier()
+        comm.close()
+        return times
+
+
 # --- one-shot and two-shot --------------------------------------------------------------------------------------------
 
 
@@ -191,8 +226,10 @@ def _measure(
     make: Callable[[int], Made],
     *,
     graphs: bool = True,
+    capturing: Callable[[], object] = lambda: None,
     captured: Callable[[], object] = lambda: None,
 ) -> Times:
+    """`capturing` is called before a graph's warm-up and capture, `captured` between its capture and first replay."""
     times: Times = {}
     for size in some:
         x, call = make(size)
@@ -204,6 +241,7 @@ def _measure(
         times["eager", size] = Timing.of(list(_eager_us(call, x.device, 20 if size <= 1 << 20 else 5)))
         if setting.device == "cuda" and graphs:
             dist.barrier()
+            capturing()
             times["graph", size] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, captured=captured)
     return times
 
@@ -213,8 +251,9 @@ def _eager_us(call: Callable[[], object], device: torch.device, calls: int) -> I
     for repetition in range(_REPETITIONS + 2):
         dist.barrier()
         start = time.perf_counter_ns()
-        for _ in range(calls):
-            call()
+        with torch.inference_mode():  # as engines call
+            for _ in range(calls):
+                call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if repetition >= 2:

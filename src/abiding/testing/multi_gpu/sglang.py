@@ -1,0 +1,107 @@
+"""SGLang's custom all-reduce between the GPUs of one host (PyPI sglang, version 2 of it): its own class, which chooses
+among its kernels by size. They are compiled where it runs.
+
+Importing sglang imports a whole server. Here its packages are folders to look in, without their `__init__`, and the few
+modules that would lead to the server are stand-ins. They answer yes to what sglang asks before it takes the class: do
+the ranks share a host, and does NVLink connect them?
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_COMMUNICATORS = "sglang.srt.distributed.device_communicators"
+_KERNELS = "sglang.kernels.ops.communication"
+_PACKAGES = ("sglang.srt.utils", _COMMUNICATORS, _KERNELS)
+"""Imported from without their `__init__`, nor their parents'."""
+
+
+class _NoVirtualMemory:
+    """In place of what shares the memory of graphs that torch maps itself, which it does only when told to."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+_STAND_INS: Mapping[str, Mapping[str, Any]] = {
+    "sglang.srt.distributed.parallel_state": {
+        "in_the_same_node_as": lambda group, source_rank: [True] * dist.get_world_size(group)
+    },
+    f"{_COMMUNICATORS}.custom_all_reduce_utils": {
+        "can_use_custom_all_reduce_with_nvlink": lambda **_: True,
+        "is_one_nvlink_clique": None,
+        "is_weak_contiguous": Tensor.is_contiguous,
+    },
+    "sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph": {
+        "is_in_tc_piecewise_cuda_graph": lambda: False
+    },
+    "sglang.srt.utils.common": {"is_cuda": lambda: True},
+    "sglang.srt.utils.cuda_vmm_utils": {
+        "VmmGraphInputManager": _NoVirtualMemory,
+        "compute_graph_capture_bases": None,
+        "is_vmm_pointer": lambda _: False,
+    },
+}
+
+
+class SGLang:
+    """The imported package."""
+
+    def __init__(self, folder: Path) -> None:
+        """Import it from a folder, which may also hold tvm_ffi and msgspec."""
+        sys.path.insert(0, str(folder))
+        os.environ.setdefault("SGLANG_JIT_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sglang-jit"))
+        for package in _PACKAGES:
+            parts = package.split(".")
+            for end in range(1, len(parts) + 1):
+                name = ".".join(parts[:end])
+                sys.modules.setdefault(name, _package(name, folder.joinpath(*parts[:end])))
+        for name, content in _STAND_INS.items():
+            sys.modules[name] = ModuleType(name)
+            vars(sys.modules[name]).update(content)
+        self._class: Any = importlib.import_module(f"{_COMMUNICATORS}.custom_all_reduce_v2").CustomAllReduceV2
+
+    def communicator(self, device: torch.device) -> Any:
+        """A rank's `CustomAllReduceV2`, for bfloat16. All ranks of the default group make theirs at once: the first
+        compiles what all of them load, or finds it in the cache."""
+        if dist.get_rank() == 0:
+            self._compile(dist.get_world_size())
+        dist.barrier()
+        communicator = self._class(dist.group.WORLD, device)
+        if communicator.disabled:
+            raise ValueError(f"SGLang's kernels do not serve {dist.get_world_size()} ranks here")
+        return communicator
+
+    @staticmethod
+    def _compile(ranks: int) -> None:
+        kernels = importlib.import_module(f"{_KERNELS}.all_reduce")
+        kernels.is_arch_support_pdl()  # is remembered: the threads below may have another device as their current one
+        parts = (
+            kernels._init_communicator,
+            kernels.IPCManager,
+            partial(kernels.get_all_reduce_module, torch.bfloat16, ranks),
+        )
+        importlib.import_module("sglang.kernels.jit.utils").parallel_compile(parts)
+
+
+def _package(name: str, path: Path) -> ModuleType:
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(path)]
+    return module_from_spec(spec)
