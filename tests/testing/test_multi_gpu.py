@@ -165,6 +165,22 @@ def test_where_the_algorithms_change_places() -> None:
     assert hand_over(one, [(size, 50.0) for size, _ in one]) == 8
 
 
+@pytest.mark.parametrize(
+    ("op", "size", "ranks", "peers", "target"),
+    [
+        ("graph", 1024, 2, {"nccl": 12.0, "vllm": 5.0, "sglang": 2.0}, 4.0),
+        ("graph", 1024, 2, {"vllm": 3.0}, 3.0),
+        ("graph", 65536, 2, {"nccl": 12.0, "vllm": 5.0}, 5.0),
+        ("eager", 1024, 4, {"nccl": 12.0}, 12.0),
+        ("graph", 2 << 20, 2, {"nccl": 12.0}, None),
+        ("graph", 1024, 2, {"gloo": 12.0}, None),
+        ("one-shot", 1024, 2, {"nccl": 12.0}, None),
+    ],
+)
+def test_targets(op: str, size: int, ranks: int, peers: dict[str, float], target: float | None) -> None:
+    assert BENCHMARK.target_us(CaseResult(op, {"bytes": size, "ranks": ranks}, 1.0, 0.1, True, 0.1, peers)) == target
+
+
 def test_results_make_tables_and_a_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cases = [CaseResult("stress", {"ranks": 4, "passed": True, "calls": 9}, 5.0, 0.0, True, 0.0)]
@@ -173,7 +189,7 @@ def test_results_make_tables_and_a_plot(tmp_path: Path) -> None:
     results = Results("multi_gpu", "NVIDIA H100 x4", "580", "2.11", "13", "c" * 40, "2026-01-02", 1.0, 1.0, cases)
     assert results.file_name == "multi_gpu-h100-x4.json"
     assert "| 4 ranks | **abiding** | **3.00** | **4.00** |" in summary(results, BENCHMARK)
-    assert "Targets" not in summary(results, BENCHMARK)
+    assert "Targets met: 3 of 3." in summary(results, BENCHMARK)
     assert full_table(results, BENCHMARK).count("4 ranks") == 4
     plot(results, BENCHMARK, tmp_path / "plot.svg")
 

@@ -51,6 +51,17 @@ def test_a_file_is_named_after_group_and_gpu_and_reads_back_equal(results: Resul
     ]
 
 
+def test_cases_that_were_timed_again_have_their_commit(results: Results, tmp_path: Path) -> None:
+    newer = replace(results, commit="d" * 40, date="2026-02-03", cases=[case(1, 1.2, op="other")])
+    once = results.replaced(newer)
+    assert once.cases == [*results.cases, replace(newer.cases[0], commit="d" * 40)]
+    twice = once.replaced(replace(newer, commit="e" * 40))
+    assert [one.commit for one in twice.cases] == [""] * len(results.cases) + ["e" * 40]
+    assert (twice.commit, twice.date) == (results.commit, results.date)
+    assert Results.read(twice.write(tmp_path)) == twice
+    assert full_table(twice, BENCHMARK).endswith(f"Of commit {'e' * 12}: other.")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class CaseResult:
     warm: bool
     floor_us: float
     peers: Mapping[str, float] = field(default_factory=dict)
+    commit: str = ""
+    """Of a case that was timed again, later than the rest of its file."""
 
     @staticmethod
     def of(
@@ -80,6 +82,12 @@ class Results:
             cases=[],
         )
 
+    def replaced(self, newer: Results) -> Results:
+        """These results with another run's cases in place of those of the same operators, each with its commit."""
+        ops = {case.op for case in newer.cases}
+        kept = [case for case in self.cases if case.op not in ops]
+        return replace(self, cases=[*kept, *(replace(case, commit=newer.commit) for case in newer.cases)])
+
     @property
     def file_name(self) -> str:
         """`<group>-<gpu>.json`, the GPU in lower case without its vendor."""
@@ -91,7 +99,7 @@ class Results:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / self.file_name
         head = {key: value for key, value in asdict(self).items() if key != "cases"}
-        cases = ",\n".join("    " + json.dumps(asdict(case)) for case in self.cases)
+        cases = ",\n".join("    " + json.dumps(_written(case)) for case in self.cases)
         path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "cases": [\n{cases}\n  ]\n}}\n')
         return path
 
@@ -123,6 +131,13 @@ def validate(data: object) -> Results:
     return Results(**(record | {"cases": cases}))
 
 
+def _written(case: CaseResult) -> dict[str, Any]:
+    entry = asdict(case)
+    if not case.commit:
+        del entry["commit"]
+    return entry
+
+
 _KINDS: dict[str, type] = {"str": str, "float": float, "bool": bool, "list[CaseResult]": list}
 
 
@@ -131,7 +146,8 @@ def _record(data: object, kind: type[Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is {data!r}; expected an object")
     known = {entry.name: entry for entry in fields(kind)}
     unknown = sorted(set(data) - set(known))
-    missing = [name for name, entry in known.items() if name not in data and entry.default_factory is MISSING]
+    needed = [name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING]
+    missing = [name for name in needed if name not in data]
     if unknown or missing:
         raise ValueError(f"{where} lacks {missing} and has unknown {unknown}; expected {list(known)}")
     for name, value in data.items():

@@ -40,7 +40,9 @@ def run(
         group: one of `GROUPS`.
         peers: what holds the peers' kernels, timed in the same run: shared libraries, for some groups Python packages.
         output: where to write the results. By default a whole run on a GPU writes to `benchmarks/results`, others
-        nowhere. quick: a few sizes only. On a CPU it is always so. ops: the operators to time, all by default.
+        nowhere. Where it holds results of this GPU, a run of some `ops` replaces those alone.
+        quick: a few sizes only. On a CPU it is always so.
+        ops: the operators to time, all by default.
         commit: recorded in the results; that of the source tree by default.
     """
     benchmark = GROUPS[group]
@@ -57,6 +59,8 @@ def run(
     floors = Floors.measure(device)
     results = Results.begin(group, device, floors, commit)
     say(f"{results.gpu}: copy {floors.copy_gbps:.0f} GB/s, bf16 product {floors.matmul_tflops:.0f} TFLOP/s")
+    path = output / results.file_name if output is not None else None
+    older = Results.read(path) if ops and path is not None and path.exists() else None
     settings = Settings(device, floors, tuple(peers), quick or device.type == "cpu", tuple(ops) or benchmark.ops)
     for case in benchmark.measure(settings):
         results.cases.append(case)
@@ -64,10 +68,10 @@ def run(
         say(f"{case.op} {benchmark.row(case)}, {benchmark.axis} {case.params[benchmark.axis]}, "
             f"{'warm' if case.warm else 'cold'}: {case.us:.2f} us{theirs}, floor {case.floor_us:.2f}")  # fmt: skip
         if output is not None:
-            results.write(output)
+            (older.replaced(results) if older else results).write(output)
     print(full_table(results, benchmark))
-    if output is not None:
-        say(f"Wrote {output / results.file_name}")
+    if path is not None:
+        say(f"Wrote {path}")
     return results
 
 

@@ -40,7 +40,9 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
                 benchmark.verdict(case),
             ]
         )
-    return table(head, rows)
+    later = sorted({(case.commit, case.op) for case in results.cases if case.commit})
+    notes = [f"Of commit {commit[:12]}: {op}." for commit, op in later]
+    return "\n\n".join([table(head, rows), *notes])
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
