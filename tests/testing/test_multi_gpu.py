@@ -171,7 +171,7 @@ def test_where_the_algorithms_change_places() -> None:
         ("graph", 1024, 2, {"nccl": 12.0, "vllm": 5.0, "sglang": 2.0}, 4.0),
         ("graph", 1024, 2, {"vllm": 3.0}, 3.0),
         ("graph", 65536, 2, {"nccl": 12.0, "vllm": 5.0}, 5.0),
-        ("eager", 1024, 4, {"nccl": 12.0}, 12.0),
+        ("eager", 1024, 4, {"nccl": 12.0, "nccl symmetric": 9.0}, 9.0),
         ("graph", 2 << 20, 2, {"nccl": 12.0}, None),
         ("graph", 1024, 2, {"gloo": 12.0}, None),
         ("one-shot", 1024, 2, {"nccl": 12.0}, None),

@@ -44,7 +44,7 @@ def row(case: CaseResult) -> str:
 
 def target_us(case: CaseResult) -> float | None:
     """The faster of NCCL and vLLM up to 1 MiB; between 2 ranks and from a graph also 4 us up to 32 KiB."""
-    theirs = [us for name, us in case.peers.items() if name in ("nccl", "vllm")]
+    theirs = [us for name, us in case.peers.items() if name.startswith("nccl") or name == "vllm"]
     if case.op not in BENCHMARK.ops or int(case.params["bytes"]) > 1 << 20 or not theirs:
         return None
     small = case.op == "graph" and case.params["ranks"] == 2 and int(case.params["bytes"]) <= 32 << 10
@@ -145,6 +145,7 @@ def _peers(setting: Setting) -> list[tuple[str, Phase]]:
     backend = "nccl" if setting.device == "cuda" and not setting.shared_gpu else "gloo"
     found = [(backend, Phase(f"times of {backend}", times.torch_distributed, limit_s=60))]
     if backend == "nccl":
+        found.append(("nccl symmetric", Phase("times of nccl symmetric", times.nccl_symmetric, limit_s=40)))
         for name, op in (("symm_mem one-shot", "one_shot_all_reduce"), ("symm_mem two-shot", "two_shot_all_reduce_")):
             if hasattr(torch.ops.symm_mem, op):
                 found.append((name, Phase(f"times of {name}", times.symmetric_memory, (op,), limit_s=40)))

@@ -68,18 +68,38 @@ def _of_communicator(comm: Communicator, size: int) -> Made:
 def torch_distributed(rank: int, setting: Setting) -> Times:
     """The group's own all-reduce: NCCL, or gloo between CPU processes."""
     with joined(rank, setting) as (device, group):
-
-        def make(size: int) -> Made:
-            x = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
-
-            def call() -> Tensor:
-                dist.all_reduce(x, group=group)
-                return x
-
-            return x, call
-
+        memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
         # Gloo's goes through the host, which no graph can hold.
-        return _measure(setting, dist.get_world_size(), sizes(setting), make, graphs=group is not None)
+        return _of_group(setting, group, memory, graphs=group is not None)
+
+
+def nccl_symmetric(rank: int, setting: Setting) -> Times:
+    """NCCL's all-reduce, its messages in memory that is registered with it as symmetric."""
+    with joined(rank, setting) as (device, group):
+        assert group is not None
+        backend: Any = group._get_backend(device)
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # makes NCCL's communicator, which has to exist
+        pool = torch.cuda.MemPool(backend.mem_allocator)
+        with torch.cuda.use_mem_pool(pool):
+            memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
+        backend.register_mem_pool(pool, symm=True)
+        times = _of_group(setting, group, memory)
+        torch.cuda.synchronize(device)
+        backend.deregister_mem_pool(pool)
+        return times
+
+
+def _of_group(setting: Setting, group: dist.ProcessGroup | None, memory: Tensor, *, graphs: bool = True) -> Times:
+    def make(size: int) -> Made:
+        x = memory[: size // 2]
+
+        def call() -> Tensor:
+            dist.all_reduce(x, group=group)
+            return x
+
+        return x, call
+
+    return _measure(setting, dist.get_world_size(), sizes(setting), make, graphs=graphs)
 
 
 def symmetric_memory(rank: int, setting: Setting, name: str) -> Times:
