@@ -260,8 +260,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
 }
 
 template <class T, bool kAligned, int kRanks>
-cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
-                         cudaStream_t stream) {
+cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream) {
   const Message<T, kAligned> message{static_cast<const T*>(p.input), static_cast<T*>(p.out), p.numel};
   const int64_t packs = (p.numel * static_cast<int64_t>(sizeof(T)) + 15) / 16;
   const int64_t run = algorithm == Algorithm::kOneShot ? packs : (packs + peers.ranks - 1) / peers.ranks;
@@ -270,43 +269,40 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
                   peers, message, packs, shape.each);
   };
   if constexpr (kAligned) {  // what is unaligned is slow anyhow
-    const Shape shape = choose_shape(run, max_blocks, kMaxThreads<kRanks, true>);
+    const Shape shape = choose_shape(run, peers.blocks, kMaxThreads<kRanks, true>);
     if (shape.each <= static_cast<int>(shape.threads))
       return start(&one_shot_kernel<T, kAligned, kRanks, true>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
   }
   return start(&one_shot_kernel<T, kAligned, kRanks, false>, &two_shot_kernel<T, kAligned, kRanks, false>,
-               choose_shape(run, max_blocks, kMaxThreads<kRanks, false>));
+               choose_shape(run, peers.blocks, kMaxThreads<kRanks, false>));
 }
 
 template <class T, bool kAligned>
-cudaError_t launch_aligned(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
-                           cudaStream_t stream) {
+cudaError_t launch_aligned(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream) {
   switch (peers.ranks) {
-    case 2: return launch_ranks<T, kAligned, 2>(peers, p, algorithm, max_blocks, stream);
-    case 4: return launch_ranks<T, kAligned, 4>(peers, p, algorithm, max_blocks, stream);
-    case 8: return launch_ranks<T, kAligned, 8>(peers, p, algorithm, max_blocks, stream);
-    default: return launch_ranks<T, kAligned, 0>(peers, p, algorithm, max_blocks, stream);
+    case 2: return launch_ranks<T, kAligned, 2>(peers, p, algorithm, stream);
+    case 4: return launch_ranks<T, kAligned, 4>(peers, p, algorithm, stream);
+    case 8: return launch_ranks<T, kAligned, 8>(peers, p, algorithm, stream);
+    default: return launch_ranks<T, kAligned, 0>(peers, p, algorithm, stream);
   }
 }
 
 template <class T>
-cudaError_t launch_type(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
-                        cudaStream_t stream) {
+cudaError_t launch_type(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream) {
   const bool aligned = (reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.out)) % 16 == 0;
-  return aligned ? launch_aligned<T, true>(peers, p, algorithm, max_blocks, stream)
-                 : launch_aligned<T, false>(peers, p, algorithm, max_blocks, stream);
+  return aligned ? launch_aligned<T, true>(peers, p, algorithm, stream)
+                 : launch_aligned<T, false>(peers, p, algorithm, stream);
 }
 
 }  // namespace
 
-cudaError_t all_reduce(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
-                       cudaStream_t stream) {
+cudaError_t all_reduce(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream) {
   switch (p.type) {
-    case Type::kFloat32: return launch_type<float>(peers, p, algorithm, max_blocks, stream);
-    case Type::kFloat16: return launch_type<__half>(peers, p, algorithm, max_blocks, stream);
+    case Type::kFloat32: return launch_type<float>(peers, p, algorithm, stream);
+    case Type::kFloat16: return launch_type<__half>(peers, p, algorithm, stream);
     case Type::kBfloat16: break;
   }
-  return launch_type<__nv_bfloat16>(peers, p, algorithm, max_blocks, stream);
+  return launch_type<__nv_bfloat16>(peers, p, algorithm, stream);
 }
 
 }  // namespace abiding::all_reduce

@@ -15,7 +15,7 @@ struct Backend : CudaScope {
     return all_reduce::capacity(algorithm, communicator.ranks, communicator.max_blocks);
   }
   void all_reduce(const Communicator& communicator, const AllReduceParams& p, Algorithm algorithm) const {
-    raise_on_error(all_reduce::all_reduce(communicator.peers(), p, algorithm, communicator.max_blocks, stream()));
+    raise_on_error(all_reduce::all_reduce(communicator.peers(), p, algorithm, stream()));
   }
 };
 

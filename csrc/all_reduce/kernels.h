@@ -8,7 +8,6 @@
 namespace abiding::all_reduce {
 
 // One call of the protocol: at most capacity(algorithm, ranks) bytes.
-cudaError_t all_reduce(const peer::Peers& peers, const AllReduceParams& p, Algorithm algorithm, int max_blocks,
-                       cudaStream_t stream);
+cudaError_t all_reduce(const peer::Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream);
 
 }  // namespace abiding::all_reduce

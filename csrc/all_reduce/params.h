@@ -19,7 +19,7 @@ struct AllReduceParams {
 enum class Algorithm { kOneShot, kTwoShot };
 
 // Up to how many bytes one hop is taken, a row for up to so many ranks; `make multi-gpu` prints what it should say. For 2 ranks
-// both algorithms send the same bytes, but two-shot has each of them summed and emptied once.
+// both algorithms send the same bytes, but in two-shot each rank adds up half of them and reads its message once.
 struct OneShotLimit {
   int ranks;
   int64_t bytes;

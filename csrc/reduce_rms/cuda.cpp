@@ -14,7 +14,7 @@ struct Backend : CudaScope {
     return reduce_rms::capacity(communicator.ranks, communicator.max_blocks);
   }
   void reduce_rms(const Communicator& communicator, const ReduceRmsParams& p) const {
-    raise_on_error(reduce_rms::reduce_rms(communicator.peers(), p, communicator.max_blocks, stream()));
+    raise_on_error(reduce_rms::reduce_rms(communicator.peers(), p, stream()));
   }
   void reduce_rms(const TableParams& table, const ReduceRmsParams& p) const {
     raise_on_error(reduce_rms::reduce_rms_table(table, p, stream()));

@@ -8,7 +8,7 @@
 namespace abiding::reduce_rms {
 
 // One call of the protocol: at most capacity(ranks, max_blocks) tokens.
-cudaError_t reduce_rms(const peer::Peers& peers, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream);
+cudaError_t reduce_rms(const peer::Peers& peers, const ReduceRmsParams& p, cudaStream_t stream);
 
 // The same over a table of pointers that the caller allocated, as upstream's operators take it.
 cudaError_t reduce_rms_table(const TableParams& table, const ReduceRmsParams& p, cudaStream_t stream);

@@ -372,8 +372,8 @@ cudaError_t launch_link(const Link& link, const ReduceRmsParams& p, int max_bloc
 
 }  // namespace
 
-cudaError_t reduce_rms(const Peers& peers, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
-  return launch_link(peers, p, max_blocks, stream);
+cudaError_t reduce_rms(const Peers& peers, const ReduceRmsParams& p, cudaStream_t stream) {
+  return launch_link(peers, p, peers.blocks, stream);
 }
 
 cudaError_t reduce_rms_table(const TableParams& table, const ReduceRmsParams& p, cudaStream_t stream) {

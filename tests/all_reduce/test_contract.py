@@ -147,8 +147,8 @@ def test_dense_means_that_every_element_has_its_place() -> None:
 
 def test_blocks_of_ranks_on_one_gpu_fit_together() -> None:
     # A block of 1024 threads takes a whole multiprocessor, of which an H100 has 132.
-    for ranks in range(1, 17):
-        assert 128 - ranks < ranks * blocks_of_a_rank(ranks) <= 128
+    assert [blocks_of_a_rank(ranks) for ranks in (1, 2, 4, 8, 16)] == [128, 64, 32, 16, 8]
+    assert all(blocks_of_a_rank(ranks) * ranks <= 132 for ranks in range(2, 17))
 
 
 def test_one_rank_needs_no_group(device: torch.device) -> None:

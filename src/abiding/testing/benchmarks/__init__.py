@@ -40,7 +40,7 @@ def run(
         group: one of `GROUPS`.
         peers: what holds the peers' kernels, timed in the same run: shared libraries, for some groups Python packages.
         output: where to write the results. By default a whole run on a GPU writes to `benchmarks/results`, others
-        nowhere. Where it holds results of this GPU, a run of some `ops` replaces those alone.
+            nowhere. Where it holds results of this GPU, a run of some `ops` replaces those alone.
         quick: a few sizes only. On a CPU it is always so.
         ops: the operators to time, all by default.
         commit: recorded in the results; that of the source tree by default.
