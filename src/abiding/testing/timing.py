@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +79,17 @@ def call_us(calls: Calls, device: torch.device) -> Timing:
 
 
 def graph_us(
-    calls: Calls, *, replays: int = 20, nodes: int | None = None, captured: Callable[[], object] = lambda: None
+    calls: Calls,
+    *,
+    replays: int = 20,
+    nodes: int | None = None,
+    capture: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Timing:
     """Time calls replayed from one CUDA graph on the current device.
 
     The graph holds the calls in turn, as often as it takes to last a millisecond and to reach 20 calls, or `nodes`
     calls if given. Every replay is a sample. Calls must not synchronise; what they allocate comes from the graph's
-    own memory. `captured` is called between a capture and its first replay.
+    own memory. Every capture runs within a context of `capture`.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -95,14 +100,14 @@ def graph_us(
     torch.cuda.synchronize()
 
     rounds = -(-(nodes or 20) // len(calls))
-    graph = _capture(calls, rounds)
-    captured()
+    with capture():
+        graph = _capture(calls, rounds)
     if nodes is None:
         lasts_us = statistics.median(_replay_us(graph, 1, 3))
         if lasts_us < _GRAPH_US:
             rounds *= math.ceil(_GRAPH_US / lasts_us)
-            graph = _capture(calls, rounds)
-            captured()
+            with capture():
+                graph = _capture(calls, rounds)
     return Timing.of(_replay_us(graph, rounds * len(calls), replays))
 
 

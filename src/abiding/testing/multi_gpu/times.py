@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def ours(rank: int, setting: Setting) -> Times:
 
 def _of_communicator(comm: Communicator, size: int) -> Made:
     x = torch.empty(size // 2, dtype=torch.bfloat16, device=comm.device)
-    return x, partial(comm.all_reduce, x, torch.empty_like(x))
+    return x, partial(comm.all_reduce, x)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -120,7 +120,8 @@ def symmetric_memory(rank: int, setting: Setting, name: str) -> Times:
 
 
 def vllm(rank: int, setting: Setting) -> Times:
-    """vLLM's kernel, every message in the memory that it calls a registered buffer."""
+    """vLLM's kernel. In graphs its messages lie in memory that it calls registered. In an eager call, as its engine
+    makes them, the operator copies the message there first."""
     assert setting.peer is not None
     torch.ops.load_library(setting.peer)
     ops: Any = torch.ops._C_custom_ar
@@ -145,6 +146,16 @@ def vllm(rank: int, setting: Setting) -> Times:
         torch.cuda.synchronize(device)
         dist.barrier()
 
+        def of_engine(size: int) -> Made:
+            x = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
+
+            def call() -> Tensor:
+                out = torch.empty_like(x)
+                ops.all_reduce(handle, x, out, buffers[rank], _VLLM_LARGEST)
+                return out
+
+            return x, call
+
         def make(size: int) -> Made:
             out = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
             x = at_address(buffers[rank], torch.zeros_like(out))
@@ -155,8 +166,10 @@ def vllm(rank: int, setting: Setting) -> Times:
 
             return x, call
 
-        def captured() -> None:
-            """Give a graph its peers' addresses: a capture leaves them open, also those of registered buffers."""
+        @contextmanager
+        def capture() -> Iterator[None]:
+            """Gives a graph its peers' addresses: a capture leaves them open, also those of registered buffers."""
+            yield
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, ops.get_graph_buffer_ipc_meta(handle))
             theirs, offsets = zip(*everyone, strict=True)
@@ -165,7 +178,7 @@ def vllm(rank: int, setting: Setting) -> Times:
             dist.barrier()
 
         some = sizes(setting, _VLLM_LARGEST)
-        times = _measure(setting, dist.get_world_size(), some, make, captured=captured)
+        times = _measure(setting, dist.get_world_size(), some, make, capture=capture, eager=of_engine)
         torch.cuda.synchronize(device)
         dist.barrier()
         return times
@@ -186,18 +199,15 @@ def sglang(rank: int, setting: Setting) -> Times:
             x = memory[: size // 2]
             return x, partial(comm.custom_all_reduce, x)
 
-        capture = ExitStack()
-
-        def capturing() -> None:
-            capture.enter_context(comm.capture())
-
-        def captured() -> None:
-            """Give a graph its peers' addresses, at the end of the class's own context."""
-            capture.close()
+        @contextmanager
+        def capture() -> Iterator[None]:
+            """Gives a graph its peers' addresses, at the end of the class's own context."""
+            with comm.capture():
+                yield
             dist.barrier()
 
         some = [size for size in sizes(setting) if comm.should_custom_ar(memory[: size // 2])]
-        times = _measure(setting, dist.get_world_size(), some, make, capturing=capturing, captured=captured)
+        times = _measure(setting, dist.get_world_size(), some, make, capture=capture)
         torch.cuda.synchronize(device)
         dist.barrier()
         comm.close()
@@ -246,27 +256,34 @@ def _measure(
     make: Callable[[int], Made],
     *,
     graphs: bool = True,
-    capturing: Callable[[], object] = lambda: None,
-    captured: Callable[[], object] = lambda: None,
+    capture: Callable[[], AbstractContextManager[object]] = nullcontext,
+    eager: Callable[[int], Made] | None = None,
 ) -> Times:
-    """`capturing` is called before a graph's warm-up and capture, `captured` between its capture and first replay."""
+    """`make` makes the calls in graphs, each captured within a context of `capture`, and, unless `eager` does, those
+    without."""
     times: Times = {}
     for size in some:
-        x, call = make(size)
-        x.fill_(1)
-        out = call()
-        if not bool((out == ranks).all()):
-            raise AssertionError(f"{size} bytes of 1 from each of {ranks} ranks sum to {float(out[0])}")
-        x.zero_()
-        times["eager", size] = Timing.of(list(_eager_us(call, x.device, 20 if size <= 1 << 20 else 5)))
+        call = _checked((eager or make)(size), ranks)
+        times["eager", size] = Timing.of(list(_eager_us(call, setting.device, 20 if size <= 1 << 20 else 5)))
         if setting.device == "cuda" and graphs:
+            call = _checked(make(size), ranks)
             dist.barrier()
-            capturing()
-            times["graph", size] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, captured=captured)
+            times["graph", size] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, capture=capture)
     return times
 
 
-def _eager_us(call: Callable[[], object], device: torch.device, calls: int) -> Iterator[float]:
+def _checked(made: Made, ranks: int) -> Callable[[], Tensor]:
+    """The call, once it has summed ones up. Its message is zeros from then on, which stay zeros in place."""
+    x, call = made
+    x.fill_(1)
+    out = call()
+    if not bool((out == ranks).all()):
+        raise AssertionError(f"{x.nbytes} bytes of 1 from each of {ranks} ranks sum to {float(out[0])}")
+    x.zero_()
+    return call
+
+
+def _eager_us(call: Callable[[], object], device: str, calls: int) -> Iterator[float]:
     """Microseconds a call that the host makes, until the device is done with all of them."""
     for repetition in range(_REPETITIONS + 2):
         dist.barrier()
@@ -274,7 +291,7 @@ def _eager_us(call: Callable[[], object], device: torch.device, calls: int) -> I
         with torch.inference_mode():  # as engines call
             for _ in range(calls):
                 call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         if repetition >= 2:
             yield (time.perf_counter_ns() - start) / 1e3 / calls
