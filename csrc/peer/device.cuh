@@ -94,8 +94,8 @@ class Turn {
       : peers_(peers), channel_(channel), op_(op) {
     Header* own = header(peers, 0);
     // A second kernel on another stream would find this one's turn open. The answer is looked at last.
-    if (threadIdx.x == 0) turn_ = atomicAdd(&own->blocks[channel][blockIdx.x].turn, 1u);
-    epoch_ = load_volatile(&own->blocks[channel][blockIdx.x].epoch);
+    if (threadIdx.x == 0) turn_ = atomicAdd(&own->turns[channel][blockIdx.x], 1u);
+    epoch_ = load_volatile(&own->epochs[channel][blockIdx.x]);
     // Looked at when a result is written: a call's own loads need not wait for it.
     poison_ = load_volatile(&own->poison);
   }
@@ -105,9 +105,8 @@ class Turn {
     if (threadIdx.x != 0) return;
     if (poison_ != 0) give_up(peers_, poison_, op_, epoch_, 0);
     if (turn_ != 2 * epoch_) give_up(peers_, poison_word(Fault::kConcurrent, peers_.rank, peers_.rank), op_, epoch_, 0);
-    Header::Block& own = header(peers_, 0)->blocks[channel_][blockIdx.x];
-    store_volatile(&own.epoch, epoch_ + 1);
-    store_volatile(&own.turn, 2 * (epoch_ + 1));
+    store_volatile(&header(peers_, 0)->epochs[channel_][blockIdx.x], epoch_ + 1);
+    store_volatile(&header(peers_, 0)->turns[channel_][blockIdx.x], 2 * (epoch_ + 1));
   }
 
   // False: the results are NaN, whatever was received.

@@ -109,8 +109,8 @@ class HostTurn {
       give_up(poison, 0);
       return;
     }
-    const uint32_t turn = Access::add(&header(0)->blocks[channel][0].turn, 1);
-    epoch_ = Access::load(&header(0)->blocks[channel][0].epoch);
+    const uint32_t turn = Access::add(&header(0)->turns[channel][0], 1);
+    epoch_ = Access::load(&header(0)->epochs[channel][0]);
     if (turn != 2 * epoch_) give_up(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
   }
 
@@ -138,14 +138,14 @@ class HostTurn {
   // On to the next epoch. The fence: whoever receives what is sent from now on also sees what was emptied so far.
   void next() {
     Access::fence();
-    Access::store(&header(0)->blocks[channel_][0].epoch, ++epoch_);
-    Access::store(&header(0)->blocks[channel_][0].turn, 2 * epoch_ + 1);
+    Access::store(&header(0)->epochs[channel_][0], ++epoch_);
+    Access::store(&header(0)->turns[channel_][0], 2 * epoch_ + 1);
   }
 
   void end() {
     Access::fence();
-    Access::store(&header(0)->blocks[channel_][0].epoch, epoch_ + 1);
-    Access::store(&header(0)->blocks[channel_][0].turn, 2 * (epoch_ + 1));
+    Access::store(&header(0)->epochs[channel_][0], epoch_ + 1);
+    Access::store(&header(0)->turns[channel_][0], 2 * (epoch_ + 1));
   }
 
  private:

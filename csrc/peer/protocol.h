@@ -87,10 +87,9 @@ struct Header {
   uint32_t poison;             // a poison_word, from any rank; 0: nobody gave up
   uint32_t pid;                // the owner's process, where the workspace is host memory; 0: unknown
   uint32_t probes[kMaxRanks];  // rank r proves here that its writes arrive
-  // For the owner alone. A sector each, since blocks that start together would queue for a shared one.
-  struct alignas(32) Block {
-    uint32_t epoch, turn;  // twice the epoch, and 1 more while a kernel is in it
-  } blocks[kChannels][kMaxBlocks];
+  // Per channel and block, for the owner alone: the epoch, and twice that plus 1 while a kernel is in it.
+  alignas(128) uint32_t epochs[kChannels][kMaxBlocks];
+  alignas(128) uint32_t turns[kChannels][kMaxBlocks];
 };
 static_assert(sizeof(Header) <= kHeaderBytes);
 

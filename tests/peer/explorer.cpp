@@ -294,7 +294,7 @@ bool is_private(const Step& step, int rank) {
   if (options.twice || step.kind == kPoll || step.kind == kPause || step.kind == kDone || rank_at(step.address) != rank)
     return false;
   const uint64_t offset = step.address - workspace(rank);
-  return offset >= offsetof(Header, blocks) && offset < kHeaderBytes;
+  return offset >= offsetof(Header, epochs) && offset < kHeaderBytes;
 }
 
 State apply(State state, size_t actor) {
