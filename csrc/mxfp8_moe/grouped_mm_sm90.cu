@@ -20,6 +20,9 @@ using namespace hopper;
 // kSplit: the blocks of a cluster take parts of K, and add up in their order.
 enum class Cluster { kAlone, kPairs, kSplit };
 
+// Of weights, that a block asks for before earlier grids have ended: more would be in the way of what those still read.
+constexpr int kEarlyStages = 2;
+
 // K is copied kDepth at a time, and multiplied in two halves of that.
 template <TileKind kKind, int kConsumers_, int kDepth_, int kStages_, Cluster kCluster_, int kResident_ = 1>
 struct Config {
@@ -53,7 +56,7 @@ struct Layout {
   static constexpr uint32_t kStaging = kExchange + C::kExchanges * C::kExchangeBytes;
   static constexpr uint32_t kBarriers = kStaging + C::kConsumerThreads / 32 * C::kStagingBytes;
   static constexpr uint32_t kTable = kBarriers + (2 * C::kStages + 2) * 8;
-  static uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
+  static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
 };
 
 struct Arguments {
@@ -246,43 +249,55 @@ struct Block {
     return w;
   }
 
-  // One warp.
+  // Begins a stage: all of its bytes are expected from here on.
+  __device__ __forceinline__ void copy_weights(const Work& w, int stage, int k) const {
+    const uint32_t barrier = full(stage);
+    arrive_expecting(barrier, C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128);
+    copy_3d(weight_at(stage), weights, k, w.row_tile * C::kRows, w.tile.expert, barrier);
+#pragma unroll
+    for (int i = 0; i < C::kScaleTiles; ++i) {
+      // A pair's second block may have no weight rows: then it reads scales that exist.
+      const int row = w.row_tile * C::kRows + i * kTileRows;
+      const int64_t from = w.tile.expert * a.scale_expert_bytes + (row < a.p.n ? row * a.scale_columns : 0);
+      copy_bytes(scale_at(stage) + i * kTileBytes, a.p.weight_scales + from + k / 128 * kTileBytes, kTileBytes,
+                 barrier);
+    }
+  }
+  __device__ __forceinline__ void copy_tokens(const Work& w, int stage, int k) const {
+    const int boxes = w.tile.width / C::kBox;
+#pragma unroll 1  // for want of registers
+    for (int i = 0; i < C::kDepth / 64; ++i) {
+      const uint32_t to = token_at(stage) + i * C::kTokenBytes;
+      if constexpr (C::kCluster == Cluster::kPairs) {
+        for (int box = rank; box < boxes; box += 2)
+          copy_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, full(stage), 3);
+      } else {
+        for (int box = 0; box < boxes; ++box)
+          copy_2d(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, full(stage));
+      }
+    }
+  }
+
+  // One warp. The first weights may be on their way before earlier grids have ended, tokens only after that.
   __device__ __forceinline__ void produce() const {
     const bool leader = threadIdx.x % 32 == 0;
     Position<C::kStages> at;
+    int early = 0;
+    if (a.p.settled && first_tile() < tile_count()) {
+      const Work w = work(first_tile());
+      early = min(w.count, kEarlyStages);
+      for (int i = 0; leader && i < early; ++i) copy_weights(w, i, (w.first + i) * C::kDepth);
+    }
+    wait_for_earlier_grids();
     for (int index = first_tile(); index < tile_count(); index += tile_step()) {
       const Work w = work(index);
-      // A pair's second block may have no weight rows: then it reads scales that exist.
-      const int first_row = w.row_tile * C::kRows;
-      const uint8_t* scales[C::kScaleTiles];
-      for (int i = 0; i < C::kScaleTiles; ++i) {
-        const int row = first_row + i * kTileRows;
-        scales[i] =
-            a.p.weight_scales + w.tile.expert * a.scale_expert_bytes + (row < a.p.n ? row * a.scale_columns : 0);
-      }
-      const int boxes = w.tile.width / C::kBox;
-      const uint32_t bytes = C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128;
-      for (int k = w.first * C::kDepth; k < (w.first + w.count) * C::kDepth; k += C::kDepth) {
+      for (int i = w.first; i < w.first + w.count; ++i) {
         wait(empty(at.stage), at.parity ^ 1);
         if (leader) {
-          const uint32_t barrier = full(at.stage);
-          arrive_expecting(barrier, bytes);
-          copy_3d(weight_at(at.stage), weights, k, first_row, w.tile.expert, barrier);
-#pragma unroll
-          for (int i = 0; i < C::kScaleTiles; ++i)
-            copy_bytes(scale_at(at.stage) + i * kTileBytes, scales[i] + k / 128 * kTileBytes, kTileBytes, barrier);
-          for (int i = 0; i < C::kDepth / 64; ++i) {
-            const uint32_t to = token_at(at.stage) + i * C::kTokenBytes;
-            if constexpr (C::kCluster == Cluster::kPairs) {
-              for (int box = rank; box < boxes; box += 2)
-                copy_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, barrier,
-                                  3);
-            } else {
-              for (int box = 0; box < boxes; ++box)
-                copy_2d(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, barrier);
-            }
-          }
+          if (early == 0) copy_weights(w, at.stage, i * C::kDepth);
+          copy_tokens(w, at.stage, i * C::kDepth);
         }
+        early -= early > 0;
         at.advance();
       }
     }
@@ -463,16 +478,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (int i = 0; i < C::kExchanges; ++i) barrier_init(block.exchanged(i), 1);
     barrier_init_done();
   }
-  wait_for_earlier_grids();
+  if (!a.p.settled) wait_for_earlier_grids();
   table.build<C::kThreads>(a.p.groups, C::kTokens);
   if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
-  launch_dependents();
   if (threadIdx.x >= C::kConsumerThreads) {
     release_registers<C::kProducerRegisters>();
     if (threadIdx.x < C::kConsumerThreads + 32) block.produce();
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   } else {
     take_registers<C::kConsumerRegisters>();
+    wait_for_earlier_grids();
+    launch_dependents();
     block.consume();
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   }
@@ -485,6 +501,12 @@ static_assert(Split::kRows == kWeightRows && Few::kRows == kWeightRows && FewTwi
 using Some = Config<TileKind::kSome, 4, 64, 6, Cluster::kAlone>;
 using More = Config<TileKind::kMore, 2, 64, 7, Cluster::kPairs>;
 using Many = Config<TileKind::kMany, 2, 64, 5, Cluster::kPairs>;
+
+constexpr uint32_t kSharedBytes = 227 << 10;  // that a block may have
+static_assert(Layout<Split>::bytes(kMaxExperts) <= kSharedBytes && Layout<Few>::bytes(kMaxExperts) <= kSharedBytes &&
+              Layout<FewTwice>::bytes(kMaxExperts) <= kSharedBytes &&
+              Layout<Some>::bytes(kSomeExperts) <= kSharedBytes && Layout<More>::bytes(kMaxExperts) <= kSharedBytes &&
+              Layout<Many>::bytes(kMaxExperts) <= kSharedBytes);
 
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {

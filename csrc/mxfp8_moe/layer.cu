@@ -14,8 +14,8 @@ constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 // then gives its own their rows in the order of the pairs.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
-  wait_for_earlier_grids();
   launch_dependents();
+  wait_for_earlier_grids();
   const int64_t expert = blockIdx.x, pairs = p.tokens * p.top_k;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t range = round_up((pairs + warps - 1) / warps, 32);
@@ -63,20 +63,27 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
   }
 }
 
+// Of a token, that are in flight at once: what they load does not depend on each other.
+constexpr int kPairs = 8;
+
 // Blocks that share a token's columns, eight to a thread.
 ABIDING_HD unsigned parts_of(int64_t k) { return static_cast<unsigned>((k / 8 + kThreads - 1) / kThreads); }
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
   wait_for_earlier_grids();
   launch_dependents();
-  const unsigned parts = parts_of(p.k);
-  const int64_t token = blockIdx.x / parts, octet = int64_t{blockIdx.x % parts} * kThreads + threadIdx.x;
+  const unsigned blocks = parts_of(p.k);
+  const int64_t token = blockIdx.x / blocks, octet = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
   if (octet >= p.k / 8) return;  // blocks of 32 elements are inside or outside as a whole
   uint4 packed = reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride)[octet];
   if (p.round) packed = round_octet<__nv_bfloat16>(packed);
-  for (int64_t j = 0; j < p.top_k; ++j) {
-    const int row = p.rows[token * p.top_k + j];
-    if (row >= 0) reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + row * p.k)[octet] = packed;
+  for (int64_t first = 0; first < p.top_k; first += kPairs) {
+    int rows[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) rows[j] = first + j < p.top_k ? p.rows[token * p.top_k + first + j] : -1;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+      if (rows[j] >= 0) reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + rows[j] * p.k)[octet] = packed;
   }
 }
 
@@ -96,8 +103,8 @@ __device__ __forceinline__ uint4 activate_octet(uint4 gates, const uint4& ups, b
 
 template <Activation kActivation>
 __global__ void __launch_bounds__(kThreads) activate_kernel(ActivateParams p) {
-  wait_for_earlier_grids();
   launch_dependents();
+  wait_for_earlier_grids();
   const unsigned width = static_cast<unsigned>(p.width / 8), step = gridDim.x * kThreads;
   const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * kThreads + threadIdx.x;
   unsigned column = start % width;
@@ -114,22 +121,35 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(ActivateParams p) {
 }
 
 __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
-  wait_for_earlier_grids();
   launch_dependents();
-  const unsigned parts = parts_of(p.k);
-  const int64_t token = blockIdx.x / parts, octet = int64_t{blockIdx.x % parts} * kThreads + threadIdx.x;
+  wait_for_earlier_grids();
+  const unsigned blocks = parts_of(p.k);
+  const int64_t token = blockIdx.x / blocks, octet = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
   if (octet >= p.k / 8) return;
   float sums[8] = {};
-#pragma unroll 4
-  for (int64_t j = 0; j < p.top_k; ++j) {
-    const int row = p.rows[token * p.top_k + j];
-    if (row < 0) continue;
-    const float weight = p.weights[token * p.weights_stride + j];
-    const float4* from = reinterpret_cast<const float4*>(p.input + row * p.k) + 2 * octet;
-    const float4 low = from[0], high = from[1];
-    const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  for (int64_t first = 0; first < p.top_k; first += kPairs) {
+    int rows[kPairs];
+    float weights[kPairs];
+    float4 parts[kPairs][2];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weight, x[i]));
+    for (int j = 0; j < kPairs; ++j) {
+      const bool exists = first + j < p.top_k;
+      rows[j] = exists ? p.rows[token * p.top_k + first + j] : -1;
+      weights[j] = exists ? p.weights[token * p.weights_stride + first + j] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const float4* from = reinterpret_cast<const float4*>(p.input + rows[j] * p.k) + 2 * octet;
+      if (rows[j] >= 0) parts[j][0] = from[0], parts[j][1] = from[1];
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      if (rows[j] < 0) continue;
+      const float x[8] = {parts[j][0].x, parts[j][0].y, parts[j][0].z, parts[j][0].w,
+                          parts[j][1].x, parts[j][1].y, parts[j][1].z, parts[j][1].w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weights[j], x[i]));
+    }
   }
   reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride)[octet] =
       canonical_nans<__nv_bfloat16>(pack<__nv_bfloat16>(sums));

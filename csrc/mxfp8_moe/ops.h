@@ -226,6 +226,7 @@ inline GroupedMm check_product(const char* op, const Argument& a, const std::opt
   check_result(op, out, out_types, groups.rows, weight.n, a);
   check_apart(op, out, a);
   GroupedMm mm{};
+  mm.quantized = a_scales.has_value();
   const Real out_type = out.is(aoti_torch_dtype_float32)   ? Real::kFloat32
                         : out.is(aoti_torch_dtype_float16) ? Real::kFloat16
                                                            : Real::kBfloat16;
@@ -240,8 +241,8 @@ inline GroupedMm check_product(const char* op, const Argument& a, const std::opt
                 weight.scales,
                 out.tensor().mutable_data_ptr(),
                 row_stride(out.tensor()),
-                out_type};
-  mm.quantized = a_scales.has_value();
+                out_type,
+                mm.quantized};  // behind dequantize()
   if (!mm.quantized) return mm;
   const uint8_t* codes = check_scales(*a_scales, a, op);
   mm.dequantize = {groups,
@@ -396,8 +397,8 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   moe.route = {pair_ids, tokens, top_k, experts, nullptr, nullptr};
   moe.gather = {tokens, top_k, hidden, nullptr, x.const_data_ptr(), row_stride(x), w8a8, nullptr};
   const auto product = [&groups](const Weight& w, Real out_type) {
-    return GroupedMmParams{groups,          w.n,      w.k,      nullptr, w.k, w.data,
-                           w.expert_stride, w.stride, w.scales, nullptr, w.n, out_type};
+    return GroupedMmParams{groups,   w.n,      w.k,     nullptr, w.k,      w.data, w.expert_stride,
+                           w.stride, w.scales, nullptr, w.n,     out_type, true};
   };
   moe.up = product(first, Real::kBfloat16);
   moe.activate = {pairs, nullptr, intermediate, nullptr, kind, w8a8, nullptr};

@@ -116,6 +116,8 @@ struct GroupedMmParams {
   void* out;                     // [rows, n]
   int64_t out_stride;
   Real out_type;
+  // What wrote groups and weights has ended when this kernel starts, though the kernel before it may still run.
+  bool settled;
 };
 
 // Token-expert pairs ordered by expert, within one by token. Pairs of other ids have no row.

@@ -17,6 +17,7 @@ constexpr int tokens_of(TileKind kind) {
 
 constexpr int kWeightRows = 128;  // of a tile of few tokens
 constexpr int kMaxSplits = 8;
+constexpr int kSomeExperts = 512;      // whose table fits beside tiles of kSome
 constexpr int kMultiprocessors = 132;  // of an H100 or H200; on others, the same results a little later
 
 struct Plan {
@@ -29,14 +30,19 @@ constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k) 
   const int64_t busy = rows < experts ? rows : experts, average = rows / busy;
   if (average > 140) return {TileKind::kMany, 1};
   if (average > 105) return {TileKind::kMore, 1};
-  if (average > 40) return {TileKind::kSome, 1};
+  if (average > 40) return {experts > kSomeExperts ? TileKind::kMore : TileKind::kSome, 1};
   const int64_t tiles = busy * ((n + kWeightRows - 1) / kWeightRows);
-  // Parts of K, so that few tiles keep many multiprocessors busy.
   int splits = 1;
-  while (average <= 4 && splits < kMaxSplits && tiles * splits < 96 && k / (2 * splits) >= 512) splits *= 2;
+  if (average <= 4) {
+    // Parts of K, so that few tiles keep many multiprocessors busy, and so that the last of some long ones do.
+    while (splits < kMaxSplits && tiles * splits < 96 && k / (2 * splits) >= 512) splits *= 2;
+    if (n >= 4096 && k >= 3072 && tiles > 3 * kMultiprocessors && tiles < 8 * kMultiprocessors) splits = 2;
+  }
   if (splits > 1) return {TileKind::kSplit, splits};
   // Tiles that a second round of blocks would be short of; two rounds that are nearly full are better one after the other.
   if (tiles > kMultiprocessors && tiles < 2 * kMultiprocessors - 8) return {TileKind::kFewTwice, 1};
+  // Results of many tokens, or after a short K: one block stores them while the other multiplies.
+  if (average >= 16 || (average >= 8 && k <= 2048)) return {TileKind::kFewTwice, 1};
   return {TileKind::kFew, 1};
 }
 
