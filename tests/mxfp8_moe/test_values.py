@@ -221,6 +221,14 @@ def test_case(case: ProductCase, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+def test_many_tiles_whose_k_is_split(cuda: torch.device) -> None:
+    """On Hopper a cluster goes through several, and exchanges parts for one while the next begins."""
+    i = ProductCase((2, 1, 9, 3) * 4, 4096, 3072).make(cuda, seed=3)
+    rounded = mxfp8_moe.round(i.x)
+    assert_product(i.run(mxfp8_moe, rounded), rounded, i)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_portable_kernel(case: ProductCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs that are not Hopper run, on any."""

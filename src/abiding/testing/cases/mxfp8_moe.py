@@ -253,6 +253,7 @@ ODD = [
     # Several widths of tiles, and more tiles than multiprocessors.
     ProductCase((700, 449, 33, 225), 1440, 160),
     ProductCase((3,) * 1024, 32, 64),
+    ProductCase((41,) * 1024, 32, 32),
 ]
 
 CORNER = [
