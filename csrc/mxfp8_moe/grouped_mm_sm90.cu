@@ -488,7 +488,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   } else {
     take_registers<C::kConsumerRegisters>();
     wait_for_earlier_grids();
-    launch_dependents();
+    launch_dependents();  // not sooner: the kernel behind the next one may count on what this one waited for
     block.consume();
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   }

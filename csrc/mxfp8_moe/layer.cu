@@ -71,7 +71,7 @@ ABIDING_HD unsigned parts_of(int64_t k) { return static_cast<unsigned>((k / 8 + 
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
   wait_for_earlier_grids();
-  launch_dependents();
+  launch_dependents();  // not sooner: the product behind this reads what route() wrote before it waits itself
   const unsigned blocks = parts_of(p.k);
   const int64_t token = blockIdx.x / blocks, octet = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
   if (octet >= p.k / 8) return;  // blocks of 32 elements are inside or outside as a whole
