@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
   const Run run(packs, each);
   wait_for_earlier_grids();
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
+  turn.begin();
   const auto in = [&](int k) { return k < run.count; };
 
   const auto send = [&](int k) {
@@ -206,6 +207,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
   const Run run(part, each);
   wait_for_earlier_grids();
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
+  turn.begin();
   const auto in = [&](int owner, int64_t k) { return k < run.count && owner * part + run.begin + k < packs; };
 
   // Every part but the own one goes to its owner.

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace abiding {
 
 // From here on the next kernel's blocks may take what room there is; they wait for this grid's end before they read.
@@ -13,10 +15,17 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-// Nothing that an earlier kernel wrote may be read, and nothing it reads written, before this returns.
-__device__ __forceinline__ void wait_for_earlier_grids() {
+// Nothing that an earlier kernel wrote may be read, and nothing it reads written, before this returns. Meanwhile addresses can be
+// computed that need parameters alone: those named here, which the compiler would otherwise leave for later.
+template <class... Pointers>
+__device__ __forceinline__ void wait_for_earlier_grids(Pointers... addresses) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if constexpr (sizeof...(addresses) == 0)
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+  else  // never 1, as only we know
+    asm volatile("{ .reg .pred p; setp.ne.u64 p, %0, 1; @p griddepcontrol.wait; }" ::"l"(
+                     (reinterpret_cast<uintptr_t>(addresses) | ...))
+                 : "memory");
 #endif
 }
 
@@ -28,11 +37,11 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 }
 
 // What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster, and how many
-// rows of so many blocks.
+// rows of so many blocks, of so many threads.
 struct Launch {
   unsigned grid, block;
   size_t shared = 0;
-  unsigned cluster = 1, grid_rows = 1;
+  unsigned cluster = 1, grid_rows = 1, block_rows = 1;
 };
 
 template <class... Parameters, class... Arguments>
@@ -44,7 +53,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, cudaStream_
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(how.grid, how.grid_rows);
-  config.blockDim = how.block;
+  config.blockDim = dim3(how.block, how.block_rows);
   config.dynamicSmemBytes = how.shared;
   config.stream = stream;
   config.attrs = attributes;

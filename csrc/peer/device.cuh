@@ -86,23 +86,29 @@ __device__ __noinline__ inline uint64_t keep_waiting(const Peers& peers, Op op, 
   return since ? since : now;
 }
 
+// A block may have several rows of threads.
+__device__ __forceinline__ bool leads_block() { return (threadIdx.x | threadIdx.y) == 0; }
+
 // A block's part in one call: its epoch, and how long it may wait.
 class Turn {
  public:
-  // All threads of the block call this, after the wait for earlier grids.
   __device__ __forceinline__ Turn(const Peers& peers, Channel channel, Op op)
-      : peers_(peers), channel_(channel), op_(op) {
-    Header* own = header(peers, 0);
-    // A second kernel on another stream would find this one's turn open. The answer is looked at last.
-    if (threadIdx.x == 0) turn_ = atomicAdd(&own->turns[channel][blockIdx.x], 1u);
-    epoch_ = load_volatile(&own->epochs[channel][blockIdx.x]);
+      : peers_(peers), channel_(channel), op_(op) {}
+
+  // All threads of the block call this, after the wait for earlier grids.
+  __device__ __forceinline__ void begin() {
+    Header* own = header(peers_, 0);
+    // A second kernel on another stream would find this one's turn open. The answer is looked at last, and not waited for: as long
+    // as the compiler does not see that 1 is added, which it would do once for a warp and then tell its threads.
+    if (leads_block()) turn_ = atomicAdd(&own->turns[channel_][blockIdx.x], 1 + threadIdx.z);
+    epoch_ = load_volatile(&own->epochs[channel_][blockIdx.x]);
     // Looked at when a result is written: a call's own loads need not wait for it.
     poison_ = load_volatile(&own->poison);
   }
 
   __device__ __forceinline__ void end() {
     __syncthreads();
-    if (threadIdx.x != 0) return;
+    if (!leads_block()) return;
     if (poison_ != 0) give_up(peers_, poison_, op_, epoch_, 0);
     if (turn_ != 2 * epoch_) give_up(peers_, poison_word(Fault::kConcurrent, peers_.rank, peers_.rank), op_, epoch_, 0);
     store_volatile(&header(peers_, 0)->epochs[channel_][blockIdx.x], epoch_ + 1);
@@ -112,12 +118,15 @@ class Turn {
   // False: the results are NaN, whatever was received.
   __device__ __forceinline__ bool ok() const { return ok_ && poison_ == 0; }
 
-  // This block's place for the words of `source` in the workspace of rank (rank + i) % ranks.
+  // This block's place for the words of `source` in the workspace of rank (rank + i) % ranks. Before begin() it is that of even
+  // epochs, and slot() bytes from there is that of this one.
   template <class Word>
   __device__ __forceinline__ Word* place(Channel channel, int i, int source) const {
     const int share = source * peers_.blocks + static_cast<int>(blockIdx.x);
     return reinterpret_cast<Word*>(peers_.workspaces[i] + share_at(channel, epoch_, share, peers_.shares[channel]));
   }
+
+  __device__ __forceinline__ int64_t slot() const { return epoch_ % kSlots * slot_bytes(channel_); }
 
   // Polls until the words are there and empties them. `words` was read from `at` just before. False: the call is over.
   template <class Words>
@@ -137,7 +146,7 @@ class Turn {
   const Peers& peers_;
   Channel channel_;
   Op op_;
-  uint32_t epoch_, poison_, turn_ = 0;
+  uint32_t epoch_ = 0, poison_ = 0, turn_ = 0;
   bool ok_ = true;
 };
 

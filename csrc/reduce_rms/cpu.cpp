@@ -30,16 +30,17 @@ template <class T>
 std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
   std::vector<float> sums(static_cast<size_t>(p.tokens * p.part_count));
   torch::stable::parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token)
-      for (int i = 0; i < p.part_count; ++i) {
+    for (int64_t token = begin; token < end; ++token) {
+      const T* x = static_cast<const T*>(p.input) + token * p.input_stride;
+      for (int i = 0; i < p.part_count; x += p.parts[i++].width) {
         const Part& part = p.parts[i];
-        const T* x = static_cast<const T*>(part.input) + token * part.input_stride;
         float lanes[8] = {};
         for (int64_t c = 0; c < part.width; ++c) lanes[c % 8] += static_cast<float>(x[c]) * static_cast<float>(x[c]);
         for (int width = 4; width; width /= 2)
           for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
         sums[static_cast<size_t>(token * p.part_count + i)] = lanes[0];
       }
+    }
   });
   return sums;
 }
@@ -47,17 +48,18 @@ std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
 template <class T>
 void normalise(const ReduceRmsParams& p, int ranks, const std::vector<float>& sums) {
   torch::stable::parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token)
-      for (int i = 0; i < p.part_count; ++i) {
+    for (int64_t token = begin; token < end; ++token) {
+      const T* x = static_cast<const T*>(p.input) + token * p.input_stride;
+      for (int i = 0; i < p.part_count; x += p.parts[i++].width) {
         const Part& part = p.parts[i];
-        const T *x = static_cast<const T*>(part.input) + token * part.input_stride,
-                *w = static_cast<const T*>(part.weight);
+        const T* w = static_cast<const T*>(part.weight);
         T* out = static_cast<T*>(part.out) + token * part.width;
         const float sum = sums[static_cast<size_t>(token * p.part_count + i)];
         const float factor = 1.0f / std::sqrt(sum / static_cast<float>(part.width * ranks) + p.eps);
         for (int64_t c = 0; c < part.width; ++c)
           out[c] = static_cast<T>(static_cast<float>(x[c]) * factor * static_cast<float>(w[c]));
       }
+    }
   });
 }
 

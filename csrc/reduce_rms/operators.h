@@ -29,11 +29,10 @@ struct Operators {
     for (int64_t done = 0; done < p.tokens; done += most) {
       ReduceRmsParams some = p;
       some.tokens = std::min(most, p.tokens - done);
-      for (int i = 0; i < p.part_count; ++i) {
-        const int64_t size = peer::size_of(p.type);
-        some.parts[i].input = static_cast<const char*>(p.parts[i].input) + done * p.parts[i].input_stride * size;
-        some.parts[i].out = static_cast<char*>(p.parts[i].out) + done * p.parts[i].width * size;
-      }
+      const int64_t skip = done * peer::size_of(p.type);
+      some.input = static_cast<const char*>(p.input) + skip * p.input_stride;
+      for (int i = 0; i < p.part_count; ++i)
+        some.parts[i].out = static_cast<char*>(p.parts[i].out) + skip * p.parts[i].width;
       backend.reduce_rms(communicator, some);
     }
     if constexpr (Backend::kBlocking) peer::check_running(op, communicator);

@@ -25,11 +25,13 @@ inline void check_weight(const Argument& weight, const Argument& rows) {
   weight.same_dtype(rows).same_device(rows).rank(1).contiguous();
 }
 
-// Columns [first, first + width) of `rows`, normalised into `out`.
-inline Part part(const Tensor& rows, int64_t first, const Tensor& weight, const Tensor& out) {
-  const char* begin = static_cast<const char*>(rows.const_data_ptr());
-  return {begin + first * static_cast<int64_t>(rows.element_size()), weight.const_data_ptr(), out.mutable_data_ptr(),
-          weight.numel(), rows.size(0) > 1 ? rows.stride(0) : rows.size(1)};
+inline Part part(const Tensor& weight, const Tensor& out) {
+  return {weight.const_data_ptr(), out.mutable_data_ptr(), weight.numel()};
+}
+
+inline ReduceRmsParams params(const Argument& argument, const Tensor& rows, double eps) {
+  return {rows.const_data_ptr(),   rows.size(0) > 1 ? rows.stride(0) : rows.size(1), {}, 0, rows.size(0),
+          static_cast<float>(eps), type_of(argument)};
 }
 
 inline void check_table(const char* op, const Tensor& workspace, const Argument& rows, int64_t nranks) {
@@ -52,7 +54,9 @@ inline RmsNorm check_rms_norm(const char* op, const char* input_name, const Tens
   scale.size(0, input.size(1), ", the columns of ", input_name);
   check_eps(op, eps);
   Tensor out = new_empty(op, input, {input.size(0), input.size(1)});
-  return {{{part(input, 0, weight, out)}, 1, input.size(0), static_cast<float>(eps), type_of(rows)}, out};
+  ReduceRmsParams p = params(rows, input, eps);
+  p.parts[p.part_count++] = part(weight, out);
+  return {p, out};
 }
 
 struct QkNorm {
@@ -71,13 +75,10 @@ inline QkNorm check_qk_norm(const char* op, const Tensor& qkv, const char* weigh
         " columns, q's ", q_width, " and twice k's ", k_width);
   check_eps(op, eps);
   Tensor q = new_empty(op, qkv, {qkv.size(0), q_width}), k = new_empty(op, qkv, {qkv.size(0), k_width});
-  return {{{part(qkv, 0, weight_q, q), part(qkv, q_width, weight_k, k)},
-           2,
-           qkv.size(0),
-           static_cast<float>(eps),
-           type_of(rows)},
-          q,
-          k};
+  ReduceRmsParams p = params(rows, qkv, eps);
+  p.parts[p.part_count++] = part(weight_q, q);
+  p.parts[p.part_count++] = part(weight_k, k);
+  return {p, q, k};
 }
 
 }  // namespace abiding::reduce_rms

@@ -10,14 +10,14 @@ using peer::Type;
 // One or two tensors that are normalised over their full width, of which each rank holds `width` columns.
 constexpr int kMaxParts = 2;
 struct Part {
-  const void* input;
   const void* weight;
-  void* out;
+  void* out;  // dense
   int64_t width;
-  int64_t input_stride;  // elements from row to row; the output is dense
 };
 
 struct ReduceRmsParams {
+  const void* input;     // the parts lie side by side in its rows
+  int64_t input_stride;  // elements from row to row
   Part parts[kMaxParts];
   int part_count;
   int64_t tokens;
@@ -36,19 +36,24 @@ struct TableParams {
 // In such a slot each source has its own part, and in it each token one or two words.
 constexpr uint32_t kTableEmpty = 0x80000000;
 
-// Warps to a token: a pack a thread where tokens are few, what the registers of a team can hold where they are many. And teams
-// to a block, as many as it takes to give every token one at once.
-constexpr int kMaxTeam = 16, kMaxBlockWarps = 32, kCachedPacks = 4;
+// A team of warps takes a token, and each thread some packs of it, which it holds in registers: the fewer the sooner, the more
+// the less work for them all. 0 packs stand for more than registers hold. `once`: there is a team for every token.
+constexpr int kMaxBlockWarps = 32, kMaxTeams = 15;  // a block has 16 barriers, one is its own
 struct Shape {
-  int team, teams;
+  int packs_a_thread, team, teams;
+  bool once;
 };
 constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
-  const int64_t packs_a_thread = tokens <= 2 * max_blocks ? 1 : kCachedPacks;
-  int team = 1;
-  while (team < kMaxTeam && packs > team * 32 * packs_a_thread) team *= 2;
-  const int most = team == 1 ? kMaxBlockWarps : team == 2 ? 15 : kMaxBlockWarps / team;  // a block has 16 barriers
-  const int64_t wanted = (tokens + max_blocks - 1) / max_blocks;
-  return {team, static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most)};
+  const int64_t wanted = tokens > max_blocks ? (tokens + max_blocks - 1) / max_blocks : 1;
+  Shape shape{0, kMaxBlockWarps, 1, false};
+  for (const int each : {1, 2, 4}) {
+    const int64_t team = packs > 32 * each ? (packs + 32 * each - 1) / (32 * each) : 1;
+    if (team > kMaxBlockWarps) continue;
+    const int64_t most = team == 1 ? kMaxBlockWarps : kMaxBlockWarps / team < kMaxTeams ? kMaxBlockWarps / team : kMaxTeams;
+    shape = {each, static_cast<int>(team), static_cast<int>(wanted < most ? wanted : most), wanted <= most};
+    if (shape.once && wanted <= each) break;
+  }
+  return shape;
 }
 
 // Tokens that one call of the protocol can take. A block's share has 8 bytes for each of its tokens, counted in whole rounds of

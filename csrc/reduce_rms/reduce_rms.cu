@@ -2,6 +2,8 @@
 // sent in rank order, and scales the row, which it still holds in registers.
 #include <cuda_runtime.h>
 
+#include <limits>
+
 #include "common/half.cuh"
 #include "peer/device.cuh"
 #include "reduce_rms/kernels.h"
@@ -12,121 +14,105 @@ namespace {
 using peer::Peers;
 
 constexpr int kTableBlocks = 16;  // so few that those of 8 ranks fit on one GPU
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// The sums of squares of a token's parts, as they travel.
-template <int kParts>
-struct Sums;
-template <>
-struct Sums<1> {
-  using Words = uint32_t;
-  static __device__ __forceinline__ Words pack(const float (&s)[1]) { return __float_as_uint(s[0]); }
-  static __device__ __forceinline__ void unpack(Words w, float (&s)[1]) { s[0] = __uint_as_float(w); }
+// A token's sum of squares travels as one word, and as two words where it has two parts. Lane l of a warp has part l / 16
+// and exchanges it with rank l % 16.
+static_assert(peer::kMaxRanks == 16);
+struct Lane {
+  int part, rank;
+  __device__ __forceinline__ explicit Lane(int lane) : part(lane / 16), rank(lane % 16) {}
 };
-template <>
-struct Sums<2> {
-  using Words = uint2;
-  static __device__ __forceinline__ Words pack(const float (&s)[2]) {
-    return {__float_as_uint(s[0]), __float_as_uint(s[1])};
-  }
-  static __device__ __forceinline__ void unpack(Words w, float (&s)[2]) {
-    s[0] = __uint_as_float(w.x);
-    s[1] = __uint_as_float(w.y);
-  }
-};
-
-__device__ __forceinline__ uint32_t encode(uint32_t w) { return peer::encode(w); }
-__device__ __forceinline__ uint2 encode(uint2 w) { return {peer::encode(w.x), peer::encode(w.y)}; }
-__device__ __forceinline__ uint32_t flip(uint32_t w, uint32_t mask) { return w ^ mask; }
-__device__ __forceinline__ uint2 flip(uint2 w, uint32_t mask) { return {w.x ^ mask, w.y ^ mask}; }
 
 // Exchange over a communicator's workspaces.
+template <int kParts>
 class WorkspaceLink {
  public:
-  __device__ __forceinline__ WorkspaceLink(const Peers& peers, peer::Op op)
-      : peers_(peers), turn_(peers, peer::kScalars, op) {}
-  __device__ __forceinline__ int rank() const { return peers_.rank; }
+  __device__ __forceinline__ WorkspaceLink(const Peers& peers, Lane lane)
+      : peers_(peers), lane_(lane), turn_(peers, peer::kScalars, kParts == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm) {
+    if (!exchanges()) return;
+    const int distance = lane.rank > peers.rank ? lane.rank - peers.rank : lane.rank - peers.rank + peers.ranks;
+    to_ = turn_.place<uint32_t>(peer::kScalars, distance, peers.rank) + lane.part;
+    from_ = turn_.place<uint32_t>(peer::kScalars, 0, lane.rank) + lane.part;
+  }
+  __device__ __forceinline__ void begin() { turn_.begin(); }
   __device__ __forceinline__ int ranks() const { return peers_.ranks; }
-  __device__ __forceinline__ bool ok() const { return turn_.ok(); }
 
-  // Lane i of a warp sends to rank (rank + i) % ranks and receives from it; `index` counts the block's tokens.
-  template <class Words>
-  __device__ __forceinline__ Words exchange(int lane, int index, int64_t /*token*/, Words own) {
-    if (lane == 0 || lane >= peers_.ranks) return own;
-    const int from = peer::rank_after(peers_.rank, lane, peers_.ranks);
-    peer::store_volatile(turn_.place<Words>(peer::kScalars, lane, peers_.rank) + index, encode(own));
-    Words* place = turn_.place<Words>(peer::kScalars, 0, from) + index;
-    Words words = peer::load_volatile(place);
-    turn_.receive(place, words, from);
-    return flip(words, ~0u);
+  // What rank l % 16 has sent, for the own rank `own`, beyond the ranks 0; `index` counts the block's tokens.
+  __device__ __forceinline__ float exchange(int index, int64_t /*token*/, float own) {
+    if (!turn_.ok()) return kNan;
+    if (!exchanges()) return lane_.rank == peers_.rank ? own : 0.0f;
+    const int64_t at = turn_.slot() / static_cast<int64_t>(sizeof own) + index * kParts;
+    peer::store_volatile(to_ + at, peer::encode(__float_as_uint(own)));
+    uint32_t word = peer::load_volatile(from_ + at);
+    return turn_.receive(from_ + at, word, lane_.rank) ? __uint_as_float(peer::decode(word)) : kNan;
   }
   __device__ __forceinline__ void end() { turn_.end(); }
 
  private:
+  __device__ __forceinline__ bool exchanges() const {
+    return lane_.rank != peers_.rank && lane_.rank < peers_.ranks && lane_.part < kParts;
+  }
+
   const Peers& peers_;
+  Lane lane_;
   peer::Turn turn_;
+  uint32_t *to_ = nullptr, *from_ = nullptr;  // of even epochs
 };
 
 // Exchange over upstream's table. It has one epoch for the whole grid, which the last block to finish moves on.
+template <int kParts>
 class TableLink {
  public:
-  __device__ __forceinline__ explicit TableLink(const TableParams& table)
-      : table_(table),
-        slot_bytes_(static_cast<uint32_t>(static_cast<const int64_t*>(table.pointers[3 * table.ranks + 1])[1])),
-        epoch_(peer::load_volatile(&counters()[2])) {}
-  __device__ __forceinline__ int rank() const { return table_.rank; }
+  __device__ __forceinline__ TableLink(const TableParams& table, Lane lane) : table_(table), lane_(lane) {}
+  __device__ __forceinline__ void begin() {
+    slot_bytes_ = static_cast<uint32_t>(static_cast<const int64_t*>(table_.pointers[3 * table_.ranks + 1])[1]);
+    epoch_ = peer::load_volatile(&counters()[2]);
+  }
   __device__ __forceinline__ int ranks() const { return table_.ranks; }
-  __device__ __forceinline__ bool ok() const { return ok_; }
 
-  template <class Words>
-  __device__ __forceinline__ Words exchange(int lane, int /*index*/, int64_t token, Words own) {
-    if (lane == 0 || lane >= table_.ranks) return own;
-    const int peer = peer::rank_after(table_.rank, lane, table_.ranks);
-    if ((token + 1) * static_cast<int64_t>(sizeof(Words)) > slot_bytes_ / table_.ranks) {
-      ok_ = false;  // the table was made for fewer tokens
-      return own;
-    }
-    peer::store_volatile(place<Words>(peer, table_.rank) + token, flip(encode(own), kTableEmpty));
-    Words* from = place<Words>(table_.rank, peer) + token;
-    Words words = flip(peer::load_volatile(from), kTableEmpty);
+  __device__ __forceinline__ float exchange(int /*index*/, int64_t token, float own) {
+    if (lane_.rank >= table_.ranks || lane_.part >= kParts) return 0.0f;
+    if (lane_.rank == table_.rank) return own;
+    const uint32_t share = slot_bytes_ / table_.ranks;
+    if ((token + 1) * kParts * static_cast<int64_t>(sizeof own) > share) return kNan;  // it was made for fewer tokens
+    const int64_t at = token * kParts + lane_.part;
+    peer::store_volatile(place(lane_.rank, table_.rank) + at, peer::encode(__float_as_uint(own)) ^ kTableEmpty);
+    uint32_t* from = place(table_.rank, lane_.rank) + at;
+    uint32_t word = peer::load_volatile(from);
     uint64_t since = 0;
-    for (uint32_t polls = 1; peer::has_empty(words); ++polls) {
+    for (uint32_t polls = 1; word == kTableEmpty; ++polls) {
       if (polls % 1024 == 0) {
         const uint64_t now = peer::now_ns();
         if (since == 0) since = now;
-        if (now - since > table_.timeout_ns) {
-          ok_ = false;
-          return own;
-        }
+        if (now - since > table_.timeout_ns) return kNan;
       }
-      words = flip(peer::load_volatile(from), kTableEmpty);
+      word = peer::load_volatile(from);
     }
-    peer::store_volatile(from, flip(Words{}, kTableEmpty));
-    return flip(words, ~0u);
+    peer::store_volatile(from, kTableEmpty);
+    return __uint_as_float(peer::decode(word ^ kTableEmpty));
   }
 
   __device__ __forceinline__ void end() {
     __syncthreads();
-    if (threadIdx.x != 0 || atomicAdd(&counters()[0], 1u) != gridDim.x - 1) return;
+    if (!peer::leads_block() || atomicAdd(&counters()[0], 1u) != gridDim.x - 1) return;
     peer::store_volatile(&counters()[0], 0u);
     peer::store_volatile(&counters()[2], epoch_ + 1);
   }
 
  private:
-  template <class Words>
-  __device__ __forceinline__ Words* place(int receiver, int source) const {
+  __device__ __forceinline__ uint32_t* place(int receiver, int source) const {
     auto* buffer = static_cast<uint8_t*>(table_.pointers[2 * table_.ranks + receiver]);
-    return reinterpret_cast<Words*>(buffer + epoch_ % peer::kSlots * slot_bytes_ +
-                                    source * (slot_bytes_ / table_.ranks / 16 * 16));
+    return reinterpret_cast<uint32_t*>(buffer + epoch_ % peer::kSlots * slot_bytes_ +
+                                       source * (slot_bytes_ / table_.ranks / 16 * 16));
   }
-
   __device__ __forceinline__ uint32_t* counters() const {
     return static_cast<uint32_t*>(table_.pointers[3 * table_.ranks]);
   }
 
   const TableParams& table_;
-  uint32_t slot_bytes_;
-  uint32_t epoch_;
-  bool ok_ = true;
+  Lane lane_;
+  uint32_t slot_bytes_ = 0, epoch_ = 0;
 };
 
 template <class T, bool kVector>
@@ -158,165 +144,207 @@ __device__ __forceinline__ Pack<T, kVector> from_floats(const float (&x)[kElemen
   }
 }
 
-// Pack i of a token's parts, counted through all of them. Both parts' addresses are at hand, so that choosing is one instruction.
+// Where pack i of a token lies, counted through all its parts. Their addresses are all at hand, so that choosing is one instruction.
 template <class T, bool kVector, int kParts>
-struct Row {
+struct Columns {
   using P = Pack<T, kVector>;
-  const P* input[kParts];
-  const P* weights[kParts];
-  P* out[kParts];
+  const ReduceRmsParams& p;
   int first;  // packs of part 0
   int packs;  // of all parts
 
-  __device__ __forceinline__ Row(const ReduceRmsParams& p, int64_t token) : packs(0) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const Part& from = p.parts[part];
-      input[part] = reinterpret_cast<const P*>(static_cast<const T*>(from.input) + token * from.input_stride);
-      weights[part] = static_cast<const P*>(from.weight);
-      out[part] = reinterpret_cast<P*>(static_cast<T*>(from.out) + token * from.width);
-      const int size = static_cast<int>(from.width / kElements<T, kVector>);
-      if (part == 0) first = size;
-      packs += size;
-    }
-  }
+  __device__ __forceinline__ explicit Columns(const ReduceRmsParams& p)
+      : p(p), first(packs_of(0)), packs(kParts == 2 ? first + packs_of(1) : first) {}
+
   __device__ __forceinline__ bool in_second(int i) const { return kParts == 2 && i >= first; }
-  template <class Pointer>
-  __device__ __forceinline__ Pointer at(const Pointer (&parts)[kParts], int i) const {
-    return in_second(i) ? parts[kParts - 1] + (i - first) : parts[0] + i;
+  __device__ __forceinline__ const P* input(int64_t token) const {
+    return reinterpret_cast<const P*>(static_cast<const T*>(p.input) + token * p.input_stride);
   }
-  __device__ __forceinline__ P load(int i) const { return *at(input, i); }
-  __device__ __forceinline__ P weight(int i) const { return *at(weights, i); }
-  __device__ __forceinline__ void store(int i, const P& pack) const { *at(out, i) = pack; }
+  __device__ __forceinline__ const P* weight(int i) const {
+    const auto of = [&](int part) { return static_cast<const P*>(p.parts[part].weight); };
+    return in_second(i) ? of(1) + (i - first) : of(0) + i;
+  }
+  __device__ __forceinline__ P* out(int64_t token, int i) const {
+    const auto of = [&](int part) {
+      return reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
+    };
+    return in_second(i) ? of(1) + (i - first) : of(0) + i;
+  }
+
+ private:
+  __device__ __forceinline__ int packs_of(int part) const {
+    return static_cast<int>(p.parts[part].width / kElements<T, kVector>);
+  }
 };
 
-// A barrier among the threads of a team; barrier 0 is the block's.
-template <int kTeam>
-__device__ __forceinline__ void team_barrier(int team) {
-  if constexpr (kTeam == 1)
+template <class T, bool kVector>
+__device__ __forceinline__ float sum_of_squares(const Pack<T, kVector>& pack) {
+  constexpr int kN = kElements<T, kVector>;
+  float x[kN], sum = 0;
+  to_floats<T, kVector>(pack, x);
+#pragma unroll
+  for (int j = 0; j < kN; ++j) sum = fmaf(x[j], x[j], sum);
+  return sum;
+}
+
+template <class T, bool kVector>
+__device__ __forceinline__ Pack<T, kVector> scaled(const Pack<T, kVector>& pack, const Pack<T, kVector>& weight,
+                                                   float factor) {
+  constexpr int kN = kElements<T, kVector>;
+  float x[kN], w[kN];
+  to_floats<T, kVector>(pack, x);
+  to_floats<T, kVector>(weight, w);
+#pragma unroll
+  for (int j = 0; j < kN; ++j) x[j] = x[j] * factor * w[j];
+  return from_floats<T, kVector>(x);
+}
+
+// Keeps the compiler from unpacking what is being loaded, and so waiting for it, before this.
+__device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+template <class Element>
+__device__ __forceinline__ void not_before(Element&) {}
+
+// A team is a row of the block's threads. Barrier 0 is the block's.
+__device__ __forceinline__ void team_barrier() {
+  if (blockDim.x == 32)
     __syncwarp();
   else
-    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * kTeam) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
 }
 
-template <class T, bool kVector, int kParts, int kTeam, class Link>
-__device__ __forceinline__ void normalise_tokens(Link& link, const ReduceRmsParams& p) {
-  constexpr int kThreads = 32 * kTeam, kN = kElements<T, kVector>;
-  using P = Pack<T, kVector>;
-  using Words = typename Sums<kParts>::Words;
-  __shared__ float partial[kMaxBlockWarps][kParts];
-  __shared__ float scales[kMaxBlockWarps / kTeam][kParts];
-  const int teams = blockDim.x / kThreads;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / kTeam, thread = threadIdx.x % kThreads;
+template <int kParts>
+struct SharedSums {
+  float of_warps[kMaxBlockWarps][kParts];
+  float scales[kMaxBlockWarps][kParts];  // of teams
+};
 
-  int index = team;  // of the token within the block's share
-  for (int64_t token = int64_t{blockIdx.x} * teams + team; token < p.tokens;
-       token += int64_t{gridDim.x} * teams, index += teams) {
-    const Row<T, kVector, kParts> row(p, token);
-    P cached[kCachedPacks], weight;
-    float sums[kParts] = {};
-    const auto add = [&](int i, const P& pack) {
-      float x[kN];
-      to_floats<T, kVector>(pack, x);
-      float sum = 0;
+// From a thread's sums of squares to the team's scales. `index` is the token's within the block's share; kLast: no more follow.
+template <bool kLast, int kParts, class Link>
+__device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& link, Lane own, const float (&sums)[kParts],
+                                            int index, int64_t token, float inverse_width, float eps) {
+  const int warps = blockDim.x / 32, part = own.part < kParts ? own.part : 0;
+  // Over a warp: each half of it takes its own part.
+  float sum = sums[0];
+  float others = sums[0];
+  if constexpr (kParts == 2) (own.part == 0 ? others : sum) = sums[1];
+  sum += __shfl_xor_sync(~0u, others, 16);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sum = fmaf(x[j], x[j], sum);
-      sums[0] += row.in_second(i) ? 0.0f : sum;
-      if constexpr (kParts == 2) sums[1] += row.in_second(i) ? sum : 0.0f;
-    };
+  for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  // Over the team's warps, of which the first one goes on.
+  if (warps > 1) {
+    float(*of_warps)[kParts] = shared.of_warps + threadIdx.y * warps;
+    if (own.rank == 0 && own.part < kParts) of_warps[threadIdx.x / 32][own.part] = sum;
+    team_barrier();
+    if (threadIdx.x < 32) {
+      sum = own.rank < warps ? of_warps[own.rank][part] : 0.0f;
+      if (own.rank + 16 < warps) sum += of_warps[own.rank + 16][part];
 #pragma unroll
-    for (int c = 0; c < kCachedPacks; ++c)
-      if (thread + c * kThreads < row.packs) cached[c] = row.load(thread + c * kThreads);
-#pragma unroll
-    for (int c = 0; c < kCachedPacks; ++c)
-      if (thread + c * kThreads < row.packs) add(thread + c * kThreads, cached[c]);
-    for (int i = thread + kCachedPacks * kThreads; i < row.packs; i += kThreads) add(i, row.load(i));
-    if (thread < row.packs) weight = row.weight(thread);  // on its way while the sums travel
-
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
-#pragma unroll
-      for (int mask = 16; mask; mask /= 2) sums[part] += __shfl_xor_sync(~0u, sums[part], mask);
-    if constexpr (kTeam > 1) {
-      if (lane == 0)
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) partial[warp][part] = sums[part];
-      team_barrier<kTeam>(team);
+      for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
     }
-    if (warp % kTeam == 0) {
-      if constexpr (kTeam > 1) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          sums[part] = partial[warp + lane % kTeam][part];
-#pragma unroll
-          for (int mask = kTeam / 2; mask; mask /= 2) sums[part] += __shfl_xor_sync(~0u, sums[part], mask);
-        }
-      }
-      float inverse[kParts];  // of the full width
-#pragma unroll
-      for (int part = 0; part < kParts; ++part)
-        inverse[part] = 1.0f / static_cast<float>(p.parts[part].width * link.ranks());
-      const Words words = link.exchange(lane, index, token, Sums<kParts>::pack(sums));
-      __syncwarp();
-      const bool ok = __all_sync(~0u, link.ok());
-      float theirs[kParts];
-      Sums<kParts>::unpack(words, theirs);
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        float total = 0;
-        for (int r = 0; r < link.ranks(); ++r) {
-          const float sum =
-              __shfl_sync(~0u, theirs[part], r >= link.rank() ? r - link.rank() : r - link.rank() + link.ranks());
-          total = r == 0 ? sum : total + sum;
-        }
-        if (lane == 0) scales[team][part] = ok ? rsqrtf(total * inverse[part] + p.eps) : __uint_as_float(0x7FC00000);
-      }
-    }
-    team_barrier<kTeam>(team);
-    const auto scale = [&](int i, const P& pack, const P& by) {
-      float x[kN], w[kN];
-      to_floats<T, kVector>(pack, x);
-      to_floats<T, kVector>(by, w);
-      const float factor = scales[team][row.in_second(i)];
-#pragma unroll
-      for (int j = 0; j < kN; ++j) x[j] = x[j] * factor * w[j];
-      row.store(i, from_floats<T, kVector>(x));
-    };
-#pragma unroll
-    for (int c = 0; c < kCachedPacks; ++c)
-      if (const int i = thread + c * kThreads; i < row.packs) scale(i, cached[c], c == 0 ? weight : row.weight(i));
-    for (int i = thread + kCachedPacks * kThreads; i < row.packs; i += kThreads) scale(i, row.load(i), row.weight(i));
-    if constexpr (kTeam > 1) team_barrier<kTeam>(team);  // before the next token's sums overwrite this one's
   }
+  if (threadIdx.x < 32) {
+    const float theirs = link.exchange(index, token, sum);
+    // Nobody is waited for from here on: the next kernel may have the room that is left.
+    if (kLast && blockDim.y == 1) launch_dependents();
+    __syncwarp();
+    float total = 0;
+#pragma unroll 1
+    for (int from = 0; from < link.ranks(); from += 4)  // beyond the ranks there are zeros
+#pragma unroll
+      for (int r = 0; r < 4; ++r) total += __shfl_sync(~0u, theirs, from + r, 16);
+    if (own.rank == 0 && own.part < kParts) shared.scales[threadIdx.y][own.part] = rsqrtf(total * inverse_width + eps);
+  }
+  team_barrier();
 }
 
-template <class T, bool kVector, int kParts, int kTeam>
+template <class T, bool kVector, int kParts, int kPacks, bool kOnce, class Link, class Peer>
+__device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParams& p) {
+  using P = Pack<T, kVector>;
+  __shared__ SharedSums<kParts> shared;
+  const int thread = threadIdx.x, threads = blockDim.x, team = threadIdx.y, teams = blockDim.y;
+  const Lane own(thread % 32);
+  const Columns<T, kVector, kParts> columns(p);
+  Link link(peer, own);
+  const float full_width = static_cast<float>(p.parts[own.part < kParts ? own.part : 0].width * peer.ranks);
+  const float inverse_width = thread < 32 ? 1.0f / full_width : 0.0f;
+
+  // Calls each(c, i) for the thread's packs, of which pack i is the c-th one.
+  const auto for_packs = [&](auto each) {
+    if constexpr (kPacks == 0) {
+      for (int i = thread; i < columns.packs; i += threads) each(0, i);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kPacks; ++c)
+        if (const int i = thread + c * threads; i < columns.packs) each(c, i);
+    }
+  };
+  constexpr bool kEarly = kOnce && kPacks <= 2;  // of more packs, registers have no room for the weights
+  P held[kPacks ? kPacks : 1], weights[kPacks ? kPacks : 1];
+  int64_t token = int64_t{blockIdx.x} * teams + team;
+  const P *first = columns.input(token) + thread, *weight = columns.weight(thread);
+  P* out = columns.out(token, thread);
+  const auto load = [&] {
+    for_packs([&](int c, int i) { held[c] = kOnce && c == 0 ? *first : columns.input(token)[i]; });
+  };
+  const auto load_weights = [&] {
+    for_packs([&](int c, int i) { weights[c] = kOnce && c == 0 ? *weight : *columns.weight(i); });
+  };
+
+  if constexpr (kOnce)
+    wait_for_earlier_grids(first, weight, out);
+  else
+    wait_for_earlier_grids();
+  if (kOnce && token < p.tokens) load();
+  if (kEarly && token < p.tokens) load_weights();
+  link.begin();
+  if constexpr (kOnce)
+    for (P& pack : held) not_before(pack);
+
+  for (int index = team; token < p.tokens; index += teams) {  // the token's within the block's share
+    if constexpr (kPacks > 0 && !kOnce) load();
+    float sums[kParts] = {};
+    for_packs([&](int c, int i) {
+      if constexpr (kPacks == 0) held[c] = columns.input(token)[i];
+      const float sum = sum_of_squares<T, kVector>(held[c]);
+      sums[0] += columns.in_second(i) ? 0.0f : sum;
+      if constexpr (kParts == 2) sums[1] += columns.in_second(i) ? sum : 0.0f;
+    });
+    find_scales<kOnce>(shared, link, own, sums, index, token, inverse_width, p.eps);
+    if constexpr (kOnce && !kEarly) load_weights();
+    if constexpr (kOnce)
+      for (P& pack : weights) not_before(pack);
+    for_packs([&](int c, int i) {
+      if constexpr (kPacks == 0) held[c] = columns.input(token)[i];
+      if constexpr (!kOnce) weights[c] = *columns.weight(i);
+      *(kOnce && c == 0 ? out : columns.out(token, i)) =
+          scaled<T, kVector>(held[c], weights[c], shared.scales[team][columns.in_second(i)]);
+    });
+    if constexpr (kOnce) break;
+    token += int64_t{gridDim.x} * teams;
+    if (token < p.tokens) team_barrier();  // before the next token's sums overwrite this one's
+  }
+  launch_dependents();
+  link.end();
+}
+
+template <class T, bool kVector, int kParts, int kPacks, bool kOnce>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
     reduce_rms_kernel(const __grid_constant__ Peers peers, const __grid_constant__ ReduceRmsParams p) {
-  wait_for_earlier_grids();
-  WorkspaceLink link(peers, kParts == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm);
-  normalise_tokens<T, kVector, kParts, kTeam>(link, p);
-  link.end();
-  launch_dependents();
+  normalise<T, kVector, kParts, kPacks, kOnce, WorkspaceLink<kParts>>(peers, p);
 }
 
-template <class T, bool kVector, int kParts, int kTeam>
+template <class T, bool kVector, int kParts, int kPacks, bool kOnce>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
     reduce_rms_table_kernel(const __grid_constant__ TableParams table, const __grid_constant__ ReduceRmsParams p) {
-  wait_for_earlier_grids();
-  TableLink link(table);
-  normalise_tokens<T, kVector, kParts, kTeam>(link, p);
-  link.end();
-  launch_dependents();
+  normalise<T, kVector, kParts, kPacks, kOnce, TableLink<kParts>>(table, p);
 }
 
-template <class T, bool kVector, int kParts, int kTeam>
+template <class T, bool kVector, int kParts, int kPacks, bool kOnce>
 constexpr auto kernel_for(const Peers&) {
-  return reduce_rms_kernel<T, kVector, kParts, kTeam>;
+  return reduce_rms_kernel<T, kVector, kParts, kPacks, kOnce>;
 }
-template <class T, bool kVector, int kParts, int kTeam>
+template <class T, bool kVector, int kParts, int kPacks, bool kOnce>
 constexpr auto kernel_for(const TableParams&) {
-  return reduce_rms_table_kernel<T, kVector, kParts, kTeam>;
+  return reduce_rms_table_kernel<T, kVector, kParts, kPacks, kOnce>;
 }
 
 // `link` is what the kernel exchanges over: Peers or TableParams.
@@ -327,14 +355,16 @@ cudaError_t launch_parts(const Link& link, const ReduceRmsParams& p, int max_blo
   const Shape shape = choose_shape(packs, p.tokens, max_blocks);
   const int64_t blocks = (p.tokens + shape.teams - 1) / shape.teams;
   const auto grid = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
-  const auto threads = static_cast<unsigned>(32 * shape.team * shape.teams);
-  const auto run = [&](auto kernel) { return launch(kernel, Launch{grid, threads}, stream, link, p); };
-  switch (shape.team) {
-    case 1: return run(kernel_for<T, kVector, kParts, 1>(link));
-    case 2: return run(kernel_for<T, kVector, kParts, 2>(link));
-    case 4: return run(kernel_for<T, kVector, kParts, 4>(link));
-    case 8: return run(kernel_for<T, kVector, kParts, 8>(link));
-    default: return run(kernel_for<T, kVector, kParts, 16>(link));
+  Launch how{grid, static_cast<unsigned>(32 * shape.team)};
+  how.block_rows = static_cast<unsigned>(shape.teams);
+  const auto run = [&](auto kernel) { return launch(kernel, how, stream, link, p); };
+  switch (shape.packs_a_thread) {
+    case 0: return run(kernel_for<T, kVector, kParts, 0, false>(link));
+    case 1: return run(kernel_for<T, kVector, kParts, 1, true>(link));
+    case 2: return run(kernel_for<T, kVector, kParts, 2, true>(link));
+    default:
+      return run(shape.once ? kernel_for<T, kVector, kParts, 4, true>(link)
+                            : kernel_for<T, kVector, kParts, 4, false>(link));
   }
 }
 
@@ -342,11 +372,11 @@ cudaError_t launch_parts(const Link& link, const ReduceRmsParams& p, int max_blo
 template <class T>
 bool vectorised(const ReduceRmsParams& p) {
   constexpr int64_t kStep = 16 / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(p.input) % 16 || p.input_stride % kStep) return false;
   for (int i = 0; i < p.part_count; ++i) {
     const Part& part = p.parts[i];
-    const auto addresses = reinterpret_cast<uintptr_t>(part.input) | reinterpret_cast<uintptr_t>(part.weight) |
-                           reinterpret_cast<uintptr_t>(part.out);
-    if (addresses % 16 || part.width % kStep || part.input_stride % kStep) return false;
+    if ((reinterpret_cast<uintptr_t>(part.weight) | reinterpret_cast<uintptr_t>(part.out)) % 16) return false;
+    if (part.width % kStep) return false;
   }
   return true;
 }
