@@ -4,8 +4,10 @@ vLLM's kernel, and CPU processes beside plain PyTorch with gloo. Inputs stay in 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,16 +26,18 @@ from abiding.testing.timing import Timing
 Q_COLUMNS = 6144
 PEER_TOKENS = 2048
 """Of all ranks together. Beyond that the peer's blocks are not all resident on one GPU: it would spin for ever."""
-_PEER_LIMIT_S = 120.0
-"""Most of it is spent on loading every kernel, which virtual ranks need."""
+_PEER_LIMIT_S = 60.0
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
     """Time every number of tokens for every number of ranks."""
     cases = [case for case in PERFORMANCE if not settings.quick or case.tokens in (1, 128)]
     if "qk_norm" in settings.ops and settings.device.type == "cuda":
-        for case in cases:
-            yield _on_gpu(case, settings)
+        for ranks in sorted({_ranks(case) for case in cases}):
+            some = [case for case in cases if _ranks(case) == ranks]
+            peer = _peer_times([case for case in some if ranks * case.tokens <= PEER_TOKENS], ranks, settings)
+            for case in some:
+                yield _on_gpu(case, settings, peer.get(case.tokens))
     if "qk_norm_cpu" in settings.ops:
         for ranks in sorted({_ranks(case) for case in cases}):
             some = [case for case in cases if _ranks(case) == ranks and case.tokens <= 128]
@@ -61,22 +65,14 @@ def _ranks(case: RmsCase) -> int:
     return Q_COLUMNS // case.q
 
 
-def _on_gpu(case: RmsCase, settings: Settings) -> CaseResult:
+def _on_gpu(case: RmsCase, settings: Settings, peer: Timing | None) -> CaseResult:
     ranks = _ranks(case)
     inputs = case.make(ranks, settings.device)
     with virtual_ranks(ranks, settings.device) as comms, torch.cuda.device(settings.device):
         ours = virtual_ranks_us(ranks, lambda rank: inputs[rank].run(face, comms[rank]))
         for comm in comms:
             comm.check()
-    peers = {}
-    if settings.peer is not None and ranks * case.tokens <= PEER_TOKENS:
-        try:
-            # In a process of its own, since this peer waits without an end where its blocks do not all run at once.
-            peers["vllm"] = run_processes(
-                _peer_us, 1, str(settings.peer), case, ranks, str(settings.device), timeout_s=_PEER_LIMIT_S
-            )[0]
-        except RanksFailedError as error:
-            print(f"{ranks} ranks, {case}: no time of the peer: {error}", file=sys.stderr, flush=True)
+    peers = {} if peer is None else {"vllm": peer}
     return _result("qk_norm", case, ours, peers, settings.floors.us(ranks * case.bytes))
 
 
@@ -118,27 +114,66 @@ def _plain(inputs: RmsInputs, ranks: int) -> list[Tensor]:
 # The peer: vLLM's kernel, over the table of pointers that its callers allocate.
 
 
-def _peer_us(_: int, library: str, case: RmsCase, ranks: int, device_name: str) -> Timing:
+def _peer_times(cases: Sequence[RmsCase], ranks: int, settings: Settings) -> dict[int, Timing]:
+    """By tokens, as far as they got: in a process of its own, since where not all of the peer's blocks run at once, it
+    waits without an end."""
+    if settings.peer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "times"
+        path.touch()
+        try:
+            arguments = (str(settings.peer), cases, ranks, str(settings.device), str(path))
+            run_processes(_time_peer, 1, *arguments, timeout_s=_PEER_LIMIT_S)
+        except RanksFailedError as error:
+            print(f"{ranks} ranks: not all times of the peer: {error}", file=sys.stderr, flush=True)
+        lines = [line.split() for line in path.read_text().splitlines()]
+        return {int(tokens): Timing(float(us), float(spread_us)) for tokens, us, spread_us in lines}
+
+
+def _time_peer(_: int, library: str, cases: Sequence[RmsCase], ranks: int, device_name: str, path: str) -> None:
     torch.ops.load_library(library)
-    op: Any = torch.ops._C.minimax_allreduce_rms_qk
-    slot_bytes, device = 2 << 20, torch.device(device_name)
-    inputs = case.make(ranks, device)
-    slots = [torch.full((3 * slot_bytes // 4,), -0.0, device=device) for _ in inputs]
-    counters = [torch.zeros(3, dtype=torch.int32, device=device) for _ in inputs]
-    sizes = [torch.tensor([0, slot_bytes], device=device) for _ in inputs]
-    pointers = [0] * 2 * ranks + [slot.data_ptr() for slot in slots]
-    tables = [
-        torch.tensor([*pointers, counter.data_ptr(), size.data_ptr()], device=device)
-        for counter, size in zip(counters, sizes, strict=True)
-    ]
+    device = torch.device(device_name)
+    with torch.cuda.device(device), Path(path).open("a") as found:
+        for case in cases:
+            timing = _peer_us(case.make(ranks, device), device)
+            print(case.tokens, timing.us, timing.spread_us, file=found, flush=True)
+
+
+def _peer_us(inputs: Sequence[RmsInputs], device: torch.device) -> Timing:
+    ranks, case = len(inputs), inputs[0].case
+    buffers = [VllmTable.buffer(device) for _ in inputs]
+    tables = [VllmTable([buffer.data_ptr() for buffer in buffers], device) for _ in inputs]
     outs: list[tuple[Tensor, Tensor] | None] = [None] * ranks
 
     def call(rank: int) -> None:
-        one = inputs[rank]
-        outs[rank] = op(one.rows, one.wq, one.wk, tables[rank], case.q, case.kv, rank, ranks, case.eps)
+        outs[rank] = tables[rank].qk_norm(inputs[rank], rank)
 
-    with torch.cuda.device(device):
-        timing = virtual_ranks_us(ranks, call)
+    timing = virtual_ranks_us(ranks, call)
     ulps = [max_ulps(out, expected) for expected, out in zip(inputs[0].expected(), outs[0] or (), strict=True)]
     print(f"{ranks} ranks, {case}: the peer differs by {max(ulps)} ulps", file=sys.stderr, flush=True)
     return timing
+
+
+class VllmTable:
+    """A rank's workspace of vLLM's operator: a table of the ranks' buffers, in rank order, and its own counters."""
+
+    SLOT_BYTES = 2 << 20
+
+    @classmethod
+    def buffer(cls, device: torch.device) -> Tensor:
+        """A rank's: three slots, empty."""
+        return torch.full((3 * cls.SLOT_BYTES // 4,), -0.0, device=device)
+
+    def __init__(self, buffers: Sequence[int], device: torch.device) -> None:
+        self.ranks = len(buffers)
+        self._counters = torch.zeros(3, dtype=torch.int32, device=device)
+        self._sizes = torch.tensor([0, self.SLOT_BYTES], device=device)
+        pointers = [*[0] * 2 * self.ranks, *buffers, self._counters.data_ptr(), self._sizes.data_ptr()]
+        self._table = torch.tensor(pointers, device=device)
+
+    def qk_norm(self, one: RmsInputs, rank: int) -> tuple[Tensor, Tensor]:
+        op: Any = torch.ops._C.minimax_allreduce_rms_qk
+        case = one.case
+        q, k = op(one.rows, one.wq, one.wk, self._table, case.q, case.kv, rank, self.ranks, case.eps)
+        return q, k
