@@ -98,9 +98,9 @@ class Turn {
   // All threads of the block call this, after the wait for earlier grids.
   __device__ __forceinline__ void begin() {
     Header* own = header(peers_, 0);
-    // A second kernel on another stream would find this one's turn open. The answer is looked at last, and not waited for: as long
-    // as the compiler does not see that 1 is added, which it would do once for a warp and then tell its threads.
-    if (leads_block()) turn_ = atomicAdd(&own->turns[channel_][blockIdx.x], 1 + threadIdx.z);
+    // A second kernel on another stream would find this one's turn taken. The answer is looked at last. Of an atomic addition,
+    // compilers make one for the warp and wait for it.
+    if (leads_block()) turn_ = atomicExch(&own->turns[channel_][blockIdx.x], kTaken);
     epoch_ = load_volatile(&own->epochs[channel_][blockIdx.x]);
     // Looked at when a result is written: a call's own loads need not wait for it.
     poison_ = load_volatile(&own->poison);
@@ -110,9 +110,9 @@ class Turn {
     __syncthreads();
     if (!leads_block()) return;
     if (poison_ != 0) give_up(peers_, poison_, op_, epoch_, 0);
-    if (turn_ != 2 * epoch_) give_up(peers_, poison_word(Fault::kConcurrent, peers_.rank, peers_.rank), op_, epoch_, 0);
+    if (turn_ != epoch_) give_up(peers_, poison_word(Fault::kConcurrent, peers_.rank, peers_.rank), op_, epoch_, 0);
     store_volatile(&header(peers_, 0)->epochs[channel_][blockIdx.x], epoch_ + 1);
-    store_volatile(&header(peers_, 0)->turns[channel_][blockIdx.x], 2 * (epoch_ + 1));
+    store_volatile(&header(peers_, 0)->turns[channel_][blockIdx.x], epoch_ + 1);
   }
 
   // False: the results are NaN, whatever was received.

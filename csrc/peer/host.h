@@ -48,7 +48,7 @@ struct HostAccess {
   }
   static uint32_t load(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
   static void store(uint32_t* at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_RELAXED); }
-  static uint32_t add(uint32_t* at, uint32_t value) { return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL); }
+  static uint32_t exchange(uint32_t* at, uint32_t value) { return __atomic_exchange_n(at, value, __ATOMIC_ACQ_REL); }
   static void fence() { std::atomic_thread_fence(std::memory_order_acq_rel); }
 
   // One wait: it spins, not for long where processors are fewer than ranks, then lets others run, then sleeps.
@@ -109,9 +109,9 @@ class HostTurn {
       give_up(poison, 0);
       return;
     }
-    const uint32_t turn = Access::add(&header(0)->turns[channel][0], 1);
+    const uint32_t turn = Access::exchange(&header(0)->turns[channel][0], kTaken);
     epoch_ = Access::load(&header(0)->epochs[channel][0]);
-    if (turn != 2 * epoch_) give_up(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
+    if (turn != epoch_) give_up(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
   }
 
   bool ok() const { return ok_; }
@@ -139,13 +139,12 @@ class HostTurn {
   void next() {
     Access::fence();
     Access::store(&header(0)->epochs[channel_][0], ++epoch_);
-    Access::store(&header(0)->turns[channel_][0], 2 * epoch_ + 1);
   }
 
   void end() {
     Access::fence();
     Access::store(&header(0)->epochs[channel_][0], epoch_ + 1);
-    Access::store(&header(0)->turns[channel_][0], 2 * (epoch_ + 1));
+    Access::store(&header(0)->turns[channel_][0], epoch_ + 1);
   }
 
  private:

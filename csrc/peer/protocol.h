@@ -83,11 +83,12 @@ struct FaultRecord {
 };
 
 // The head of a workspace.
+constexpr uint32_t kTaken = ~0u;
 struct Header {
   uint32_t poison;             // a poison_word, from any rank; 0: nobody gave up
   uint32_t pid;                // the owner's process, where the workspace is host memory; 0: unknown
   uint32_t probes[kMaxRanks];  // rank r proves here that its writes arrive
-  // Per channel and block, for the owner alone: the epoch, and twice that plus 1 while a kernel is in it.
+  // Per channel and block, for the owner alone: the epoch, and the epoch once more, or kTaken while a call is in it.
   alignas(128) uint32_t epochs[kChannels][kMaxBlocks];
   alignas(128) uint32_t turns[kChannels][kMaxBlocks];
 };

@@ -41,7 +41,7 @@ int rank_at(uint64_t address) { return static_cast<int>(address >> kRankShift) -
 
 // ---- What a rank does next.
 
-enum Kind { kPoll, kLoad, kStore, kAdd, kPause, kDone };
+enum Kind { kPoll, kLoad, kStore, kExchange, kPause, kDone };
 struct Step {
   Kind kind;
   uint64_t address;  // for kPause: the header of the rank that is waited for
@@ -84,7 +84,7 @@ struct RecordedAccess {
   static void store_words(uint32_t* to, const uint32_t* from) { ask(kStore, to, *from); }
   static uint32_t load(const uint32_t* at) { return ask(kLoad, at); }
   static void store(uint32_t* at, uint32_t value) { ask(kStore, at, value); }
-  static uint32_t add(uint32_t* at, uint32_t value) { return ask(kAdd, at, value); }
+  static uint32_t exchange(uint32_t* at, uint32_t value) { return ask(kExchange, at, value); }
   static void fence() {}
   struct Wait {
     explicit Wait(int) {}
@@ -303,10 +303,8 @@ State apply(State state, size_t actor) {
   const uint32_t old = values[state.memory[variable]];
   if (step.kind == kStore && options.late && rank_at(step.address) != actors[actor].rank)
     state.send({static_cast<uint8_t>(actor), variable, values.number(step.value)});
-  else if (step.kind == kStore)
+  else if (step.kind == kStore || step.kind == kExchange)
     state.memory[variable] = values.number(step.value);
-  else if (step.kind == kAdd)
-    state.memory[variable] = values.number(old + step.value);
   state.at[actor] = follow(actor, state.at[actor], step.kind == kStore ? 0 : old);
   return is_private(nodes[state.at[actor]].next, actors[actor].rank) ? apply(state, actor) : state;
 }

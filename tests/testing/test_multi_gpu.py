@@ -46,7 +46,17 @@ def test_the_rehearsal_between_cpu_processes(ranks: int, tmp_path: Path) -> None
     assert [(case.op, case.params["bytes"], list(case.peers)) for case in timed] == [
         ("eager", size, ["gloo"]) for size in (1024, 8192, 65536)
     ]
-    for line in ("correctness: passed", "stress: passed (300 calls", "killed: passed", "| eager: bytes | abiding us"):
+    normed = [case for case in found.cases if "tokens" in case.params]
+    assert [(case.op, case.params["tokens"], list(case.peers)) for case in normed] == [
+        ("qk_norm eager", tokens, ["gloo"]) for tokens in (1, 16)
+    ]
+    for line in (
+        "correctness: passed",
+        "stress: passed (300 calls",
+        "killed: passed",
+        "| eager: bytes | abiding us",
+        "| qk_norm eager: tokens | abiding us",
+    ):
         assert line in done.stdout
 
 

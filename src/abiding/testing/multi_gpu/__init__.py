@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,34 @@ def _measure(_: Settings) -> Iterator[CaseResult]:
 
 
 def row(case: CaseResult) -> str:
-    """The number of ranks, and what has failed if anything has."""
-    return f"{case.params['ranks']} ranks{'' if case.params.get('passed', True) else ', FAILED'}"
+    """The number of ranks, of tokens where those are normalised, and what has failed if anything has."""
+    tokens = f", {case.params['tokens']} tokens" if "tokens" in case.params else ""
+    return f"{case.params['ranks']} ranks{tokens}{'' if case.params.get('passed', True) else ', FAILED'}"
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The faster of NCCL and vLLM up to 1 MiB; between 2 ranks and from a graph also 4 us up to 32 KiB."""
+    """The faster of NCCL and vLLM, of messages up to 1 MiB; between 2 ranks and from a graph also 4 us up to 32 KiB."""
     theirs = [us for name, us in case.peers.items() if name.startswith("nccl") or name == "vllm"]
-    if case.op not in BENCHMARK.ops or int(case.params["bytes"]) > 1 << 20 or not theirs:
+    if case.op not in BENCHMARK.ops or not theirs:
+        return None
+    if "tokens" in case.params:
+        return min(theirs)
+    if int(case.params["bytes"]) > 1 << 20:
         return None
     small = case.op == "graph" and case.params["ranks"] == 2 and int(case.params["bytes"]) <= 32 << 10
     return min([*theirs, 4.0] if small else theirs)
 
 
-BENCHMARK = Benchmark("multi_gpu", ("graph", "eager"), "bytes", _measure, row, target_us, overlaid=True)
+_MODES = ("graph", "eager")
+BENCHMARK = Benchmark(
+    "multi_gpu",
+    (*_MODES, *(f"qk_norm {mode}" for mode in _MODES)),
+    "bytes",
+    _measure,
+    row,
+    target_us,
+    overlaid=True,
+)
 """For tables and plots; not among the groups, since it is not run as they are."""
 
 
@@ -129,13 +144,17 @@ def run(
     add([_check("killed", ranks, go, told_s * 1e6, {"timeout_s": timeout_s})])
 
     # How long it takes, beside the peers.
+    def compare(mine: Times, phases: Iterable[tuple[str, Phase]], case: _Case) -> None:
+        begin, peers = len(results.cases), dict[str, Times]()
+        add(_cases(mine, peers, case))
+        for name, phase in phases:
+            peers[name] = _slowest(go(phase)[0])
+            add(_cases(mine, peers, case), after=begin)
+
     mine = _slowest(go(Phase("times", times.ours, limit_s=60))[0])
-    checked = len(results.cases)
-    peers: dict[str, Times] = {}
-    add(_cases(ranks, mine, peers, floors))
-    for name, phase in _peers(setting):
-        peers[name] = _slowest(go(phase)[0])
-        add(_cases(ranks, mine, peers, floors), after=checked)
+    compare(mine, _peers(setting), partial(_summed, ranks, floors))
+    mine = _slowest(go(Phase("times of qk_norm", times.qk_norm, limit_s=40))[0])
+    compare(mine, _norm_peers(setting), partial(_normed, ranks, floors))
     add(_algorithms(ranks, go, floors))
     print(_summary(results, go.errors))
     return results, go.errors
@@ -156,6 +175,14 @@ def _peers(setting: Setting) -> list[tuple[str, Phase]]:
     return found
 
 
+def _norm_peers(setting: Setting) -> list[tuple[str, Phase]]:
+    backend = "nccl" if setting.device == "cuda" and not setting.shared_gpu else "gloo"
+    found = [(backend, Phase(f"times of qk_norm around {backend}", times.plain_qk_norm, limit_s=40))]
+    if setting.device == "cuda" and setting.peer is not None:
+        found.append(("vllm", Phase("times of vllm's qk_norm", times.vllm_qk_norm, limit_s=40)))
+    return found
+
+
 def _check(op: str, ranks: int, go: _Run, us: float, more: Mapping[str, Param]) -> CaseResult:
     error = go.errors.get(op)
     params: dict[str, Param] = {"ranks": ranks, "passed": error is None, **more}
@@ -171,18 +198,31 @@ def _slowest(of_ranks: list[Times] | None) -> Times:
     return {key: max((found[key] for found in of_ranks), key=lambda timing: timing.us) for key in of_ranks[0]}
 
 
-def _cases(ranks: int, mine: Times, peers: Mapping[str, Times], floors: Floors) -> Iterator[CaseResult]:
-    for mode in ("graph", "eager"):
-        for (its_mode, size), timing in mine.items():
+_Case = Callable[[str, int, Timing, Mapping[str, Timing]], CaseResult]
+"""Of a mode, bytes or tokens, our time and the peers'."""
+
+
+def _cases(mine: Times, peers: Mapping[str, Times], case: _Case) -> Iterator[CaseResult]:
+    for mode in _MODES:
+        for (its_mode, point), timing in mine.items():
             if its_mode == mode:
-                theirs = {name: found[mode, size] for name, found in peers.items() if (mode, size) in found}
-                yield _timed(mode, ranks, size, timing, theirs, floors)
+                theirs = {name: found[mode, point] for name, found in peers.items() if (mode, point) in found}
+                yield case(mode, point, timing, theirs)
 
 
-def _timed(op: str, ranks: int, size: int, timing: Timing, peers: Mapping[str, Timing], floors: Floors) -> CaseResult:
+def _summed(ranks: int, floors: Floors, op: str, size: int, timing: Timing, peers: Mapping[str, Timing]) -> CaseResult:
     params: dict[str, Param] = {"bytes": size, "ranks": ranks, "dtype": "bfloat16"}
     floor_us = floors.us(2 * size) if floors.copy_gbps else 0.0
     return CaseResult.of(op, params, timing, peers, warm=True, floor_us=floor_us)
+
+
+def _normed(
+    ranks: int, floors: Floors, mode: str, tokens: int, timing: Timing, peers: Mapping[str, Timing]
+) -> CaseResult:
+    case = times.norm_case(tokens, ranks)
+    params: dict[str, Param] = {"tokens": tokens, "ranks": ranks, "q": case.q, "kv": case.kv or 0, "dtype": "bfloat16"}
+    floor_us = floors.us(case.bytes) if floors.copy_gbps else 0.0
+    return CaseResult.of(f"qk_norm {mode}", params, timing, peers, warm=True, floor_us=floor_us)
 
 
 def _algorithms(ranks: int, go: _Run, floors: Floors) -> Iterator[CaseResult]:
@@ -192,7 +232,7 @@ def _algorithms(ranks: int, go: _Run, floors: Floors) -> Iterator[CaseResult]:
     for name in ("one-shot", "two-shot"):
         for (mode, size), timing in _slowest(go(Phase(name, times.algorithm, (name,), limit_s=40))[0]).items():
             if mode == "graph":
-                yield _timed(name, ranks, size, timing, {}, floors)
+                yield _summed(ranks, floors, name, size, timing, {})
 
 
 def _in_short(error: RanksFailedError, may_die: Collection[int]) -> str:
@@ -222,9 +262,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
                 "killed": f"told after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
             }[op]
             parts.append(f"{op}: {verdict} ({what})" if case.params["passed"] else f"{op}: {verdict}")
-    for op in ("graph", "eager"):
-        if cases := by_op.get(op):
-            parts.append(_table(op, cases))
+    parts += [_table(op, by_op[op]) for op in BENCHMARK.ops if op in by_op]
     one, two = ([(int(c.params["bytes"]), c.us) for c in by_op.get(name, [])] for name in ("one-shot", "two-shot"))
     if one and two:
         ranks = by_op["one-shot"][0].params["ranks"]
@@ -237,18 +275,17 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
 
 
 def _table(op: str, cases: Sequence[CaseResult]) -> str:
-    """A line a size: ours, as microseconds and as the bandwidth that a ring would need on each link, then the peers."""
+    """A line a size: ours, for a message also as the bandwidth that a ring would need on each link, then the peers."""
     peers = sorted({name for case in cases for name in case.peers})
+    axis = "bytes" if "bytes" in cases[0].params else "tokens"
     lines = []
     for case in cases:
-        size, ranks = int(case.params["bytes"]), int(case.params["ranks"])
-        gbps = 2 * (ranks - 1) / ranks * size / case.us / 1e3
+        point, ranks = int(case.params[axis]), int(case.params["ranks"])
+        gbps = [f"{2 * (ranks - 1) / ranks * point / case.us / 1e3:.2f}"] if axis == "bytes" else []
         theirs = [f"{case.peers[name]:.2f}" if name in case.peers else "-" for name in peers]
         best = min(case.peers.values(), default=None)
-        lines.append(
-            [str(size), f"{case.us:.2f}", f"{gbps:.2f}", *theirs, "-" if best is None else f"{case.us / best:.2f}"]
-        )
-    return table([f"{op}: bytes", "abiding us", "GB/s", *peers, "/ best"], lines)
+        lines.append([str(point), f"{case.us:.2f}", *gbps, *theirs, "-" if best is None else f"{case.us / best:.2f}"])
+    return table([f"{op}: {axis}", "abiding us", *(["GB/s"] if axis == "bytes" else []), *peers, "/ best"], lines)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -303,4 +340,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output is not None:
         say(f"Wrote {output / results.file_name}")
     faulthandler.cancel_dump_traceback_later()
-    sys.exit(1 if errors.keys() & {"correctness", "stress", "killed", "times"} else 0)
+    sys.exit(1 if errors.keys() & {"correctness", "stress", "killed", "times", "times of qk_norm"} else 0)

@@ -1,5 +1,5 @@
-"""How long the all-reduce takes between the ranks, and how long the peers take: one after another, in processes of
-their own, so that a peer that fails takes nothing with it. Messages stay in the caches from call to call.
+"""How long the collectives take between the ranks, and how long the peers take: one after another, in processes of
+their own, so that a peer that fails takes nothing with it. Inputs stay in the caches from call to call.
 
 The functions that take a rank run in every process and return its times; the slowest rank's count.
 """
@@ -17,18 +17,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from abiding import reduce_rms
 from abiding.communicator import Communicator
 from abiding.testing.benchmarks.all_reduce import at_address
+from abiding.testing.benchmarks.reduce_rms import K_COLUMNS, Q_COLUMNS, VllmTable, plain
+from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
+from abiding.testing.comparison import assert_close
 from abiding.testing.multi_gpu.checks import Setting, insist_on_shared_memory, joined
 from abiding.testing.multi_gpu.sglang import SGLang
 from abiding.testing.timing import Floors, Timing, graph_us
 
 Times = dict[tuple[str, int], Timing]
-"""By "eager" or "graph" and bytes."""
+"""By "eager" or "graph" and bytes, or tokens."""
 Made = tuple[Tensor, Callable[[], Tensor]]
 """A message, and a call that sums it up and returns the sum."""
 
 LARGEST = 64 << 20
+TOKENS = (1, 16, 64, 128, 256, 1024, 2048, 4096)
 _VLLM_LARGEST = 8 << 20
 _NODES, _REPETITIONS = 20, 11
 
@@ -52,7 +57,7 @@ def ours(rank: int, setting: Setting) -> Times:
         Communicator(group, device=device, max_bytes=LARGEST, timeout_s=setting.timeout_s) as comm,
     ):
         insist_on_shared_memory(comm)
-        times = _measure(setting, comm.ranks, sizes(setting), partial(_of_communicator, comm))
+        times = _sums(setting, comm.ranks, sizes(setting), partial(_of_communicator, comm))
         comm.check()
         return times
 
@@ -99,7 +104,7 @@ def _of_group(setting: Setting, group: dist.ProcessGroup | None, memory: Tensor,
 
         return x, call
 
-    return _measure(setting, dist.get_world_size(), sizes(setting), make, graphs=graphs)
+    return _sums(setting, dist.get_world_size(), sizes(setting), make, graphs=graphs)
 
 
 def symmetric_memory(rank: int, setting: Setting, name: str) -> Times:
@@ -116,7 +121,7 @@ def symmetric_memory(rank: int, setting: Setting, name: str) -> Times:
             x = memory[: size // 2]
             return x, partial(op, x, "sum", group.group_name)
 
-        return _measure(setting, dist.get_world_size(), sizes(setting), make)
+        return _sums(setting, dist.get_world_size(), sizes(setting), make)
 
 
 def vllm(rank: int, setting: Setting) -> Times:
@@ -126,19 +131,8 @@ def vllm(rank: int, setting: Setting) -> Times:
     torch.ops.load_library(setting.peer)
     ops: Any = torch.ops._C_custom_ar
     with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
-
-        def shared(size: int) -> list[int]:
-            """Memory of every rank, as addresses here."""
-            address, handle = ops.allocate_shared_buffer_and_handle(size)
-            stack.callback(ops.free_shared_buffer, address)
-            handles: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(handles, handle.tolist())
-            return [
-                address if other == rank else ops.open_mem_handle(torch.tensor(theirs, dtype=torch.uint8))
-                for other, theirs in enumerate(handles)
-            ]
-
-        signals, buffers = shared(ops.meta_size() + _VLLM_LARGEST), shared(_VLLM_LARGEST)
+        signals = _vllm_shared(ops.meta_size() + _VLLM_LARGEST, rank, stack)
+        buffers = _vllm_shared(_VLLM_LARGEST, rank, stack)
         arena = torch.empty(8 << 20, dtype=torch.uint8, device=device)
         handle = ops.init_custom_ar(signals, arena, rank, True)
         stack.callback(ops.dispose, handle)
@@ -178,10 +172,23 @@ def vllm(rank: int, setting: Setting) -> Times:
             dist.barrier()
 
         some = sizes(setting, _VLLM_LARGEST)
-        times = _measure(setting, dist.get_world_size(), some, make, capture=capture, eager=of_engine)
+        times = _sums(setting, dist.get_world_size(), some, make, capture=capture, eager=of_engine)
         torch.cuda.synchronize(device)
         dist.barrier()
         return times
+
+
+def _vllm_shared(size: int, rank: int, stack: ExitStack) -> list[int]:
+    """Memory of every rank, as addresses here."""
+    ops: Any = torch.ops._C_custom_ar
+    address, handle = ops.allocate_shared_buffer_and_handle(size)
+    stack.callback(ops.free_shared_buffer, address)
+    handles: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(handles, handle.tolist())
+    return [
+        address if other == rank else ops.open_mem_handle(torch.tensor(theirs, dtype=torch.uint8))
+        for other, theirs in enumerate(handles)
+    ]
 
 
 def sglang(rank: int, setting: Setting) -> Times:
@@ -207,7 +214,7 @@ def sglang(rank: int, setting: Setting) -> Times:
             dist.barrier()
 
         some = [size for size in sizes(setting) if comm.should_custom_ar(memory[: size // 2])]
-        times = _measure(setting, dist.get_world_size(), some, make, capture=capture)
+        times = _sums(setting, dist.get_world_size(), some, make, capture=capture)
         torch.cuda.synchronize(device)
         dist.barrier()
         comm.close()
@@ -228,7 +235,7 @@ def algorithm(rank: int, setting: Setting, name: str) -> Times:
         assert comm._link is not None
         limit = {"one-shot": LARGEST, "two-shot": 0}[name]
         torch.ops.abiding_custom_ar.configure(comm._link.handle, comm.timeout_s, comm._link.max_blocks, limit)
-        times = _measure(setting, comm.ranks, some, partial(_of_communicator, comm))
+        times = _sums(setting, comm.ranks, some, partial(_of_communicator, comm))
         comm.check()
         return times
 
@@ -246,10 +253,72 @@ def hand_over(one_shot: Sequence[tuple[int, float]], two_shot: Sequence[tuple[in
     return best or None
 
 
+# --- qk_norm ----------------------------------------------------------------------------------------------------------
+
+
+def norm_case(tokens: int, ranks: int) -> RmsCase:
+    """The rows of MiniMax M2 as they lie on one of so many ranks."""
+    return RmsCase(tokens, Q_COLUMNS // ranks, K_COLUMNS // ranks)
+
+
+def qk_norm(rank: int, setting: Setting) -> Times:
+    """Abiding's kernel."""
+    with (
+        joined(rank, setting, nccl=False) as (device, group),
+        Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
+    ):
+        insist_on_shared_memory(comm)
+        times = _norms(setting, rank, device, lambda one: one.run(reduce_rms, comm))
+        comm.check()
+        return times
+
+
+def plain_qk_norm(rank: int, setting: Setting) -> Times:
+    """Torch's operators around the group's all-reduce of the sums of squares."""
+    with joined(rank, setting) as (device, group):
+        world = dist.get_world_size()
+        return _norms(setting, rank, device, lambda one: plain(one, world, group), graphs=group is not None)
+
+
+def vllm_qk_norm(rank: int, setting: Setting) -> Times:
+    """vLLM's kernel over a workspace as its callers make it."""
+    assert setting.peer is not None
+    torch.ops.load_library(setting.peer)
+    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
+        empty = VllmTable.buffer(device)
+        buffers = _vllm_shared(empty.nbytes, rank, stack)
+        at_address(buffers[rank], empty)
+        table = VllmTable(buffers, device)
+        torch.cuda.synchronize(device)
+        dist.barrier()
+        times = _norms(setting, rank, device, lambda one: list(table.qk_norm(one, rank)))
+        torch.cuda.synchronize(device)
+        dist.barrier()
+        return times
+
+
+def _norms(
+    setting: Setting,
+    rank: int,
+    device: torch.device,
+    norm: Callable[[RmsInputs], list[Tensor]],
+    *,
+    graphs: bool = True,
+) -> Times:
+    def make(tokens: int) -> Callable[[], object]:
+        ranks = dist.get_world_size()
+        one = norm_case(tokens, ranks).make(ranks, device)[rank]
+        for out, expected in zip(norm(one), one.expected(), strict=True):
+            assert_close(out, expected, ulps=2, name=f"{tokens} tokens")
+        return partial(norm, one)
+
+    return _measure(setting, TOKENS[:2] if setting.quick else TOKENS, make, graphs=graphs)
+
+
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
-def _measure(
+def _sums(
     setting: Setting,
     ranks: int,
     some: Sequence[int],
@@ -261,14 +330,34 @@ def _measure(
 ) -> Times:
     """`make` makes the calls in graphs, each captured within a context of `capture`, and, unless `eager` does, those
     without."""
+    return _measure(
+        setting,
+        some,
+        lambda size: _checked(make(size), ranks),
+        graphs=graphs,
+        capture=capture,
+        eager=lambda size: _checked((eager or make)(size), ranks),
+    )
+
+
+def _measure(
+    setting: Setting,
+    points: Sequence[int],
+    make: Callable[[int], Callable[[], object]],
+    *,
+    graphs: bool,
+    capture: Callable[[], AbstractContextManager[object]] = nullcontext,
+    eager: Callable[[int], Callable[[], object]] | None = None,
+) -> Times:
+    """Of calls for each point, which have been checked when they are made."""
     times: Times = {}
-    for size in some:
-        call = _checked((eager or make)(size), ranks)
-        times["eager", size] = Timing.of(list(_eager_us(call, setting.device, 20 if size <= 1 << 20 else 5)))
+    for point in points:
+        call = (eager or make)(point)
+        times["eager", point] = Timing.of(list(_eager_us(call, setting.device, 20 if point <= 1 << 20 else 5)))
         if setting.device == "cuda" and graphs:
-            call = _checked(make(size), ranks)
+            call = make(point)
             dist.barrier()
-            times["graph", size] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, capture=capture)
+            times["graph", point] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, capture=capture)
     return times
 
 
