@@ -243,9 +243,9 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& li
   }
   if (threadIdx.x < 32) {
     const float theirs = link.exchange(index, token, sum);
-    // Nobody is waited for from here on: the next kernel may have the room that is left.
-    if (kLast && blockDim.y == 1) launch_dependents();
     __syncwarp();
+    // Nobody is waited for from here on: the next kernel may have the room that is left. Any lane says so for the block.
+    if (kLast && blockDim.y == 1) launch_dependents();
     float total = 0;
 #pragma unroll 1
     for (int from = 0; from < link.ranks(); from += 4)  // beyond the ranks there are zeros

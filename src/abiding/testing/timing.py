@@ -31,6 +31,10 @@ class Timing:
     us: float
     spread_us: float
 
+    def __sub__(self, other: Timing) -> Timing:
+        """What is left without a part that was timed alone."""
+        return Timing(self.us - other.us, self.spread_us + other.spread_us)
+
     @staticmethod
     def of(samples_us: Sequence[float]) -> Timing:
         """The timing that these repetitions amount to."""

@@ -1,11 +1,16 @@
 """Times of the reduce-RMS of MiniMax M2 (6144 columns of Q, 1024 of K over all ranks): virtual ranks on one GPU beside
-vLLM's kernel, and CPU processes beside plain PyTorch with gloo. Inputs stay in the L2 cache from call to call."""
+vLLM's kernel, and CPU processes beside plain PyTorch with gloo. Inputs stay in the L2 cache from call to call.
+
+On a GPU every call follows an ordinary kernel, as it does in a model, and that kernel's time is taken off: calls of
+vLLM's kernel that follow each other directly may wait for ever, since it reads its counters before the kernel in front
+has ended.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,11 +74,31 @@ def _on_gpu(case: RmsCase, settings: Settings, peer: Timing | None) -> CaseResul
     ranks = _ranks(case)
     inputs = case.make(ranks, settings.device)
     with virtual_ranks(ranks, settings.device) as comms, torch.cuda.device(settings.device):
-        ours = virtual_ranks_us(ranks, lambda rank: inputs[rank].run(face, comms[rank]))
+        ours = _spaced_us(ranks, lambda rank: inputs[rank].run(face, comms[rank]))
         for comm in comms:
             comm.check()
     peers = {} if peer is None else {"vllm": peer}
     return _result("qk_norm", case, ours, peers, settings.floors.us(ranks * case.bytes))
+
+
+def _spaced_us(ranks: int, call: Callable[[int], object]) -> Timing:
+    spacers = [Spacer(torch.device("cuda")) for _ in range(ranks)]
+
+    def both(rank: int) -> None:
+        spacers[rank]()
+        call(rank)
+
+    return virtual_ranks_us(ranks, both) - virtual_ranks_us(ranks, lambda rank: spacers[rank]())
+
+
+class Spacer:
+    """An ordinary kernel, one that does not let the next one start before its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._word = torch.zeros(1, device=device)
+
+    def __call__(self) -> None:
+        self._word.add_(1)
 
 
 def _result(op: str, case: RmsCase, ours: Timing, peers: dict[str, Timing], floor_us: float) -> CaseResult:
@@ -150,7 +175,7 @@ def _peer_us(inputs: Sequence[RmsInputs], device: torch.device) -> Timing:
     def call(rank: int) -> None:
         outs[rank] = tables[rank].qk_norm(inputs[rank], rank)
 
-    timing = virtual_ranks_us(ranks, call)
+    timing = _spaced_us(ranks, call)
     ulps = [max_ulps(out, expected) for expected, out in zip(inputs[0].expected(), outs[0] or (), strict=True)]
     print(f"{ranks} ranks, {case}: the peer differs by {max(ulps)} ulps", file=sys.stderr, flush=True)
     return timing

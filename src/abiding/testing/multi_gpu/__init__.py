@@ -40,7 +40,7 @@ def _measure(_: Settings) -> Iterator[CaseResult]:
 
 def row(case: CaseResult) -> str:
     """The number of ranks, of tokens where those are normalised, and what has failed if anything has."""
-    tokens = f", {case.params['tokens']} tokens" if "tokens" in case.params else ""
+    tokens = f", tokens {case.params['tokens']}" if "tokens" in case.params else ""
     return f"{case.params['ranks']} ranks{tokens}{'' if case.params.get('passed', True) else ', FAILED'}"
 
 
