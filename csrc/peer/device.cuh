@@ -19,14 +19,6 @@ __device__ __forceinline__ void store_volatile(uint4* at, const uint4& v) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-__device__ __forceinline__ uint2 load_volatile(const uint2* at) {
-  uint2 v;
-  asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-  return v;
-}
-__device__ __forceinline__ void store_volatile(uint2* at, const uint2& v) {
-  asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(v.x), "r"(v.y) : "memory");
-}
 __device__ __forceinline__ uint32_t load_volatile(const uint32_t* at) {
   return *static_cast<const volatile uint32_t*>(at);
 }
@@ -43,7 +35,6 @@ __device__ __forceinline__ uint4 decode(const uint4& v) { return {decode(v.x), d
 __device__ __forceinline__ bool has_empty(const uint4& v) {
   return v.x == kEmpty || v.y == kEmpty || v.z == kEmpty || v.w == kEmpty;
 }
-__device__ __forceinline__ bool has_empty(const uint2& v) { return v.x == kEmpty || v.y == kEmpty; }
 __device__ __forceinline__ bool has_empty(uint32_t v) { return v == kEmpty; }
 
 // The rank that comes i after a rank, for i up to ranks: (rank + i) % ranks without a division.

@@ -82,8 +82,9 @@ struct FaultRecord {
   uint64_t waited_ns;
 };
 
+constexpr uint32_t kTaken = ~0u;  // a turn
+
 // The head of a workspace.
-constexpr uint32_t kTaken = ~0u;
 struct Header {
   uint32_t poison;             // a poison_word, from any rank; 0: nobody gave up
   uint32_t pid;                // the owner's process, where the workspace is host memory; 0: unknown

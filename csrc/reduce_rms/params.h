@@ -55,6 +55,14 @@ constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
   }
   return shape;
 }
+constexpr bool is_shape(const Shape& shape, int packs_a_thread, int team, int teams, bool once) {
+  return shape.packs_a_thread == packs_a_thread && shape.team == team && shape.teams == teams && shape.once == once;
+}
+static_assert(is_shape(choose_shape(448, 1, 128), 1, 14, 1, true) && is_shape(choose_shape(448, 256, 128), 2, 7, 2, true) &&
+              is_shape(choose_shape(448, 1024, 128), 4, 4, 8, true) &&
+              is_shape(choose_shape(448, 2048, 128), 4, 4, 8, false) &&
+              is_shape(choose_shape(4097, 1, 128), 0, 32, 1, false) &&
+              is_shape(choose_shape(3, 4097, 128), 4, 1, 32, false) && is_shape(choose_shape(0, 1, 1), 1, 1, 1, true));
 
 // Tokens that one call of the protocol can take. A block's share has 8 bytes for each of its tokens, counted in whole rounds of
 // its teams.
