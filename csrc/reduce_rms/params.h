@@ -49,7 +49,9 @@ constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
   for (const int each : {1, 2, 4}) {
     const int64_t team = packs > 32 * each ? (packs + 32 * each - 1) / (32 * each) : 1;
     if (team > kMaxBlockWarps) continue;
-    const int64_t most = team == 1 ? kMaxBlockWarps : kMaxBlockWarps / team < kMaxTeams ? kMaxBlockWarps / team : kMaxTeams;
+    const int64_t most = team == 1                           ? kMaxBlockWarps
+                         : kMaxBlockWarps / team < kMaxTeams ? kMaxBlockWarps / team
+                                                             : kMaxTeams;
     shape = {each, static_cast<int>(team), static_cast<int>(wanted < most ? wanted : most), wanted <= most};
     if (shape.once && wanted <= each) break;
   }
@@ -58,7 +60,8 @@ constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
 constexpr bool is_shape(const Shape& shape, int packs_a_thread, int team, int teams, bool once) {
   return shape.packs_a_thread == packs_a_thread && shape.team == team && shape.teams == teams && shape.once == once;
 }
-static_assert(is_shape(choose_shape(448, 1, 128), 1, 14, 1, true) && is_shape(choose_shape(448, 256, 128), 2, 7, 2, true) &&
+static_assert(is_shape(choose_shape(448, 1, 128), 1, 14, 1, true) &&
+              is_shape(choose_shape(448, 256, 128), 2, 7, 2, true) &&
               is_shape(choose_shape(448, 1024, 128), 4, 4, 8, true) &&
               is_shape(choose_shape(448, 2048, 128), 4, 4, 8, false) &&
               is_shape(choose_shape(4097, 1, 128), 0, 32, 1, false) &&

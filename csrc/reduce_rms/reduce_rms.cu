@@ -219,8 +219,9 @@ struct SharedSums {
 
 // From a thread's sums of squares to the team's scales. `index` is the token's within the block's share; kLast: no more follow.
 template <bool kLast, int kParts, class Link>
-__device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& link, Lane own, const float (&sums)[kParts],
-                                            int index, int64_t token, float inverse_width, float eps) {
+__device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& link, Lane own,
+                                            const float (&sums)[kParts], int index, int64_t token, float inverse_width,
+                                            float eps) {
   const int warps = blockDim.x / 32, part = own.part < kParts ? own.part : 0;
   // Over a warp: each half of it takes its own part.
   float sum = sums[0];
@@ -231,7 +232,7 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& li
   for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
   // Over the team's warps, of which the first one goes on.
   if (warps > 1) {
-    float(*of_warps)[kParts] = shared.of_warps + threadIdx.y * warps;
+    float (*of_warps)[kParts] = shared.of_warps + threadIdx.y * warps;
     if (own.rank == 0 && own.part < kParts) of_warps[threadIdx.x / 32][own.part] = sum;
     team_barrier();
     if (threadIdx.x < 32) {
