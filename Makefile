@@ -43,7 +43,7 @@ else
 	for group in $(BENCHMARKS); do $(BIN)/python $$group || exit; done
 endif
 
-multi-gpu: $(if $(GPU),setup) ## check and time the collectives between several GPUs, in 8 minutes
+multi-gpu: $(if $(GPU),setup) ## check and time the collectives between several GPUs, in less than 8 minutes
 ifeq ($(GPU),)
 	@echo "this needs several GPUs, and none is visible here; benchmarks/multi_gpu.py --device cpu rehearses it"
 else

@@ -2,6 +2,8 @@
 // in each step, so that threads need not wait for each other. Sums are float32 in rank order, rounded once.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "all_reduce/kernels.h"
 #include "common/half.cuh"
 #include "peer/device.cuh"
@@ -270,13 +272,16 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
     return launch(algorithm == Algorithm::kOneShot ? one_shot : two_shot, Launch{shape.blocks, shape.threads}, stream,
                   peers, message, packs, shape.each);
   };
-  if constexpr (kAligned) {  // what is unaligned is slow anyhow
-    const Shape shape = choose_shape(run, peers.blocks, kMaxThreads<kRanks, true>);
-    if (shape.each <= static_cast<int>(shape.threads))
+  // Blocks and their runs are the same on ranks whose messages are not aligned alike.
+  constexpr unsigned kMost = kMaxThreads<kRanks, false>;
+  Shape shape = choose_shape(run, peers.blocks, kMaxThreads<kRanks, true>);
+  const bool once = shape.each <= static_cast<int>(shape.threads);
+  if constexpr (kAligned)  // what is unaligned is slow anyhow
+    if (once)
       return start(&one_shot_kernel<T, kAligned, kRanks, true>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
-  }
-  return start(&one_shot_kernel<T, kAligned, kRanks, false>, &two_shot_kernel<T, kAligned, kRanks, false>,
-               choose_shape(run, peers.blocks, kMaxThreads<kRanks, false>));
+  if (!once) shape = choose_shape(run, peers.blocks, kMost);
+  shape.threads = std::min(shape.threads, kMost);
+  return start(&one_shot_kernel<T, kAligned, kRanks, false>, &two_shot_kernel<T, kAligned, kRanks, false>, shape);
 }
 
 template <class T, bool kAligned>

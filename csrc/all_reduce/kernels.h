@@ -7,7 +7,7 @@
 
 namespace abiding::all_reduce {
 
-// One call of the protocol: at most capacity(algorithm, ranks) bytes.
+// One call of the protocol: at most capacity(algorithm, ranks, max_blocks) bytes.
 cudaError_t all_reduce(const peer::Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream);
 
 }  // namespace abiding::all_reduce

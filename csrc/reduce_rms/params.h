@@ -26,7 +26,7 @@ struct ReduceRmsParams {
 };
 
 // Upstream's workspace, a device array of 3 N + 2 pointers: [2N, 3N) the ranks' buffers, each of three slots whose words are
-// -0.0 where empty; [3N] three counters {blocks that are done, -, epoch}; [3N + 1] two sizes {-, bytes of a slot}.
+// -0.0 where empty, the third of no use here; [3N] three counters {blocks that are done, -, epoch}; [3N + 1] two sizes {-, bytes of a slot}.
 struct TableParams {
   void* const* pointers;
   int rank, ranks;
@@ -36,8 +36,10 @@ struct TableParams {
 // In such a slot each source has its own part, and in it each token one or two words.
 constexpr uint32_t kTableEmpty = 0x80000000;
 
-// A team of warps takes a token, and each thread some packs of it, which it holds in registers: the fewer the sooner, the more
-// the less work for them all. 0 packs stand for more than registers hold. `once`: there is a team for every token.
+// A team of warps takes a token, and each thread holds some packs of it, 16 bytes each, in registers. With one pack a token takes
+// the least time; with more, all its warps together execute fewer instructions, which counts where tokens are many. 0 packs
+// stand for more than registers hold. `once`: there is a team for every token. All ranks have the same shape, since it depends
+// on sizes alone.
 constexpr int kMaxBlockWarps = 32, kMaxTeams = 15;  // a block has 16 barriers, one is its own
 struct Shape {
   int packs_a_thread, team, teams;

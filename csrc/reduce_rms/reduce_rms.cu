@@ -38,7 +38,7 @@ class WorkspaceLink {
   __device__ __forceinline__ void begin() { turn_.begin(); }
   __device__ __forceinline__ int ranks() const { return peers_.ranks; }
 
-  // What rank l % 16 has sent, for the own rank `own`, beyond the ranks 0; `index` counts the block's tokens.
+  // The sum of rank l % 16, 0 where there is none such; `own` is that of this rank, and `index` counts the block's tokens.
   __device__ __forceinline__ float exchange(int index, int64_t /*token*/, float own) {
     if (!turn_.ok()) return kNan;
     if (!exchanges()) return lane_.rank == peers_.rank ? own : 0.0f;
@@ -67,6 +67,7 @@ class TableLink {
   __device__ __forceinline__ TableLink(const TableParams& table, Lane lane) : table_(table), lane_(lane) {}
   __device__ __forceinline__ void begin() {
     slot_bytes_ = static_cast<uint32_t>(static_cast<const int64_t*>(table_.pointers[3 * table_.ranks + 1])[1]);
+    share_bytes_ = slot_bytes_ / table_.ranks / 16 * 16;
     epoch_ = peer::load_volatile(&counters()[2]);
   }
   __device__ __forceinline__ int ranks() const { return table_.ranks; }
@@ -74,8 +75,8 @@ class TableLink {
   __device__ __forceinline__ float exchange(int /*index*/, int64_t token, float own) {
     if (lane_.rank >= table_.ranks || lane_.part >= kParts) return 0.0f;
     if (lane_.rank == table_.rank) return own;
-    const uint32_t share = slot_bytes_ / table_.ranks;
-    if ((token + 1) * kParts * static_cast<int64_t>(sizeof own) > share) return kNan;  // it was made for fewer tokens
+    if (gave_up_ || (token + 1) * kParts * static_cast<int64_t>(sizeof own) > share_bytes_)
+      return kNan;  // the table may have been made for fewer tokens
     const int64_t at = token * kParts + lane_.part;
     peer::store_volatile(place(lane_.rank, table_.rank) + at, peer::encode(__float_as_uint(own)) ^ kTableEmpty);
     uint32_t* from = place(table_.rank, lane_.rank) + at;
@@ -85,7 +86,10 @@ class TableLink {
       if (polls % 1024 == 0) {
         const uint64_t now = peer::now_ns();
         if (since == 0) since = now;
-        if (now - since > table_.timeout_ns) return kNan;
+        if (now - since > table_.timeout_ns) {
+          gave_up_ = true;
+          return kNan;
+        }
       }
       word = peer::load_volatile(from);
     }
@@ -103,8 +107,7 @@ class TableLink {
  private:
   __device__ __forceinline__ uint32_t* place(int receiver, int source) const {
     auto* buffer = static_cast<uint8_t*>(table_.pointers[2 * table_.ranks + receiver]);
-    return reinterpret_cast<uint32_t*>(buffer + epoch_ % peer::kSlots * slot_bytes_ +
-                                       source * (slot_bytes_ / table_.ranks / 16 * 16));
+    return reinterpret_cast<uint32_t*>(buffer + epoch_ % peer::kSlots * slot_bytes_ + source * share_bytes_);
   }
   __device__ __forceinline__ uint32_t* counters() const {
     return static_cast<uint32_t*>(table_.pointers[3 * table_.ranks]);
@@ -112,7 +115,8 @@ class TableLink {
 
   const TableParams& table_;
   Lane lane_;
-  uint32_t slot_bytes_ = 0, epoch_ = 0;
+  uint32_t slot_bytes_ = 0, share_bytes_ = 0, epoch_ = 0;
+  bool gave_up_ = false;
 };
 
 template <class T, bool kVector>
@@ -281,6 +285,7 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
   constexpr bool kEarly = kOnce && kPacks <= 2;  // of more packs, registers have no room for the weights
   P held[kPacks ? kPacks : 1], weights[kPacks ? kPacks : 1];
   int64_t token = int64_t{blockIdx.x} * teams + team;
+  const bool busy = token < p.tokens;
   const P *first = columns.input(token) + thread, *weight = columns.weight(thread);
   P* out = columns.out(token, thread);
   const auto load = [&] {
@@ -294,8 +299,8 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
     wait_for_earlier_grids(first, weight, out);
   else
     wait_for_earlier_grids();
-  if (kOnce && token < p.tokens) load();
-  if (kEarly && token < p.tokens) load_weights();
+  if (kOnce && busy) load();
+  if (kEarly && busy) load_weights();
   link.begin();
   if constexpr (kOnce)
     for (P& pack : held) not_before(pack);
@@ -321,9 +326,10 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
     });
     if constexpr (kOnce) break;
     token += int64_t{gridDim.x} * teams;
-    if (token < p.tokens) team_barrier();  // before the next token's sums overwrite this one's
+    __syncwarp();  // a team of one warp has no other barrier between the scales of this token and the next one's
   }
-  launch_dependents();
+  // A team that waited for nobody does not know that the other ranks' blocks run, which the next kernel could keep from it.
+  if (busy) launch_dependents();
   link.end();
 }
 
@@ -352,21 +358,20 @@ constexpr auto kernel_for(const TableParams&) {
 template <class T, bool kVector, int kParts, class Link>
 cudaError_t launch_parts(const Link& link, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
   int64_t packs = 0;
-  for (int part = 0; part < kParts; ++part) packs += p.parts[part].width / kElements<T, kVector>;
+  for (int part = 0; part < kParts; ++part) packs += (p.parts[part].width * static_cast<int64_t>(sizeof(T)) + 15) / 16;
   const Shape shape = choose_shape(packs, p.tokens, max_blocks);
   const int64_t blocks = (p.tokens + shape.teams - 1) / shape.teams;
   const auto grid = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
   Launch how{grid, static_cast<unsigned>(32 * shape.team)};
   how.block_rows = static_cast<unsigned>(shape.teams);
   const auto run = [&](auto kernel) { return launch(kernel, how, stream, link, p); };
-  switch (shape.packs_a_thread) {
-    case 0: return run(kernel_for<T, kVector, kParts, 0, false>(link));
-    case 1: return run(kernel_for<T, kVector, kParts, 1, true>(link));
-    case 2: return run(kernel_for<T, kVector, kParts, 2, true>(link));
-    default:
-      return run(shape.once ? kernel_for<T, kVector, kParts, 4, true>(link)
-                            : kernel_for<T, kVector, kParts, 4, false>(link));
+  if constexpr (kVector) {
+    if (shape.packs_a_thread == 1) return run(kernel_for<T, true, kParts, 1, true>(link));
+    if (shape.packs_a_thread == 2) return run(kernel_for<T, true, kParts, 2, true>(link));
+    if (shape.packs_a_thread == 4)
+      return run(shape.once ? kernel_for<T, true, kParts, 4, true>(link) : kernel_for<T, true, kParts, 4, false>(link));
   }
+  return run(kernel_for<T, kVector, kParts, 0, false>(link));
 }
 
 // 16-byte accesses where every row of every part allows them.

@@ -150,7 +150,7 @@ def connect(
         return link, None
     together = _Together(group, ranks)
     try:
-        link.max_blocks = _agree_on_places(together, rank, device, max_bytes)
+        link.max_blocks = _agree_on_places(together, device, max_bytes)
     except NoLinkError as error:
         return None, str(error)
     try:
@@ -191,7 +191,7 @@ class _Together:
         return [value for value, _ in outcomes]
 
 
-def _agree_on_places(together: _Together, rank: int, device: torch.device, max_bytes: int) -> int:
+def _agree_on_places(together: _Together, device: torch.device, max_bytes: int) -> int:
     """Whether the ranks' hosts and devices allow shared memory; returns how many thread blocks a kernel may have."""
     mine = _host(), _identity(device), _lacking(device), max_bytes
     hosts, devices, lacking, limits = zip(*together.gather(mine), strict=True)

@@ -1,7 +1,7 @@
 """A group of ranks on one host that write into each other's memory: all-reduce for messages where latency counts.
 
 A :class:`Communicator` stands beside a ``torch.distributed`` group. What its kernels serve goes through memory that
-all ranks share (CUDA IPC between GPUs, POSIX shared memory between CPU processes), everything else through the group
+all ranks share (CUDA IPC between GPUs, shared memory between CPU processes), everything else through the group
 itself, behind the same call; :meth:`Communicator.explain` says which, and why.
 
 The sum is the one in rank order in float32, rounded once, whatever the size: bitwise equal on all ranks. No wait is

@@ -72,6 +72,20 @@ def test_sizes_and_layouts_may_change_from_call_to_call(device: torch.device) ->
                 assert_bitwise_equal(out.tensor, inputs.expected, str(inputs.case))
 
 
+@pytest.mark.parametrize("count", [5000, 300_001, 600_000])
+def test_ranks_need_not_be_aligned_alike(count: int, device: torch.device) -> None:
+    """One rank's message starts on a 16-byte boundary, the other's does not: blocks share it out alike."""
+    inputs = [
+        case.make(2, device) for case in (AllReduceCase((count,)), AllReduceCase((count,), offset=3, out_offset=1))
+    ]
+    messages = [inputs[rank].messages[rank].tensor for rank in range(2)]
+    outs = [inputs[rank].outs[rank].tensor for rank in range(2)]
+    with virtual_ranks(2, device) as comms:
+        on_each(comms, lambda rank, comm: comm.all_reduce(messages[rank], outs[rank]))
+    for rank, one in enumerate(inputs):
+        assert_bitwise_equal(outs[rank], one.expected, f"rank {rank}")
+
+
 def test_larger_than_the_workspace(device: torch.device) -> None:
     """A message that takes several rounds, in both algorithms."""
     with virtual_ranks(2, device, max_bytes=1 << 30) as comms:

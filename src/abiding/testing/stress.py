@@ -19,6 +19,7 @@ from abiding import reduce_rms
 from abiding.communicator import DTYPES, Communicator
 from abiding.reference.all_reduce import sum_in_rank_order
 from abiding.reference.reduce_rms import normalised
+from abiding.testing.cases.reduce_rms import ULPS
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 from abiding.testing.guarded import POISON
 
@@ -29,7 +30,6 @@ Place = tuple[tuple[int, ...], torch.dtype, int]
 LARGEST = 300_001
 _KINDS: tuple[Kind, ...] = ("new", "out", "out", "in_place", "qk_norm", "qk_norm", "rms_norm")
 _COUNTS = (0, 1, 2, 7, 8, 64, 129, 1000, 1024, 4096, 5120, 8191, 20_000, 33_000, 120_000, LARGEST)
-_ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Stress:
                 weight = self._weights.tensors[2 * index + part].cpu()
                 rows = [x[:, columns] for x in xs]
                 expected = normalised(rows[self._rank], weight, rows, eps=1e-6)
-                assert_close(result, expected, ulps=_ULPS[call.dtype], name=name)
+                assert_close(result, expected, ulps=ULPS[call.dtype], name=name)
         self._results.check_gaps(f"variant {variant}")
         self._expected[variant] = self._results.memory.clone()
 

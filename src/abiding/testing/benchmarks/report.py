@@ -56,9 +56,13 @@ def summary(results: Results, benchmark: Benchmark) -> str:
         cases = [case for case in results.cases if case.op == benchmark.ops[0] and case.warm is warm]
         if cases:
             parts.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
-    judged = [benchmark.verdict(case) for case in results.cases]
-    if any(verdict != "-" for verdict in judged):
-        parts.append(f"Targets met: {judged.count('met')} of {judged.count('met') + judged.count('missed')}.")
+    judged: dict[str, list[str]] = {}
+    for case in results.cases:
+        if (verdict := benchmark.verdict(case)) != "-":
+            judged.setdefault(case.op, []).append(verdict)
+    if judged:
+        counts = [f"`{op}` {verdicts.count('met')} of {len(verdicts)}" for op, verdicts in judged.items()]
+        parts.append(f"Targets met: {', '.join(counts)}.")
     return "\n\n".join(parts)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from abiding.reference.reduce_rms import normalised
 
+ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
+"""Steps of its dtype that a result may be off: of float32 it has sums of up to 64 000 squares."""
 Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf"]
 
 

@@ -36,7 +36,6 @@ _BYTES = (
     *(0, 4, 16, 100, 4096, 4100, 64 << 10, 128 << 10, (128 << 10) + 4, 384 << 10, (384 << 10) + 4),
     *(1 << 20, (1 << 20) + 12, 8 << 20, (8 << 20) + 4, 64 << 20),
 )
-_ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def correctness(rank: int, setting: Setting) -> int:
         for seed, rows in enumerate(_rows(comm.ranks, setting)):
             one = rows.make(comm.ranks, device, seed)[rank]
             for out, expected in zip(one.run(reduce_rms, comm), one.expected(), strict=True):
-                assert_close(out, expected, ulps=_ULPS[rows.dtype], name=f"rank {rank}: {rows}")
+                assert_close(out, expected, ulps=reduce_rms_cases.ULPS[rows.dtype], name=f"rank {rank}: {rows}")
             checked += 1
         if device.type == "cuda":
             for count in (500, 50_001, 500_000) if setting.quick else (500, 50_001, 500_000, 4 << 20):
