@@ -13,13 +13,13 @@ using peer::Communicator;
 // most capacity(communicator, algorithm) bytes of it. Backend::memory() tells its kind of device.
 template <class Backend>
 struct Operators {
-  static void sum(const char* op, const char* argument, int64_t handle, const Tensor& input, const Tensor& out) {
+  static void sum(const char* op, const char* argument, int64_t handle, const char* name, const Tensor& input,
+                  const Tensor& out) {
     const Communicator& communicator = peer::find_or_fail(op, argument, handle);
-    AllReduceParams p = check_message(op, input, out);
+    AllReduceParams p = check_message(op, name, input, out);
     const Backend backend(input);
-    check(communicator.memory == Backend::memory(), op, argument,
-          " was made for another kind of device than inp is on; "
-          "expected the same");
+    check(communicator.memory == Backend::memory(), op, argument, " was made for another kind of device than ", name,
+          " is on; expected the same");
     peer::check_running(op, communicator);
     if (p.numel == 0) return;
     const int64_t bytes = p.numel * peer::size_of(p.type);
@@ -40,12 +40,15 @@ struct Operators {
     const int64_t bytes = inp.numel() * static_cast<int64_t>(inp.element_size());
     check(reg_buffer == 0 || bytes <= reg_buffer_sz_bytes, "all_reduce", "inp has ", bytes, " bytes; expected at most ",
           reg_buffer_sz_bytes, ", what reg_buffer_sz_bytes says");
-    sum("all_reduce", "fa", fa, inp, out);
+    sum("all_reduce", "fa", fa, "inp", inp, out);  // as upstream's, out may have another shape
   }
 
   static void all_reduce_out(const Tensor& input, const Tensor& state, int64_t comm, const Tensor& out) {
-    Argument("all_reduce", "state", state).same_device(Argument("all_reduce", "input", input));
-    sum("all_reduce", "comm", comm, input, out);
+    const Argument in{"all_reduce", "input", input}, result{"all_reduce", "out", out};
+    Argument("all_reduce", "state", state).same_device(in);
+    check(same_shape(input, out), "all_reduce", "out has shape ", result.shape(), "; expected ", in.shape(),
+          " as input");
+    sum("all_reduce", "comm", comm, "input", input, out);
   }
 
   static Tensor all_reduce(const Tensor& input, const Tensor& state, int64_t comm) {

@@ -27,28 +27,36 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return a.numel() == b.numel();
+inline bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != b.size(d) || (a.size(d) > 1 && a.stride(d) != b.stride(d))) return false;
+    if (a.size(d) != b.size(d)) return false;
   return true;
 }
 
-inline AllReduceParams check_message(const char* op, const Tensor& input, const Tensor& output) {
-  const Argument in{op, "inp", input}, out{op, "out", output};
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return a.numel() == b.numel();
+  if (!same_shape(a, b)) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// `name` is what the operator calls its input.
+inline AllReduceParams check_message(const char* op, const char* name, const Tensor& input, const Tensor& output) {
+  const Argument in{op, name, input}, out{op, "out", output};
   in.dtype({aoti_torch_dtype_float32, aoti_torch_dtype_float16, aoti_torch_dtype_bfloat16});
   out.same_dtype(in).same_device(in);
   for (const Argument& argument : {in, out})
     check(is_dense(argument.tensor()), op, argument.name(), " has shape ", argument.shape(), " and strides ",
           argument.strides(), "; expected memory without gaps or overlaps");
   check(same_layout(input, output), op, "out has shape ", out.shape(), " and strides ", out.strides(), "; expected ",
-        in.shape(), " and ", in.strides(), " as inp");
+        in.shape(), " and ", in.strides(), " as ", name);
   const char *from = static_cast<const char*>(input.const_data_ptr()),
              *to = static_cast<const char*>(output.const_data_ptr());
   const int64_t bytes = input.numel() * static_cast<int64_t>(input.element_size());
-  check(from == to || from + bytes <= to || to + bytes <= from, op,
-        "out overlaps inp; expected memory of its own, or exactly that of inp");
+  check(from == to || from + bytes <= to || to + bytes <= from, op, "out overlaps ", name,
+        "; expected memory of its own, or exactly that of ", name);
   const Type type = in.is(aoti_torch_dtype_float32)   ? Type::kFloat32
                     : in.is(aoti_torch_dtype_float16) ? Type::kFloat16
                                                       : Type::kBfloat16;

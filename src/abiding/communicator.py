@@ -30,7 +30,7 @@ from abiding._meeting import Step
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _ops = torch.ops.abiding
-_FACE_NAMES = {"inp": "x", "input": "x"}
+_FACE_NAMES = {"input": "x"}
 _CLOSE_TIMEOUT_S = 10.0
 
 

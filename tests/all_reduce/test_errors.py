@@ -33,6 +33,11 @@ WRONG: dict[str, tuple[Callable[[Tensor], tuple[Any, ...]], type[Exception], str
         "out has dtype float16; expected dtype float32",
     ),
     "out of another size": (lambda t: (t[:32], t), ValueError, r"all_reduce: out has shape \[64\].*expected \[32\]"),
+    "out of another shape": (
+        lambda t: (t[:16], t[16:32].view(4, 4)),
+        ValueError,
+        r"all_reduce: out has shape \[4, 4\]; expected \[16\] as x",
+    ),
     "out of other strides": (
         lambda t: (t[:16].view(4, 4), t[16:32].view(4, 4).t()),
         ValueError,

@@ -14,6 +14,7 @@ from torch import Tensor
 from abiding import Communicator, reduce_rms, reference
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.testing import assert_bitwise_equal, assert_close
+from abiding.testing.benchmarks.reduce_rms import plain
 from abiding.testing.cases.reduce_rms import RmsCase
 from abiding.testing.ranks import processes_us, run_processes
 
@@ -126,15 +127,8 @@ def _norm(comm: Communicator, tokens: int) -> Answer:
             for part, weight in ((q, inputs.wq), (k, inputs.wk))
         ],
         _median(partial(reduce_rms.qk_norm, inputs.rows, inputs.wq, inputs.wk, comm)),
-        _median(partial(_norm_through_gloo, q, k, inputs.wq, inputs.wk)),
+        _median(partial(plain, inputs, comm.ranks)),
     )
-
-
-def _norm_through_gloo(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> list[Tensor]:
-    squares = torch.stack([part.float().square().sum(1) for part in (q, k)])
-    dist.all_reduce(squares)
-    scales = [torch.rsqrt(s / (RANKS * p.shape[1]) + 1e-6)[:, None] for s, p in zip(squares, (q, k), strict=True)]
-    return [(p.float() * s * w.float()).to(p.dtype) for p, s, w in zip((q, k), scales, (wq, wk), strict=True)]
 
 
 def _median(call: Callable[[], object]) -> float:
