@@ -46,7 +46,7 @@ struct Operators {
   static void all_reduce_out(const Tensor& input, const Tensor& state, int64_t comm, const Tensor& out) {
     const Argument in{"all_reduce", "input", input}, result{"all_reduce", "out", out};
     Argument("all_reduce", "state", state).same_device(in);
-    check(same_shape(input, out), "all_reduce", "out has shape ", result.shape(), "; expected ", in.shape(),
+    check(input.sizes().equals(out.sizes()), "all_reduce", "out has shape ", result.shape(), "; expected ", in.shape(),
           " as input");
     sum("all_reduce", "comm", comm, "input", input, out);
   }

@@ -27,16 +27,9 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != b.size(d)) return false;
-  return true;
-}
-
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return a.numel() == b.numel();
-  if (!same_shape(a, b)) return false;
+  if (!a.sizes().equals(b.sizes())) return false;
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
   return true;

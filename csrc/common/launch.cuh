@@ -20,12 +20,8 @@ __device__ __forceinline__ void launch_dependents() {
 template <class... Pointers>
 __device__ __forceinline__ void wait_for_earlier_grids(Pointers... addresses) {
 #if __CUDA_ARCH__ >= 900
-  if constexpr (sizeof...(addresses) == 0)
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-  else  // never 1, as only we know
-    asm volatile("{ .reg .pred p; setp.ne.u64 p, %0, 1; @p griddepcontrol.wait; }" ::"l"(
-                     (reinterpret_cast<uintptr_t>(addresses) | ...))
-                 : "memory");
+  const uintptr_t all = (reinterpret_cast<uintptr_t>(addresses) | ... | uintptr_t{0});  // never 1, as only we know
+  asm volatile("{ .reg .pred p; setp.ne.u64 p, %0, 1; @p griddepcontrol.wait; }" ::"l"(all) : "memory");
 #endif
 }
 

@@ -225,15 +225,14 @@ def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 
     """Time `call(rank)` on the current CUDA device, one stream a rank, until all ranks are done.
 
     Calls are queued in turn behind a sleep that lasts longer than queueing them, so that the host's speed does not
-    count. A repetition is `calls` calls of every rank without a pause. The first sleep is a long one: first calls may
-    allocate, and an allocation may wait for kernels that wait for a rank whose call has not been queued yet.
+    count. A repetition is `calls` calls of every rank without a pause.
     """
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     current = torch.cuda.current_stream()
     samples = []
-    for repetition in range(repetitions + 2):
+    for _ in range(repetitions + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000_000 if repetition == 0 else 4_000_000 + 150_000 * ranks * calls)
+        torch.cuda._sleep(4_000_000 + 150_000 * ranks * calls)
         start.record()
         for stream in streams:
             stream.wait_stream(current)

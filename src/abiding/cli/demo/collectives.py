@@ -115,7 +115,7 @@ def _many_sums(comm: Communicator, x: Tensor) -> Answer:
 
 def _norm(comm: Communicator, tokens: int) -> Answer:
     """MiniMax M2's Q and K under tensor parallelism."""
-    inputs = RmsCase(tokens, 6144 // comm.ranks, 1024 // comm.ranks).make(comm.ranks, seed=7)[comm.rank]
+    inputs = RmsCase.minimax_m2(tokens, comm.ranks).make(comm.ranks, seed=7)[comm.rank]
     assert inputs.wk is not None
     q, k = inputs.rows[:, : inputs.case.q], inputs.rows[:, inputs.case.q :][:, : inputs.wk.numel()]
     return Answer(

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ from torch import Tensor
 from abiding import reduce_rms as face
 from abiding.communicator import Communicator
 from abiding.testing.benchmarks.base import Benchmark, Settings
-from abiding.testing.cases.reduce_rms import PERFORMANCE, RmsCase, RmsInputs
+from abiding.testing.cases.reduce_rms import PERFORMANCE, Q_COLUMNS, RmsCase, RmsInputs
 from abiding.testing.comparison import max_ulps
 from abiding.testing.ranks import RanksFailedError, processes_us, run_processes, virtual_ranks, virtual_ranks_us
 from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
-Q_COLUMNS, K_COLUMNS = 6144, 1024
 PEER_TOKENS = 2048
 """Of all ranks together. Beyond that the peer's blocks are not all resident on one GPU: it would spin for ever."""
 _PEER_LIMIT_S = 40.0
@@ -37,17 +37,17 @@ _PEER_LIMIT_S = 40.0
 def measure(settings: Settings) -> Iterator[CaseResult]:
     """Time every number of tokens for every number of ranks."""
     cases = [case for case in PERFORMANCE if not settings.quick or case.tokens in (1, 128)]
+    by_ranks = [(ranks, list(some)) for ranks, some in groupby(cases, _ranks)]
     if "qk_norm" in settings.ops and settings.device.type == "cuda":
-        for ranks in sorted({_ranks(case) for case in cases}):
-            some = [case for case in cases if _ranks(case) == ranks]
+        for ranks, some in by_ranks:
             peer = _peer_times([case for case in some if ranks * case.tokens <= PEER_TOKENS], ranks, settings)
             for case in some:
                 yield _on_gpu(case, settings, peer.get(case.tokens))
     if "qk_norm_cpu" in settings.ops:
-        for ranks in sorted({_ranks(case) for case in cases}):
-            some = [case for case in cases if _ranks(case) == ranks and case.tokens <= 128]
-            everyone = run_processes(_in_process, ranks, [case.tokens for case in some], timeout_s=300)
-            for case, (ours, theirs) in zip(some, everyone[0], strict=True):
+        for ranks, some in by_ranks:
+            few = [case for case in some if case.tokens <= 128]
+            everyone = run_processes(_in_process, ranks, [case.tokens for case in few], timeout_s=300)
+            for case, (ours, theirs) in zip(few, everyone[0], strict=True):
                 yield _result("qk_norm_cpu", case, Timing.of(ours), {"gloo": Timing.of(theirs)}, 0.0)
 
 
@@ -117,7 +117,7 @@ def _in_process(rank: int, tokens: Sequence[int]) -> list[tuple[list[float], lis
     found = []
     with Communicator(device="cpu", timeout_s=60.0) as comm:
         for count in tokens:
-            inputs = RmsCase(count, Q_COLUMNS // comm.ranks, K_COLUMNS // comm.ranks).make(1)[0]
+            inputs = RmsCase.minimax_m2(count, comm.ranks).make(1)[0]
             ours = processes_us(partial(inputs.run, face, comm))
             found.append((ours, processes_us(partial(plain, inputs, comm.ranks))))
     return found

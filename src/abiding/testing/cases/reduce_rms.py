@@ -15,6 +15,8 @@ from abiding.reference.reduce_rms import normalised
 
 ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 """Steps of its dtype that a result may be off: of float32 it has sums of up to 64 000 squares."""
+Q_COLUMNS, K_COLUMNS = 6144, 1024
+"""Of MiniMax M2, all ranks together."""
 Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf"]
 
 
@@ -32,6 +34,11 @@ class RmsCase:
     """Elements from a 64-byte boundary to the rows."""
     eps: float = 1e-6
     values: Values = "normal"
+
+    @staticmethod
+    def minimax_m2(tokens: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> RmsCase:
+        """The rows of MiniMax M2 as they lie on one of so many ranks."""
+        return RmsCase(tokens, Q_COLUMNS // ranks, K_COLUMNS // ranks, dtype)
 
     def __str__(self) -> str:
         parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
@@ -106,7 +113,7 @@ class RmsInputs:
 
 
 REGULAR = [
-    RmsCase(tokens, 6144 // share, 1024 // share, dtype)
+    RmsCase.minimax_m2(tokens, share, dtype)
     for share, dtype in ((2, torch.bfloat16), (4, torch.float16), (8, torch.float32))
     for tokens in (1, 16, 130)
 ]
@@ -140,4 +147,4 @@ CORNER = [
     RmsCase(6, 64, 8, eps=0.0),
 ]
 
-PERFORMANCE = [RmsCase(tokens, 6144 // ranks, 1024 // ranks) for ranks in (2, 4) for tokens in (1, 16, 128, 1024)]
+PERFORMANCE = [RmsCase.minimax_m2(tokens, ranks) for ranks in (2, 4) for tokens in (1, 16, 128, 1024)]

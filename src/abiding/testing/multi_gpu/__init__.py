@@ -23,6 +23,7 @@ from abiding import _library
 from abiding.testing.benchmarks import DEFAULT_OUTPUT, say
 from abiding.testing.benchmarks.base import Benchmark, Settings
 from abiding.testing.benchmarks.report import table
+from abiding.testing.cases.reduce_rms import RmsCase
 from abiding.testing.multi_gpu import checks, times
 from abiding.testing.multi_gpu.checks import Setting
 from abiding.testing.multi_gpu.times import Times
@@ -161,23 +162,21 @@ def run(
 
 
 def _peers(setting: Setting) -> list[tuple[str, Phase]]:
-    backend = "nccl" if setting.device == "cuda" and not setting.shared_gpu else "gloo"
-    found = [(backend, Phase(f"times of {backend}", times.torch_distributed, limit_s=60))]
-    if backend == "nccl":
+    found = [(setting.backend, Phase(f"times of {setting.backend}", times.torch_distributed, limit_s=60))]
+    if setting.backend == "nccl":
         found.append(("nccl symmetric", Phase("times of nccl symmetric", times.nccl_symmetric, limit_s=40)))
         for name, op in (("symm_mem one-shot", "one_shot_all_reduce"), ("symm_mem two-shot", "two_shot_all_reduce_")):
             if hasattr(torch.ops.symm_mem, op):
                 found.append((name, Phase(f"times of {name}", times.symmetric_memory, (op,), limit_s=40)))
     if setting.device == "cuda" and setting.peer is not None:
         found.append(("vllm", Phase("times of vllm", times.vllm, limit_s=40)))
-    if backend == "nccl" and setting.sglang is not None:
+    if setting.backend == "nccl" and setting.sglang is not None:
         found.append(("sglang", Phase("times of sglang", times.sglang, limit_s=120)))  # it may have to compile
     return found
 
 
 def _norm_peers(setting: Setting) -> list[tuple[str, Phase]]:
-    backend = "nccl" if setting.device == "cuda" and not setting.shared_gpu else "gloo"
-    found = [(backend, Phase(f"times of qk_norm around {backend}", times.plain_qk_norm, limit_s=40))]
+    found = [(setting.backend, Phase(f"times of qk_norm around {setting.backend}", times.plain_qk_norm, limit_s=40))]
     if setting.device == "cuda" and setting.peer is not None:
         found.append(("vllm", Phase("times of vllm's qk_norm", times.vllm_qk_norm, limit_s=40)))
     return found
@@ -212,17 +211,22 @@ def _cases(mine: Times, peers: Mapping[str, Times], case: _Case) -> Iterator[Cas
 
 def _summed(ranks: int, floors: Floors, op: str, size: int, timing: Timing, peers: Mapping[str, Timing]) -> CaseResult:
     params: dict[str, Param] = {"bytes": size, "ranks": ranks, "dtype": "bfloat16"}
-    floor_us = floors.us(2 * size) if floors.copy_gbps else 0.0
-    return CaseResult.of(op, params, timing, peers, warm=True, floor_us=floor_us)
+    return _timed(op, params, timing, peers, floors, 2 * size)
 
 
 def _normed(
     ranks: int, floors: Floors, mode: str, tokens: int, timing: Timing, peers: Mapping[str, Timing]
 ) -> CaseResult:
-    case = times.norm_case(tokens, ranks)
+    case = RmsCase.minimax_m2(tokens, ranks)
     params: dict[str, Param] = {"tokens": tokens, "ranks": ranks, "q": case.q, "kv": case.kv or 0, "dtype": "bfloat16"}
-    floor_us = floors.us(case.bytes) if floors.copy_gbps else 0.0
-    return CaseResult.of(f"qk_norm {mode}", params, timing, peers, warm=True, floor_us=floor_us)
+    return _timed(f"qk_norm {mode}", params, timing, peers, floors, case.bytes)
+
+
+def _timed(
+    op: str, params: Mapping[str, Param], timing: Timing, peers: Mapping[str, Timing], floors: Floors, moved: int
+) -> CaseResult:
+    floor_us = floors.us(moved) if floors.copy_gbps else 0.0
+    return CaseResult.of(op, params, timing, peers, warm=True, floor_us=floor_us)
 
 
 def _algorithms(ranks: int, go: _Run, floors: Floors) -> Iterator[CaseResult]:

@@ -58,6 +58,11 @@ class Setting:
     """A folder with SGLang's package and what it imports."""
 
     @property
+    def backend(self) -> str:
+        """Of the group beside the communicator: NCCL takes no GPU twice."""
+        return "nccl" if self.device == "cuda" and not self.shared_gpu else "gloo"
+
+    @property
     def max_bytes(self) -> int:
         return (64 << 10) if self.quick else (8 << 20)
 
@@ -72,8 +77,7 @@ def joined(
         return
     device = torch.device("cuda", 0 if setting.shared_gpu else rank)
     torch.cuda.set_device(device)
-    # NCCL takes no GPU twice; gloo, the default group, does.
-    yield device, dist.new_group(backend="nccl") if nccl and not setting.shared_gpu else None
+    yield device, dist.new_group(backend="nccl") if nccl and setting.backend == "nccl" else None
     torch.cuda.synchronize(device)
 
 
@@ -119,7 +123,7 @@ def _messages(setting: Setting) -> Iterator[AllReduceCase]:
 
 def _rows(ranks: int, setting: Setting) -> Iterator[RmsCase]:
     for tokens, dtype in itertools.product((1, 16) if setting.quick else (1, 16, 130, 1024), DTYPES):
-        yield RmsCase(tokens, 6144 // ranks, 1024 // ranks, dtype)
+        yield RmsCase.minimax_m2(tokens, ranks, dtype)
     yield from (case for case in reduce_rms_cases.ODD if not setting.quick or case.tokens <= 16)
 
 

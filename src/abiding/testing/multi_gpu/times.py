@@ -20,7 +20,7 @@ from torch import Tensor
 from abiding import reduce_rms
 from abiding.communicator import Communicator
 from abiding.testing.benchmarks.all_reduce import at_address
-from abiding.testing.benchmarks.reduce_rms import K_COLUMNS, Q_COLUMNS, Spacer, VllmTable, plain
+from abiding.testing.benchmarks.reduce_rms import Spacer, VllmTable, plain
 from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_close
 from abiding.testing.multi_gpu.checks import Setting, insist_on_shared_memory, joined
@@ -256,11 +256,6 @@ def hand_over(one_shot: Sequence[tuple[int, float]], two_shot: Sequence[tuple[in
 # --- qk_norm ----------------------------------------------------------------------------------------------------------
 
 
-def norm_case(tokens: int, ranks: int) -> RmsCase:
-    """The rows of MiniMax M2 as they lie on one of so many ranks."""
-    return RmsCase(tokens, Q_COLUMNS // ranks, K_COLUMNS // ranks)
-
-
 def qk_norm(rank: int, setting: Setting) -> Times:
     """Abiding's kernel."""
     with (
@@ -310,7 +305,7 @@ def _norms(
 
     def make(tokens: int) -> Callable[[], object]:
         ranks = dist.get_world_size()
-        one = norm_case(tokens, ranks).make(ranks, device)[rank]
+        one = RmsCase.minimax_m2(tokens, ranks).make(ranks, device)[rank]
         spacer()
         for out, expected in zip(norm(one), one.expected(), strict=True):
             assert_close(out, expected, ulps=2, name=f"{tokens} tokens")
@@ -342,14 +337,12 @@ def _sums(
 ) -> Times:
     """`make` makes the calls in graphs, each captured within a context of `capture`, and, unless `eager` does, those
     without."""
-    return _measure(
-        setting,
-        some,
-        lambda size: _checked(make(size), ranks),
-        graphs=graphs,
-        capture=capture,
-        eager=lambda size: _checked((eager or make)(size), ranks),
-    )
+
+    def checked(of: Callable[[int], Made]) -> Callable[[int], Callable[[], object]]:
+        return lambda size: _checked(of(size), ranks)
+
+    others = None if eager is None else checked(eager)
+    return _measure(setting, some, checked(make), graphs=graphs, capture=capture, eager=others)
 
 
 def _measure(
