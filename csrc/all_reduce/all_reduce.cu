@@ -52,9 +52,9 @@ struct Message {
   int64_t numel;
 
   __device__ __forceinline__ bool whole(int64_t i) const { return kAligned && (i + 1) * kElements <= numel; }
+  __device__ __forceinline__ const uint4* address(int64_t i) const { return reinterpret_cast<const uint4*>(input) + i; }
   __device__ __forceinline__ uint4 load(int64_t i) const {
-    return whole(i) ? reinterpret_cast<const uint4*>(input)[i]
-                    : load_elements<sizeof(T)>(input + i * kElements, numel - i * kElements);
+    return whole(i) ? *address(i) : load_elements<sizeof(T)>(input + i * kElements, numel - i * kElements);
   }
   __device__ __forceinline__ void store(int64_t i, const uint4& pack) const {
     if (whole(i))
@@ -113,6 +113,9 @@ struct Run {
   int count;
   __device__ __forceinline__ Run(int64_t packs, int each)
       : begin(int64_t{each} * blockIdx.x), count(static_cast<int>(min(int64_t{each}, packs - begin))) {}
+  // Has this thread a pack? One that has none waited for nobody: it does not know that the other ranks' blocks run, from which
+  // the next kernel could keep the room. So it does not let that in; any thread's word counts for its block.
+  __device__ __forceinline__ bool busy() const { return static_cast<int>(threadIdx.x) < count; }
 };
 
 // Calls each stage with k, the thread's packs of a run from the run's begin, kBatch at a time. A stage works on what the one
@@ -166,10 +169,63 @@ __device__ __forceinline__ void add_up(Turn& turn, const Peers& peers, int k, In
   }
 }
 
-template <class T, bool kAligned, int kRanks, bool kOnce>
-__global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
+// At most one pack a thread: all addresses are at hand when the kernel in front has ended.
+template <class T, int kRanks>
+__global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
+    one_shot_once_kernel(const __grid_constant__ Peers peers, const Message<T, true> message, int64_t packs, int each) {
+  constexpr int kMost = kRanks ? kRanks : peer::kMaxRanks;
+  const int ranks = kRanks ? kRanks : peers.ranks;
+  const Run run(packs, each);
+  const int64_t i = run.begin + threadIdx.x;
+  const bool busy = run.busy(), whole = message.whole(i);
+  Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
+  const uint4* input = message.address(i);
+  uint4 *to[kMost], *from[kMost];  // of even epochs
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(input) | whole;
+#pragma unroll
+  for (int r = 0; r < kMost; ++r) {
+    if (r >= ranks) break;
+    to[r] = turn.place<uint4>(peer::kDirect, r, peers.rank) + threadIdx.x;
+    from[r] = turn.place<uint4>(peer::kDirect, 0, r) + threadIdx.x;
+    addresses |= reinterpret_cast<uintptr_t>(to[r]) | reinterpret_cast<uintptr_t>(from[r]);
+  }
+  wait_for_earlier_grids(addresses);
+  uint4 own{};
+  if (busy) own = whole ? *input : message.load(i);
+  turn.begin();
+  if (busy) {
+    own = peer::encode(own);
+    const int64_t slot = turn.slot() / static_cast<int64_t>(sizeof own);
+#pragma unroll
+    for (int r = 1; r < kMost; ++r) {
+      if (r >= ranks) break;
+      peer::store_volatile(to[r] + slot, own);
+    }
+    uint4 words[kRanks ? kRanks : 1];  // of more ranks, registers do not hold all
+    const auto load = [&](int r) { return r == peers.rank ? own : peer::load_volatile(from[r] + slot); };
+    if constexpr (kRanks > 0) {
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) words[r] = load(r);
+    }
+    Sum<T> sum;
+#pragma unroll
+    for (int r = 0; r < kMost; ++r) {
+      if (r >= ranks) break;
+      uint4& wire = words[kRanks ? r : 0];
+      if constexpr (kRanks == 0) wire = load(r);
+      if (r != peers.rank) turn.receive(from[r] + slot, wire, r);
+      sum.add(peer::decode(wire), r == 0);
+    }
+    launch_dependents();
+    message.store(i, turn.ok() ? sum.rounded() : nans<T>());
+  }
+  turn.end();
+}
+
+template <class T, bool kAligned, int kRanks>
+__global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
     one_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
-  constexpr int kBatch = kUnroll<kRanks, kAligned, kOnce>;
+  constexpr int kBatch = kUnroll<kRanks, kAligned, false>;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const Run run(packs, each);
   wait_for_earlier_grids();
@@ -195,8 +251,8 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
         turn, peers, k, in, [&](int j) { return message.load(run.begin + j); },
         [&](int u, const uint4& sum) { message.store(run.begin + k + u * blockDim.x, sum); });
   };
-  for_packs<kOnce, kBatch>(run, send, receive);
-  launch_dependents();
+  for_packs<false, kBatch>(run, send, receive);
+  if (run.busy()) launch_dependents();
   turn.end();
 }
 
@@ -259,7 +315,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
     }
   };
   for_packs<kOnce, kBatch>(run, send, reduce, receive);
-  launch_dependents();
+  if (run.busy()) launch_dependents();
   turn.end();
 }
 
@@ -277,11 +333,10 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
   Shape shape = choose_shape(run, peers.blocks, kMaxThreads<kRanks, true>);
   const bool once = shape.each <= static_cast<int>(shape.threads);
   if constexpr (kAligned)  // what is unaligned is slow anyhow
-    if (once)
-      return start(&one_shot_kernel<T, kAligned, kRanks, true>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
+    if (once) return start(&one_shot_once_kernel<T, kRanks>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
   if (!once) shape = choose_shape(run, peers.blocks, kMost);
   shape.threads = std::min(shape.threads, kMost);
-  return start(&one_shot_kernel<T, kAligned, kRanks, false>, &two_shot_kernel<T, kAligned, kRanks, false>, shape);
+  return start(&one_shot_kernel<T, kAligned, kRanks>, &two_shot_kernel<T, kAligned, kRanks, false>, shape);
 }
 
 template <class T, bool kAligned>

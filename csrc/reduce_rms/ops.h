@@ -26,7 +26,7 @@ inline void check_weight(const Argument& weight, const Argument& rows) {
 }
 
 inline Part part(const Tensor& weight, const Tensor& out) {
-  return {weight.const_data_ptr(), out.mutable_data_ptr(), weight.numel()};
+  return {weight.const_data_ptr(), out.mutable_data_ptr(), weight.numel(), 0.0f};
 }
 
 inline ReduceRmsParams params(const Argument& argument, const Tensor& rows, double eps) {

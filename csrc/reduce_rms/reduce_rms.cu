@@ -269,8 +269,7 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
   const Lane own(thread % 32);
   const Columns<T, kVector, kParts> columns(p);
   Link link(peer, own);
-  const float full_width = static_cast<float>(p.parts[own.part < kParts ? own.part : 0].width * peer.ranks);
-  const float inverse_width = thread < 32 ? 1.0f / full_width : 0.0f;
+  const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   // Calls each(c, i) for the thread's packs, of which pack i is the c-th one.
   const auto for_packs = [&](auto each) {
@@ -397,7 +396,8 @@ cudaError_t launch_type(const Link& link, const ReduceRmsParams& p, int max_bloc
 }
 
 template <class Link>
-cudaError_t launch_link(const Link& link, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
+cudaError_t launch_link(const Link& link, ReduceRmsParams p, int max_blocks, cudaStream_t stream) {
+  for (Part& part : p.parts) part.inverse_full_width = 1.0f / static_cast<float>(part.width * link.ranks);
   switch (p.type) {
     case Type::kFloat32: return launch_type<float>(link, p, max_blocks, stream);
     case Type::kFloat16: return launch_type<__half>(link, p, max_blocks, stream);
