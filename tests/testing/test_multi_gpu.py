@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from abiding import Communicator
 from abiding.testing import multi_gpu
 from abiding.testing.benchmarks.report import full_table, plot, summary
-from abiding.testing.multi_gpu import BENCHMARK, Phase, _in_short, _peers, _Run, main
+from abiding.testing.multi_gpu import BENCHMARK, Phase, _in_short, _norm_peers, _peers, _Run, main
 from abiding.testing.multi_gpu.checks import Setting
 from abiding.testing.multi_gpu.sglang import SGLang
 from abiding.testing.multi_gpu.times import hand_over
@@ -138,11 +139,13 @@ def answer(function: Any, ranks: int, *args: Any, **_: Any) -> Any:
     return found.get(function.__name__)
 
 
-def test_peers_from_outside_are_timed_where_they_are_given() -> None:
-    names = [[name for name, _ in _peers(Setting("cuda", **peers))] for peers in ({}, {"peer": "a"}, {"sglang": "b"})]
+@pytest.mark.parametrize("peers", [_peers, _norm_peers])
+def test_peers_from_outside_are_timed_where_they_are_given(peers: Callable[[Setting], list[tuple[str, Any]]]) -> None:
+    given: list[dict[str, Any]] = [{}, {"peer": "a"}, {"sglang": "b"}]
+    names = [[name for name, _ in peers(Setting("cuda", **more))] for more in given]
     assert [[name for name in found if name in ("vllm", "sglang")] for found in names] == [[], ["vllm"], ["sglang"]]
-    assert [name for name, _ in _peers(Setting("cpu", peer="a", sglang="b"))] == ["gloo"]
-    assert [name for name, _ in _peers(Setting("cuda", shared_gpu=True, sglang="b"))] == ["gloo"]
+    assert [name for name, _ in peers(Setting("cpu", peer="a", sglang="b"))] == ["gloo"]
+    assert "sglang" not in [name for name, _ in peers(Setting("cuda", shared_gpu=True, sglang="b"))]
 
 
 def of_a_folder(rank: int, folder: str) -> bool:
@@ -153,9 +156,12 @@ def of_a_folder(rank: int, folder: str) -> bool:
 
 def test_of_sglang_only_the_all_reduce_is_imported(tmp_path: Path) -> None:
     folder = tmp_path / "sglang" / "srt" / "distributed" / "device_communicators"
-    folder.mkdir(parents=True)
-    for package in folder, *folder.parents[:3]:
-        (package / "__init__.py").write_text("raise ImportError('the whole server')")
+    kernels = tmp_path / "sglang" / "kernels" / "ops" / "communication"
+    for inner in folder, kernels:
+        inner.mkdir(parents=True)
+        for package in inner, *inner.parents[:3]:
+            (package / "__init__.py").write_text("raise ImportError('the whole server')")
+    (kernels / "all_reduce.py").touch()
     (folder / "custom_all_reduce_v2.py").write_text(
         "from sglang.srt.distributed.parallel_state import in_the_same_node_as\n"
         "from .custom_all_reduce_utils import can_use_custom_all_reduce_with_nvlink\n"

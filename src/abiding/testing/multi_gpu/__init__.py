@@ -179,6 +179,8 @@ def _norm_peers(setting: Setting) -> list[tuple[str, Phase]]:
     found = [(setting.backend, Phase(f"times of qk_norm around {setting.backend}", times.plain_qk_norm, limit_s=40))]
     if setting.device == "cuda" and setting.peer is not None:
         found.append(("vllm", Phase("times of vllm's qk_norm", times.vllm_qk_norm, limit_s=40)))
+    if setting.backend == "nccl" and setting.sglang is not None:
+        found.append(("sglang", Phase("times of sglang's qk_norm", times.sglang_qk_norm, limit_s=120)))
     return found
 
 

@@ -1,5 +1,5 @@
 """SGLang's custom all-reduce between the GPUs of one host (PyPI sglang, version 2 of it): its own class, which chooses
-among its kernels by size. They are compiled where it runs.
+among its kernels by size; and its `qk_norm` over the same class. They are compiled where they run.
 
 Importing sglang imports a whole server. Here its packages are folders to look in, without their `__init__`, and the few
 modules that would lead to the server are stand-ins. They answer yes to what sglang asks before it takes the class: do
@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from abiding.testing.cases.reduce_rms import RmsCase
 
 _COMMUNICATORS = "sglang.srt.distributed.device_communicators"
 _KERNELS = "sglang.kernels.ops.communication"
@@ -77,28 +79,42 @@ class SGLang:
             sys.modules[name] = ModuleType(name)
             vars(sys.modules[name]).update(content)
         self._class: Any = importlib.import_module(f"{_COMMUNICATORS}.custom_all_reduce_v2").CustomAllReduceV2
+        self._kernels: Any = importlib.import_module(f"{_KERNELS}.all_reduce")
 
     def communicator(self, device: torch.device) -> Any:
-        """A rank's `CustomAllReduceV2`, for bfloat16. All ranks of the default group make theirs at once: the first
-        compiles what all of them load, or finds it in the cache."""
-        if dist.get_rank() == 0:
-            self._compile(dist.get_world_size())
-        dist.barrier()
-        communicator = self._class(dist.group.WORLD, device)
+        """A rank's `CustomAllReduceV2`, for bfloat16."""
+        self._compile(partial(self._kernels.get_all_reduce_module, torch.bfloat16, dist.get_world_size()))
+        return self._joined(device)
+
+    def norm_communicator(self, device: torch.device, case: RmsCase, tokens: int) -> Any:
+        """The same as MiniMax M2's layers make it for `qk_norm` of up to so many tokens: a block for every one that the
+        GPU runs at once, and no memory that is read by the other ranks."""
+        ranks = dist.get_world_size()
+        widths = (ranks * case.q, ranks * (case.kv or 0))
+        module = partial(self._kernels.get_fused_parallel_qknorm_module, torch.bfloat16, ranks, *widths)
+        self._compile(module)
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count * module().get_max_occupancy()
+        sizes = {"max_push_size": 8 * tokens, "max_push_blocks": blocks}
+        return self._joined(device, max_pull_size=0, max_pull_blocks=0, **sizes)
+
+    def qk_norm(self, communicator: Any, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, eps: float) -> None:
+        """In place."""
+        self._kernels.fused_parallel_qknorm(communicator.obj, q, k, wq, wk, eps)
+
+    def _joined(self, device: torch.device, **options: int) -> Any:
+        """All ranks of the default group call this at once."""
+        communicator = self._class(dist.group.WORLD, device, **options)
         if communicator.disabled:
             raise ValueError(f"SGLang's kernels do not serve {dist.get_world_size()} ranks here")
         return communicator
 
-    @staticmethod
-    def _compile(ranks: int) -> None:
-        kernels = importlib.import_module(f"{_KERNELS}.all_reduce")
-        kernels.is_arch_support_pdl()  # is remembered: the threads below may have another device as their current one
-        parts = (
-            kernels._init_communicator,
-            kernels.IPCManager,
-            partial(kernels.get_all_reduce_module, torch.bfloat16, ranks),
-        )
-        importlib.import_module("sglang.kernels.jit.utils").parallel_compile(parts)
+    def _compile(self, kernel: Callable[[], Any]) -> None:
+        """The first rank compiles what all of them load, or finds it in the cache."""
+        if dist.get_rank() == 0:
+            self._kernels.is_arch_support_pdl()  # remembered: the threads below may have another device as current
+            parts = (self._kernels._init_communicator, self._kernels.IPCManager, kernel)
+            importlib.import_module("sglang.kernels.jit.utils").parallel_compile(parts)
+        dist.barrier()
 
 
 def _package(name: str, path: Path) -> ModuleType:

@@ -263,7 +263,7 @@ def qk_norm(rank: int, setting: Setting) -> Times:
         Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
     ):
         insist_on_shared_memory(comm)
-        times = _norms(setting, rank, device, lambda one: one.run(reduce_rms, comm))
+        times = _norms(setting, rank, device, lambda one: partial(one.run, reduce_rms, comm))
         comm.check()
         return times
 
@@ -272,7 +272,7 @@ def plain_qk_norm(rank: int, setting: Setting) -> Times:
     """Torch's operators around the group's all-reduce of the sums of squares."""
     with joined(rank, setting) as (device, group):
         world = dist.get_world_size()
-        return _norms(setting, rank, device, lambda one: plain(one, world, group), graphs=group is not None)
+        return _norms(setting, rank, device, lambda one: partial(plain, one, world, group), graphs=group is not None)
 
 
 def vllm_qk_norm(rank: int, setting: Setting) -> Times:
@@ -286,9 +286,34 @@ def vllm_qk_norm(rank: int, setting: Setting) -> Times:
         table = VllmTable(buffers, device)
         torch.cuda.synchronize(device)
         dist.barrier()
-        times = _norms(setting, rank, device, lambda one: list(table.qk_norm(one, rank)))
+        times = _norms(setting, rank, device, lambda one: partial(table.qk_norm, one, rank))
         torch.cuda.synchronize(device)
         dist.barrier()
+        return times
+
+
+def sglang_qk_norm(rank: int, setting: Setting) -> Times:
+    """SGLang's kernel, which writes over its inputs."""
+    assert setting.sglang is not None
+    package = SGLang(Path(setting.sglang))
+    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
+        comm = package.norm_communicator(device, RmsCase.minimax_m2(1, dist.get_world_size()), TOKENS[-1])
+        stack.callback(setattr, comm, "disabled", True)  # as above
+
+        def norm(one: RmsInputs) -> Callable[[], Sequence[Tensor]]:
+            q, k, _ = one.rows.clone().split([one.case.q, *[one.case.kv or 0] * 2], 1)
+
+            def call() -> Sequence[Tensor]:
+                assert one.wk is not None
+                package.qk_norm(comm, q, k, one.wq, one.wk, one.case.eps)
+                return q, k
+
+            return call
+
+        times = _norms(setting, rank, device, norm)
+        torch.cuda.synchronize(device)
+        dist.barrier()
+        comm.close()
         return times
 
 
@@ -296,23 +321,25 @@ def _norms(
     setting: Setting,
     rank: int,
     device: torch.device,
-    norm: Callable[[RmsInputs], list[Tensor]],
+    norm: Callable[[RmsInputs], Callable[[], Sequence[Tensor]]],
     *,
     graphs: bool = True,
 ) -> Times:
-    """Behind an ordinary kernel, as `benchmarks.reduce_rms` says, and without its time."""
+    """`norm` makes a call for some inputs, which returns Q and K. It is timed behind an ordinary kernel, as
+    `benchmarks.reduce_rms` says, and without that one's time."""
     spacer = Spacer(device)
 
     def make(tokens: int) -> Callable[[], object]:
         ranks = dist.get_world_size()
         one = RmsCase.minimax_m2(tokens, ranks).make(ranks, device)[rank]
+        call = norm(one)
         spacer()
-        for out, expected in zip(norm(one), one.expected(), strict=True):
+        for out, expected in zip(call(), one.expected(), strict=True):
             assert_close(out, expected, ulps=2, name=f"{tokens} tokens")
 
         def both() -> None:
             spacer()
-            norm(one)
+            call()
 
         return both
 
