@@ -172,7 +172,7 @@ __device__ __forceinline__ void add_up(Turn& turn, const Peers& peers, int k, In
 // At most one pack a thread: all addresses are at hand when the kernel in front has ended.
 template <class T, int kRanks>
 __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
-    one_shot_once_kernel(const __grid_constant__ Peers peers, const Message<T, true> message, int64_t packs, int each) {
+    one_shot_once_kernel(const Message<T, true> message, int64_t packs, int each, const __grid_constant__ Peers peers) {
   constexpr int kMost = kRanks ? kRanks : peer::kMaxRanks;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const Run run(packs, each);
@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
 #pragma unroll
   for (int r = 0; r < kMost; ++r) {
     if (r >= ranks) break;
-    to[r] = turn.place<uint4>(peer::kDirect, r, peers.rank) + threadIdx.x;
-    from[r] = turn.place<uint4>(peer::kDirect, 0, r) + threadIdx.x;
+    to[r] = turn.even_place<uint4>(peer::kDirect, r, peers.rank) + threadIdx.x;
+    from[r] = turn.even_place<uint4>(peer::kDirect, 0, r) + threadIdx.x;
     addresses |= reinterpret_cast<uintptr_t>(to[r]) | reinterpret_cast<uintptr_t>(from[r]);
   }
   wait_for_earlier_grids(addresses);
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
 
 template <class T, bool kAligned, int kRanks>
 __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
-    one_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
+    one_shot_kernel(const Message<T, kAligned> message, int64_t packs, int each, const __grid_constant__ Peers peers) {
   constexpr int kBatch = kUnroll<kRanks, kAligned, false>;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const Run run(packs, each);
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
 
 template <class T, bool kAligned, int kRanks, bool kOnce>
 __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
-    two_shot_kernel(const __grid_constant__ Peers peers, const Message<T, kAligned> message, int64_t packs, int each) {
+    two_shot_kernel(const Message<T, kAligned> message, int64_t packs, int each, const __grid_constant__ Peers peers) {
   constexpr int kBatch = kUnroll<kRanks, kAligned, kOnce>;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const int64_t part = (packs + ranks - 1) / ranks;
@@ -326,7 +326,7 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
   const int64_t run = algorithm == Algorithm::kOneShot ? packs : (packs + peers.ranks - 1) / peers.ranks;
   const auto start = [&](auto one_shot, auto two_shot, const Shape& shape) {
     return launch(algorithm == Algorithm::kOneShot ? one_shot : two_shot, Launch{shape.blocks, shape.threads}, stream,
-                  peers, message, packs, shape.each);
+                  message, packs, shape.each, peers);
   };
   // Blocks and their runs are the same on ranks whose messages are not aligned alike.
   constexpr unsigned kMost = kMaxThreads<kRanks, false>;

@@ -34,7 +34,7 @@ struct Communicator {
   int64_t one_shot_bytes = -1;  // up to which an all-reduce takes one hop, the same on all ranks; -1: its own choice
 
   Peers peers() const {
-    Peers p{rank, ranks, {}, record, timeout_ns, max_blocks, {}};
+    Peers p{rank, ranks, max_blocks, {}, {}, record, timeout_ns};
     for (int i = 0; i < ranks; ++i) p.workspaces[i] = workspaces[(rank + i) % ranks];
     for (int channel = 0; channel < kChannels; ++channel)
       p.shares[channel] = static_cast<uint32_t>(share_bytes(static_cast<Channel>(channel), ranks, max_blocks));

@@ -20,9 +20,20 @@ __device__ __forceinline__ void store_volatile(uint4* at, const uint4& v) {
                : "memory");
 }
 __device__ __forceinline__ uint32_t load_volatile(const uint32_t* at) {
-  return *static_cast<const volatile uint32_t*>(at);
+  uint32_t v;
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+  return v;
 }
-__device__ __forceinline__ void store_volatile(uint32_t* at, uint32_t v) { *static_cast<volatile uint32_t*>(at) = v; }
+__device__ __forceinline__ void store_volatile(uint32_t* at, uint32_t v) {
+  asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+}
+
+// By way of the first-level cache, where a block's other threads find it: of a word that all of them look at once.
+__device__ __forceinline__ uint32_t load_shared_by_all(const uint32_t* at) {
+  uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+  return v;
+}
 
 __device__ __forceinline__ uint64_t now_ns() {
   uint64_t t;
@@ -67,7 +78,9 @@ __device__ __noinline__ inline bool give_up(const Peers& peers, uint32_t poison,
   return false;
 }
 
-// Once in 1024 polls: has a rank given up, is the time over? Returns when the wait began (now, if since is 0), or 0 to stop.
+constexpr int kPolls = 1024;
+
+// Once in so many polls: has a rank given up, is the time over? Returns when the wait began (now, if since is 0), or 0 to stop.
 __device__ __noinline__ inline uint64_t keep_waiting(const Peers& peers, Op op, uint32_t epoch, int source,
                                                      uint64_t since) {
   const uint64_t now = now_ns(), waited = since ? now - since : 0;
@@ -92,9 +105,9 @@ class Turn {
     // A second kernel on another stream would find this one's turn taken. The answer is looked at last. Of an atomic addition,
     // compilers make one for the warp and wait for it.
     if (leads_block()) turn_ = atomicExch(&own->turns[channel_][blockIdx.x], kTaken);
-    epoch_ = load_volatile(&own->epochs[channel_][blockIdx.x]);
+    epoch_ = load_shared_by_all(&own->epochs[channel_][blockIdx.x]);
     // Looked at when a result is written: a call's own loads need not wait for it.
-    poison_ = load_volatile(&own->poison);
+    poison_ = load_shared_by_all(&own->poison);
   }
 
   __device__ __forceinline__ void end() {
@@ -109,12 +122,15 @@ class Turn {
   // False: the results are NaN, whatever was received.
   __device__ __forceinline__ bool ok() const { return ok_ && poison_ == 0; }
 
-  // This block's place for the words of `source` in the workspace of rank (rank + i) % ranks. Before begin() it is that of even
-  // epochs, and slot() bytes from there is that of this one.
+  // This block's place for the words of `source` in the workspace of rank (rank + i) % ranks.
   template <class Word>
   __device__ __forceinline__ Word* place(Channel channel, int i, int source) const {
-    const int share = source * peers_.blocks + static_cast<int>(blockIdx.x);
-    return reinterpret_cast<Word*>(peers_.workspaces[i] + share_at(channel, epoch_, share, peers_.shares[channel]));
+    return place_in<Word>(epoch_, channel, i, source);
+  }
+  // The same in even epochs. It needs no begin(); slot() bytes from there is that of this epoch.
+  template <class Word>
+  __device__ __forceinline__ Word* even_place(Channel channel, int i, int source) const {
+    return place_in<Word>(0, channel, i, source);
   }
 
   __device__ __forceinline__ int64_t slot() const { return epoch_ % kSlots * slot_bytes(channel_); }
@@ -122,11 +138,15 @@ class Turn {
   // Polls until the words are there and empties them. `words` was read from `at` just before. False: the call is over.
   template <class Words>
   __device__ __forceinline__ bool receive(Words* at, Words& words, int source) {
-    uint32_t polls = 0;
+    // Little stands between a poll and the next one, and between the last one and what follows it.
+    int polls = ok_ ? kPolls : 1;
     uint64_t since = 0;
     while (has_empty(words)) {
-      if (!ok_) return false;
-      if (++polls % 1024 == 0 && !(since = keep_waiting(peers_, op_, epoch_, source, since))) ok_ = false;
+      if (--polls == 0) {
+        ok_ = ok_ && (since = keep_waiting(peers_, op_, epoch_, source, since)) != 0;
+        if (!ok_) return false;
+        polls = kPolls;
+      }
       words = load_volatile(at);
     }
     store_volatile(at, Words{});
@@ -134,6 +154,12 @@ class Turn {
   }
 
  private:
+  template <class Word>
+  __device__ __forceinline__ Word* place_in(uint32_t epoch, Channel channel, int i, int source) const {
+    const int share = source * peers_.blocks + static_cast<int>(blockIdx.x);
+    return reinterpret_cast<Word*>(peers_.workspaces[i] + share_at(channel, epoch, share, peers_.shares[channel]));
+  }
+
   const Peers& peers_;
   Channel channel_;
   Op op_;

@@ -95,14 +95,14 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes);
 
-// A communicator as a kernel sees it.
+// A communicator as a kernel sees it, what it always reads in front.
 struct Peers {
   int rank, ranks;
+  int blocks;                      // that a kernel may have, the same on all ranks
+  uint32_t shares[kChannels];      // share_bytes of each channel
   uint8_t* workspaces[kMaxRanks];  // [i]: of rank (rank + i) % ranks, at this process's address; the own one first
   FaultRecord* record;
   uint64_t timeout_ns;
-  int blocks;                  // that a kernel may have, the same on all ranks
-  uint32_t shares[kChannels];  // share_bytes of each channel
 };
 
 }  // namespace abiding::peer

@@ -30,13 +30,13 @@ inline Part part(const Tensor& weight, const Tensor& out) {
 }
 
 inline ReduceRmsParams params(const Argument& argument, const Tensor& rows, double eps) {
-  return {rows.const_data_ptr(),
-          rows.size(0) > 1 ? rows.stride(0) : rows.size(1),
-          {},
-          0,
-          rows.size(0),
-          static_cast<float>(eps),
-          type_of(argument)};
+  ReduceRmsParams p{};
+  p.input = rows.const_data_ptr();
+  p.input_stride = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
+  p.tokens = rows.size(0);
+  p.eps = static_cast<float>(eps);
+  p.type = type_of(argument);
+  return p;
 }
 
 inline void check_table(const char* op, const Tensor& workspace, const Argument& rows, int64_t nranks) {

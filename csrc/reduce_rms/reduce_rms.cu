@@ -21,7 +21,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 static_assert(peer::kMaxRanks == 16);
 struct Lane {
   int part, rank;
-  __device__ __forceinline__ explicit Lane(int lane) : part(lane / 16), rank(lane % 16) {}
+  __device__ __forceinline__ explicit Lane(unsigned lane)
+      : part(static_cast<int>(lane / 16)), rank(static_cast<int>(lane % 16)) {}
 };
 
 // Exchange over a communicator's workspaces.
@@ -29,23 +30,39 @@ template <int kParts>
 class WorkspaceLink {
  public:
   __device__ __forceinline__ WorkspaceLink(const Peers& peers, Lane lane)
-      : peers_(peers), lane_(lane), turn_(peers, peer::kScalars, kParts == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm) {
-    if (!exchanges()) return;
-    const int distance = lane.rank > peers.rank ? lane.rank - peers.rank : lane.rank - peers.rank + peers.ranks;
-    to_ = turn_.place<uint32_t>(peer::kScalars, distance, peers.rank) + lane.part;
-    from_ = turn_.place<uint32_t>(peer::kScalars, 0, lane.rank) + lane.part;
-  }
-  __device__ __forceinline__ void begin() { turn_.begin(); }
+      : peers_(peers),
+        lane_(lane),
+        turn_(peers, peer::kScalars, kParts == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm) {}
   __device__ __forceinline__ int ranks() const { return peers_.ranks; }
+  __device__ __forceinline__ void begin() { turn_.begin(); }
 
-  // The sum of rank l % 16, 0 where there is none such; `own` is that of this rank, and `index` counts the block's tokens.
-  __device__ __forceinline__ float exchange(int index, int64_t /*token*/, float own) {
+  // Where the words of the block's token `index` lie in even epochs. It takes a while, in which what was loaded arrives.
+  __device__ __forceinline__ void find_places(int index) {
+    const int other = exchanges() ? lane_.rank : peers_.rank;  // lanes that exchange nothing have places too, unused
+    const int distance = other >= peers_.rank ? other - peers_.rank : other - peers_.rank + peers_.ranks;
+    const int word = index * kParts + lane_.part;
+    to_ = turn_.template even_place<uint32_t>(peer::kScalars, distance, peers_.rank) + word;
+    from_ = turn_.template even_place<uint32_t>(peer::kScalars, 0, other) + word;
+    asm volatile("" : "+l"(to_), "+l"(from_));
+  }
+  __device__ __forceinline__ void go_to_epoch() {
+    to_ += turn_.slot() / static_cast<int64_t>(sizeof *to_);
+    from_ += turn_.slot() / static_cast<int64_t>(sizeof *from_);
+    asm volatile("" : "+l"(to_), "+l"(from_));
+  }
+  // So many tokens on.
+  __device__ __forceinline__ void advance(int tokens) {
+    to_ += tokens * kParts;
+    from_ += tokens * kParts;
+  }
+
+  // The sum of rank l % 16, 0 where there is none such; `own` is that of this rank.
+  __device__ __forceinline__ float exchange(int64_t /*token*/, float own) {
     if (!turn_.ok()) return kNan;
     if (!exchanges()) return lane_.rank == peers_.rank ? own : 0.0f;
-    const int64_t at = turn_.slot() / static_cast<int64_t>(sizeof own) + index * kParts;
-    peer::store_volatile(to_ + at, peer::encode(__float_as_uint(own)));
-    uint32_t word = peer::load_volatile(from_ + at);
-    return turn_.receive(from_ + at, word, lane_.rank) ? __uint_as_float(peer::decode(word)) : kNan;
+    peer::store_volatile(to_, peer::encode(__float_as_uint(own)));
+    uint32_t word = peer::load_volatile(from_);
+    return turn_.receive(from_, word, lane_.rank) ? __uint_as_float(peer::decode(word)) : kNan;
   }
   __device__ __forceinline__ void end() { turn_.end(); }
 
@@ -57,7 +74,7 @@ class WorkspaceLink {
   const Peers& peers_;
   Lane lane_;
   peer::Turn turn_;
-  uint32_t *to_ = nullptr, *from_ = nullptr;  // of even epochs
+  uint32_t *to_ = nullptr, *from_ = nullptr;
 };
 
 // Exchange over upstream's table. It has one epoch for the whole grid, which the last block to finish moves on.
@@ -71,8 +88,11 @@ class TableLink {
     epoch_ = peer::load_volatile(&counters()[2]);
   }
   __device__ __forceinline__ int ranks() const { return table_.ranks; }
+  __device__ __forceinline__ void find_places(int /*index*/) {}
+  __device__ __forceinline__ void go_to_epoch() {}
+  __device__ __forceinline__ void advance(int /*tokens*/) {}
 
-  __device__ __forceinline__ float exchange(int /*index*/, int64_t token, float own) {
+  __device__ __forceinline__ float exchange(int64_t token, float own) {
     if (lane_.rank >= table_.ranks || lane_.part >= kParts) return 0.0f;
     if (lane_.rank == table_.rank) return own;
     if (gave_up_ || (token + 1) * kParts * static_cast<int64_t>(sizeof own) > share_bytes_)
@@ -82,8 +102,8 @@ class TableLink {
     uint32_t* from = place(table_.rank, lane_.rank) + at;
     uint32_t word = peer::load_volatile(from);
     uint64_t since = 0;
-    for (uint32_t polls = 1; word == kTableEmpty; ++polls) {
-      if (polls % 1024 == 0) {
+    for (int polls = 1; word == kTableEmpty; ++polls) {
+      if (polls % peer::kPolls == 0) {
         const uint64_t now = peer::now_ns();
         if (since == 0) since = now;
         if (now - since > table_.timeout_ns) {
@@ -157,7 +177,7 @@ struct Columns {
   int packs;  // of all parts
 
   __device__ __forceinline__ explicit Columns(const ReduceRmsParams& p)
-      : p(p), first(packs_of(0)), packs(kParts == 2 ? first + packs_of(1) : first) {}
+      : p(p), first(p.packs[0]), packs(kParts == 2 ? first + p.packs[1] : first) {}
 
   __device__ __forceinline__ bool in_second(int i) const { return kParts == 2 && i >= first; }
   __device__ __forceinline__ const P* input(int64_t token) const {
@@ -172,11 +192,6 @@ struct Columns {
       return reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
     };
     return in_second(i) ? of(1) + (i - first) : of(0) + i;
-  }
-
- private:
-  __device__ __forceinline__ int packs_of(int part) const {
-    return static_cast<int>(p.parts[part].width / kElements<T, kVector>);
   }
 };
 
@@ -205,11 +220,19 @@ __device__ __forceinline__ Pack<T, kVector> scaled(const Pack<T, kVector>& pack,
 // Keeps the compiler from unpacking what is being loaded, and so waiting for it, before this.
 __device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 template <class Element>
+__device__ __forceinline__ void not_before(Element*& at) {
+  asm volatile("" : "+l"(at));
+}
+template <class Element>
 __device__ __forceinline__ void not_before(Element&) {}
 
-// A team is a row of the block's threads. Barrier 0 is the block's.
+// A team is a row of the block's threads. Where each has one token they wait for each other, since the block's own barrier takes
+// least time. Where they go through several, each goes at its own pace.
+template <bool kOnce>
 __device__ __forceinline__ void team_barrier() {
-  if (blockDim.x == 32)
+  if constexpr (kOnce)
+    __syncthreads();
+  else if (blockDim.x == 32)
     __syncwarp();
   else
     asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
@@ -221,12 +244,13 @@ struct SharedSums {
   float scales[kMaxBlockWarps][kParts];  // of teams
 };
 
-// From a thread's sums of squares to the team's scales. `index` is the token's within the block's share; kLast: no more follow.
-template <bool kLast, int kParts, class Link>
+// From a thread's sums of squares to the team's scales. A team that is not busy has no token, and waits at the barriers alone.
+template <bool kOnce, int kParts, class Link>
 __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& link, Lane own,
-                                            const float (&sums)[kParts], int index, int64_t token, float inverse_width,
+                                            const float (&sums)[kParts], int64_t token, bool busy, float inverse_width,
                                             float eps) {
   const int warps = blockDim.x / 32, part = own.part < kParts ? own.part : 0;
+  float (*of_warps)[kParts] = shared.of_warps + threadIdx.y * warps;
   // Over a warp: each half of it takes its own part.
   float sum = sums[0];
   float others = sums[0];
@@ -234,31 +258,29 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& li
   sum += __shfl_xor_sync(~0u, others, 16);
 #pragma unroll
   for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  if (own.rank == 0 && own.part < kParts) of_warps[threadIdx.x / 32][own.part] = sum;
+  team_barrier<kOnce>();
   // Over the team's warps, of which the first one goes on.
-  if (warps > 1) {
-    float (*of_warps)[kParts] = shared.of_warps + threadIdx.y * warps;
-    if (own.rank == 0 && own.part < kParts) of_warps[threadIdx.x / 32][own.part] = sum;
-    team_barrier();
-    if (threadIdx.x < 32) {
-      sum = own.rank < warps ? of_warps[own.rank][part] : 0.0f;
-      if (own.rank + 16 < warps) sum += of_warps[own.rank + 16][part];
+  if (threadIdx.x < 32 && busy) {
+    sum = own.rank < warps ? of_warps[own.rank][part] : 0.0f;
+    if (own.rank + 16 < warps) sum += of_warps[own.rank + 16][part];
 #pragma unroll
-      for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    }
-  }
-  if (threadIdx.x < 32) {
-    const float theirs = link.exchange(index, token, sum);
+    for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    const float theirs = link.exchange(token, sum);
     __syncwarp();
-    // Nobody is waited for from here on: the next kernel may have the room that is left. Any lane says so for the block.
-    if (kLast && blockDim.y == 1) launch_dependents();
+    // Nobody is waited for from here on: the other ranks' same blocks run, and the next kernel may have the room that is left.
+    // Any lane says so for the block.
+    if constexpr (kOnce) launch_dependents();
     float total = 0;
+    int from = 0;
 #pragma unroll 1
-    for (int from = 0; from < link.ranks(); from += 4)  // beyond the ranks there are zeros
+    do {  // beyond the ranks there is a zero
 #pragma unroll
-      for (int r = 0; r < 4; ++r) total += __shfl_sync(~0u, theirs, from + r, 16);
+      for (int r = 0; r < 2; ++r) total += __shfl_sync(~0u, theirs, from++, 16);
+    } while (from < link.ranks());
     if (own.rank == 0 && own.part < kParts) shared.scales[threadIdx.y][own.part] = rsqrtf(total * inverse_width + eps);
   }
-  team_barrier();
+  team_barrier<kOnce>();
 }
 
 template <class T, bool kVector, int kParts, int kPacks, bool kOnce, class Link, class Peer>
@@ -266,10 +288,7 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
   using P = Pack<T, kVector>;
   __shared__ SharedSums<kParts> shared;
   const int thread = threadIdx.x, threads = blockDim.x, team = threadIdx.y, teams = blockDim.y;
-  const Lane own(thread % 32);
   const Columns<T, kVector, kParts> columns(p);
-  Link link(peer, own);
-  const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   // Calls each(c, i) for the thread's packs, of which pack i is the c-th one.
   const auto for_packs = [&](auto each) {
@@ -285,35 +304,39 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
   P held[kPacks ? kPacks : 1], weights[kPacks ? kPacks : 1];
   int64_t token = int64_t{blockIdx.x} * teams + team;
   const bool busy = token < p.tokens;
-  const P *first = columns.input(token) + thread, *weight = columns.weight(thread);
-  P* out = columns.out(token, thread);
+  const P* first = columns.input(token) + thread;
   const auto load = [&] {
     for_packs([&](int c, int i) { held[c] = kOnce && c == 0 ? *first : columns.input(token)[i]; });
   };
-  const auto load_weights = [&] {
-    for_packs([&](int c, int i) { weights[c] = kOnce && c == 0 ? *weight : *columns.weight(i); });
-  };
+  const auto load_weights = [&] { for_packs([&](int c, int i) { weights[c] = *columns.weight(i); }); };
 
-  if constexpr (kOnce)
-    wait_for_earlier_grids(first, weight, out);
-  else
-    wait_for_earlier_grids();
-  if (kOnce && busy) load();
-  if (kEarly && busy) load_weights();
+  wait_for_earlier_grids(first);
+  if (kPacks > 0 && busy) load();
+  // What follows, up to the first use of the row, takes no longer than the row takes to come.
+  const Lane own(threadIdx.x % 32);
+  Link link(peer, own);
   link.begin();
+  if (kEarly && busy) load_weights();
+  link.find_places(team);
+  const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
+  P* out = columns.out(token, thread);
+  not_before(out);
   if constexpr (kOnce)
     for (P& pack : held) not_before(pack);
+  link.go_to_epoch();
 
-  for (int index = team; token < p.tokens; index += teams) {  // the token's within the block's share
-    if constexpr (kPacks > 0 && !kOnce) load();
+  const auto normalise_token = [&] {
     float sums[kParts] = {};
-    for_packs([&](int c, int i) {
-      if constexpr (kPacks == 0) held[c] = columns.input(token)[i];
-      const float sum = sum_of_squares<T, kVector>(held[c]);
-      sums[0] += columns.in_second(i) ? 0.0f : sum;
-      if constexpr (kParts == 2) sums[1] += columns.in_second(i) ? sum : 0.0f;
-    });
-    find_scales<kOnce>(shared, link, own, sums, index, token, inverse_width, p.eps);
+    if (!kOnce || busy) {
+      for_packs([&](int c, int i) {
+        if constexpr (kPacks == 0) held[c] = columns.input(token)[i];
+        const float sum = sum_of_squares<T, kVector>(held[c]);
+        sums[0] += columns.in_second(i) ? 0.0f : sum;
+        if constexpr (kParts == 2) sums[1] += columns.in_second(i) ? sum : 0.0f;
+      });
+    }
+    find_scales<kOnce>(shared, link, own, sums, token, busy, inverse_width, p.eps);
+    if (kOnce && !busy) return;
     if constexpr (kOnce && !kEarly) load_weights();
     if constexpr (kOnce)
       for (P& pack : weights) not_before(pack);
@@ -323,24 +346,32 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
       *(kOnce && c == 0 ? out : columns.out(token, i)) =
           scaled<T, kVector>(held[c], weights[c], shared.scales[team][columns.in_second(i)]);
     });
-    if constexpr (kOnce) break;
-    token += int64_t{gridDim.x} * teams;
-    __syncwarp();  // a team of one warp has no other barrier between the scales of this token and the next one's
+  };
+  if constexpr (kOnce) {
+    normalise_token();
+  } else {
+    while (token < p.tokens) {
+      normalise_token();
+      token += int64_t{gridDim.x} * teams;
+      link.advance(teams);
+      if (kPacks > 0 && token < p.tokens) load();
+      __syncwarp();  // a team of one warp has no other barrier between the scales of this token and the next one's
+    }
+    // A team that waited for nobody does not know that the other ranks' blocks run, which the next kernel could keep from it.
+    if (busy) launch_dependents();
   }
-  // A team that waited for nobody does not know that the other ranks' blocks run, which the next kernel could keep from it.
-  if (busy) launch_dependents();
   link.end();
 }
 
 template <class T, bool kVector, int kParts, int kPacks, bool kOnce>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
-    reduce_rms_kernel(const __grid_constant__ Peers peers, const __grid_constant__ ReduceRmsParams p) {
+    reduce_rms_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ Peers peers) {
   normalise<T, kVector, kParts, kPacks, kOnce, WorkspaceLink<kParts>>(peers, p);
 }
 
 template <class T, bool kVector, int kParts, int kPacks, bool kOnce>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
-    reduce_rms_table_kernel(const __grid_constant__ TableParams table, const __grid_constant__ ReduceRmsParams p) {
+    reduce_rms_table_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ TableParams table) {
   normalise<T, kVector, kParts, kPacks, kOnce, TableLink<kParts>>(table, p);
 }
 
@@ -355,7 +386,12 @@ constexpr auto kernel_for(const TableParams&) {
 
 // `link` is what the kernel exchanges over: Peers or TableParams.
 template <class T, bool kVector, int kParts, class Link>
-cudaError_t launch_parts(const Link& link, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
+cudaError_t launch_parts(const Link& link, ReduceRmsParams p, int max_blocks, cudaStream_t stream) {
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t width = p.parts[part].width;
+    p.packs[part] = static_cast<int>(width / kElements<T, kVector>);
+    p.parts[part].inverse_full_width = 1.0f / static_cast<float>(width * link.ranks);
+  }
   int64_t packs = 0;
   for (int part = 0; part < kParts; ++part) packs += (p.parts[part].width * static_cast<int64_t>(sizeof(T)) + 15) / 16;
   const Shape shape = choose_shape(packs, p.tokens, max_blocks);
@@ -363,7 +399,7 @@ cudaError_t launch_parts(const Link& link, const ReduceRmsParams& p, int max_blo
   const auto grid = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
   Launch how{grid, static_cast<unsigned>(32 * shape.team)};
   how.block_rows = static_cast<unsigned>(shape.teams);
-  const auto run = [&](auto kernel) { return launch(kernel, how, stream, link, p); };
+  const auto run = [&](auto kernel) { return launch(kernel, how, stream, p, link); };
   if constexpr (kVector) {
     if (shape.packs_a_thread == 1) return run(kernel_for<T, true, kParts, 1, true>(link));
     if (shape.packs_a_thread == 2) return run(kernel_for<T, true, kParts, 2, true>(link));
@@ -396,8 +432,7 @@ cudaError_t launch_type(const Link& link, const ReduceRmsParams& p, int max_bloc
 }
 
 template <class Link>
-cudaError_t launch_link(const Link& link, ReduceRmsParams p, int max_blocks, cudaStream_t stream) {
-  for (Part& part : p.parts) part.inverse_full_width = 1.0f / static_cast<float>(part.width * link.ranks);
+cudaError_t launch_link(const Link& link, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
   switch (p.type) {
     case Type::kFloat32: return launch_type<float>(link, p, max_blocks, stream);
     case Type::kFloat16: return launch_type<__half>(link, p, max_blocks, stream);

@@ -136,7 +136,7 @@ void check_fault(const Actor& actor, const FaultRecord& record) {
 void run(const Actor& actor) {
   progress = {};
   progress.own = reinterpret_cast<const Header*>(workspace(actor.rank));
-  Peers peers{actor.rank, options.ranks, {}, &progress.record, 1, 1, {}};
+  Peers peers{actor.rank, options.ranks, 1, {}, {}, &progress.record, 1};
   for (int i = 0; i < options.ranks; ++i)
     peers.workspaces[i] = reinterpret_cast<uint8_t*>(workspace((actor.rank + i) % options.ranks));
   for (progress.call = actor.first; progress.call < actor.last; ++progress.call) {

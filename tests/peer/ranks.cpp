@@ -57,7 +57,7 @@ struct World {
     return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   Peers peers(int rank, FaultRecord* record, double timeout_s) const {
-    Peers peers{rank, ranks, {}, record, static_cast<uint64_t>(timeout_s * 1e9), 1, {}};
+    Peers peers{rank, ranks, 1, {}, {}, record, static_cast<uint64_t>(timeout_s * 1e9)};
     for (int i = 0; i < ranks; ++i) peers.workspaces[i] = workspaces[(rank + i) % ranks];
     return peers;
   }
