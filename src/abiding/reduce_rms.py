@@ -41,13 +41,13 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
         RuntimeError: the communicator has stopped or is closed; the message names operator and rank.
         TypeError, ValueError: an argument's dtype, device, shape or strides are not accepted.
     """
-    check_shape("rms_norm", "x", x, ("T", "d"))
     comm.check_device("rms_norm", "x", x)
+    if comm.unavailable_reason is None:
+        result: Tensor = comm.run("rms_norm", _FACE_NAMES, _ops.reduce_rms.default, (x, weight), eps)
+        return result
+    check_shape("rms_norm", "x", x, ("T", "d"))
     check_shape("rms_norm", "weight", weight, (x.size(1),))
-    if comm.unavailable_reason is not None:
-        return _scaled("rms_norm", [x], [weight], comm, eps)[0]
-    result: Tensor = comm.run("rms_norm", _FACE_NAMES, _ops.reduce_rms.default, (x, weight), eps)
-    return result
+    return _scaled("rms_norm", [x], [weight], comm, eps)[0]
 
 
 def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -66,16 +66,17 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rms_norm`.
     """
+    comm.check_device("qk_norm", "qkv", qkv)
+    if comm.unavailable_reason is None:
+        op = _ops.reduce_rms_qk.default
+        result: tuple[Tensor, Tensor] = comm.run("qk_norm", _FACE_NAMES, op, (qkv, wq, wk), eps)
+        return result
     check_shape("qk_norm", "wq", wq, ("q",))
     check_shape("qk_norm", "wk", wk, ("kv",))
     check_shape("qk_norm", "qkv", qkv, ("T", wq.numel() + 2 * wk.numel()))
-    comm.check_device("qk_norm", "qkv", qkv)
-    if comm.unavailable_reason is not None:
-        q, k, _ = qkv.split([wq.numel(), wk.numel(), wk.numel()], dim=1)
-        q, k = _scaled("qk_norm", [q, k], [wq, wk], comm, eps)
-        return q, k
-    result: tuple[Tensor, Tensor] = comm.run("qk_norm", _FACE_NAMES, _ops.reduce_rms_qk.default, (qkv, wq, wk), eps)
-    return result
+    q, k, _ = qkv.split([wq.numel(), wk.numel(), wk.numel()], dim=1)
+    q, k = _scaled("qk_norm", [q, k], [wq, wk], comm, eps)
+    return q, k
 
 
 def _scaled(

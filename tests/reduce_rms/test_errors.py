@@ -17,9 +17,13 @@ from abiding.testing.ranks import virtual_ranks
 WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]], type[Exception], str]] = {
     "no tensor": (lambda x, q, k: (None, q, k), TypeError, "qkv is a NoneType; expected a Tensor"),
     "wq is no tensor": (lambda x, q, k: (x, 1.0, k), TypeError, "wq is a float; expected a Tensor"),
-    "one dimension": (lambda x, q, k: (x[0], q, k), ValueError, r"qkv has shape \[48\]; expected \[T, 48\]"),
-    "columns": (lambda x, q, k: (x[:, 1:], q, k), ValueError, r"qkv has shape \[5, 47\]; expected \[T, 48\]"),
-    "wide weight": (lambda x, q, k: (x, torch.cat([q, q]), k), ValueError, r"expected \[T, 80\]"),
+    "one dimension": (lambda x, q, k: (x[0], q, k), ValueError, r"qkv has shape \[48\]; expected 2 dimensions"),
+    "columns": (
+        lambda x, q, k: (x[:, 1:], q, k),
+        ValueError,
+        r"qkv has shape \[5, 47\]; expected 48 columns, q's 32 and twice k's 8",
+    ),
+    "wide weight": (lambda x, q, k: (x, torch.cat([q, q]), k), ValueError, "qkv .*expected 80 columns, q's 64"),
     "weight of two dimensions": (
         lambda x, q, k: (x, q[None], k),
         ValueError,
@@ -69,9 +73,9 @@ def test_wrong_eps(eps: float, device: torch.device) -> None:
 def test_rms_norm_names_its_arguments(device: torch.device) -> None:
     inputs = make(device)
     with virtual_ranks(2, device) as (comm, _):
-        with pytest.raises(ValueError, match=r"rms_norm: x has shape \[5\]; expected \[T, d\]"):
+        with pytest.raises(ValueError, match=r"rms_norm: x has shape \[5\]; expected 2 dimensions"):
             reduce_rms.rms_norm(inputs.rows[:, 0], inputs.wq, comm)
-        with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[32\]; expected \[31\]"):
+        with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[32\]; expected size 31 .*the columns of x"):
             reduce_rms.rms_norm(inputs.rows[:, :31], inputs.wq, comm)
         with pytest.raises(TypeError, match="rms_norm: x has dtype int32"):
             reduce_rms.rms_norm(inputs.rows[:, :32].int(), inputs.wq.int(), comm)
