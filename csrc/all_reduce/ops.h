@@ -35,14 +35,18 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline void check_dense(const char* op, const Argument& argument) {
+  check(is_dense(argument.tensor()), op, argument.name(), " has shape ", argument.shape(), " and strides ",
+        argument.strides(), "; expected memory without gaps or overlaps");
+}
+
 // `name` is what the operator calls its input.
 inline AllReduceParams check_message(const char* op, const char* name, const Tensor& input, const Tensor& output) {
   const Argument in{op, name, input}, out{op, "out", output};
   in.dtype({aoti_torch_dtype_float32, aoti_torch_dtype_float16, aoti_torch_dtype_bfloat16});
   out.same_dtype(in).same_device(in);
-  for (const Argument& argument : {in, out})
-    check(is_dense(argument.tensor()), op, argument.name(), " has shape ", argument.shape(), " and strides ",
-          argument.strides(), "; expected memory without gaps or overlaps");
+  check_dense(op, in);
+  check_dense(op, out);
   check(same_layout(input, output), op, "out has shape ", out.shape(), " and strides ", out.strides(), "; expected ",
         in.shape(), " and ", in.strides(), " as ", name);
   const char *from = static_cast<const char*>(input.const_data_ptr()),

@@ -173,20 +173,32 @@ void check_index_values(const char* op, const Scope& scope, std::initializer_lis
   }
 }
 
-// A new tensor with the dtype and device of `like`. What torch says of a failure does not cross the C boundary, so the
-// size asked for is named here.
-inline Tensor new_empty(const char* op, const Tensor& like, const std::vector<int64_t>& sizes) {
-  try {
-    return torch::stable::new_empty(like, sizes);
-  } catch (const std::exception&) {
-    double bytes = static_cast<double>(like.element_size());
-    std::string shape;
-    for (int64_t size : sizes) {
-      bytes *= static_cast<double>(size);
-      shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    }
-    fail(op, "no memory for an output of shape [", shape, "], ", bytes / (1 << 30), " GiB; expected that much free");
+// A new tensor with the dtype and device of `like`. The shim, and not the operator: looking that up by its name takes as long as all
+// the rest of a small call. What torch says of a failure does not cross the C boundary, so the size asked for is named here.
+template <class Sizes, class Strides>
+Tensor new_empty_strided(const char* op, const Tensor& like, const Sizes& sizes, const Strides& strides) {
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
+                               device_index, &made) == AOTI_TORCH_SUCCESS)
+    return Tensor(made);
+  double bytes = static_cast<double>(like.element_size());
+  std::string shape;
+  for (int64_t size : sizes) {
+    bytes *= static_cast<double>(size);
+    shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   }
+  fail(op, "no memory for an output of shape [", shape, "], ", bytes / (1 << 30), " GiB; expected that much free");
+}
+
+inline Tensor new_empty(const char* op, const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
+  return new_empty_strided(op, like, sizes, strides);
 }
 
 }  // namespace abiding
