@@ -142,6 +142,17 @@ def test_only_what_stands_between_the_markers_is_rewritten(results: Results) -> 
     assert "verdict" not in once
 
 
+def test_an_operator_with_another_axis_has_a_table_of_its_own(results: Results) -> None:
+    text = "<!-- results:mla_prologue:insert -->\n<!-- /results:mla_prologue:insert -->\n"
+    benchmark = replace(BENCHMARK, ops=(*BENCHMARK.ops, "insert"), other_axes={"insert": "heads"})
+    cases = [*results.cases, case(16, 3.25, op="insert", heads=8), case(16, 4.5, op="insert", heads=128)]
+    written = rewrite(text, "mla_prologue", [replace(results, cases=cases)], benchmark)
+    head = next(line for line in written.splitlines() if "heads" in line and line.startswith("|"))
+    assert head.replace(" ", "").endswith("|heads|8|128|")
+    assert "3.25" in written
+    assert "9.0" not in written
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_same_results_plot_to_the_same_file(suffix: str, results: Results, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

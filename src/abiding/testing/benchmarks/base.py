@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ class Benchmark:
     """A group's cases and how its tables read: a row for each `row(case)`, a column for each value of `params[axis]`.
 
     `ops` begins with the operator that summaries and plots show; `target_us` is None for a case without a target. The
-    plot has a panel for each row, or, `overlaid`, a line for each in one panel.
+    plot has a panel for each row, or, `overlaid`, a line for each in one panel. `other_axes` are those of operators
+    that have another one.
     """
 
     group: str
@@ -43,6 +44,11 @@ class Benchmark:
     row: Callable[[CaseResult], str]
     target_us: Callable[[CaseResult], float | None]
     overlaid: bool = False
+    other_axes: Mapping[str, str] = field(default_factory=dict)
+
+    def axis_of(self, op: str) -> str:
+        """The parameter that runs across an operator's table."""
+        return self.other_axes.get(op, self.axis)
 
     def verdict(self, case: CaseResult) -> str:
         """Met where the case is within its target and not slower than any peer; 1 % slower counts as equal."""

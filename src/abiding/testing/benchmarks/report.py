@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +24,8 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
     """Every case in Markdown, with its floor, its target and whether that is met."""
     peers = _peers(results.cases)
     times_head = ["us", "spread", "floor", "target", *peers, *(f"/ {name}" for name in peers)]
-    head = ["op", "case", benchmark.axis, "L2", *times_head, "verdict"]
+    axes = dict.fromkeys([benchmark.axis, *benchmark.other_axes.values()])
+    head = ["op", "case", " / ".join(axes), "L2", *times_head, "verdict"]
     rows = []
     for case in results.cases:
         target = benchmark.target_us(case)
@@ -33,7 +34,7 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
             [
                 case.op,
                 benchmark.row(case),
-                str(case.params.get(benchmark.axis, "-")),
+                str(case.params.get(benchmark.axis_of(case.op), "-")),
                 "warm" if case.warm else "cold",
                 *map(_us, (case.us, case.spread_us, case.floor_us, target, *times)),
                 *("-" if us is None else f"{case.us / us:.2f}" for us in times),
@@ -46,16 +47,8 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
-    """The group's first operator on one GPU: a line that says what was measured and a table with the axis across."""
-    parts = [
-        f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
-        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
-        f"{results.matmul_tflops:.0f} TFLOP/s. `{benchmark.ops[0]}`, microseconds a call."
-    ]
-    for warm in (False, True):
-        cases = [case for case in results.cases if case.op == benchmark.ops[0] and case.warm is warm]
-        if cases:
-            parts.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
+    """The group's first operator on one GPU, as :func:`of_op`, and how many targets all of them meet."""
+    parts = [of_op(results, benchmark, benchmark.ops[0])]
     judged: dict[str, list[str]] = {}
     for case in results.cases:
         if (verdict := benchmark.verdict(case)) != "-":
@@ -66,16 +59,34 @@ def summary(results: Results, benchmark: Benchmark) -> str:
     return "\n\n".join(parts)
 
 
+def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
+    """An operator on one GPU: a line that says what was measured and a table with the axis across."""
+    parts = [
+        f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
+        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
+        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds a call."
+    ]
+    for warm in (False, True):
+        cases = [case for case in results.cases if case.op == op and case.warm is warm]
+        if cases:
+            parts.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
+    return "\n\n".join(parts)
+
+
 def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchmark) -> str:
     """`text` with what stands between the group's markers replaced.
 
     `<!-- results:GROUP -->` ... `<!-- /results:GROUP -->` takes a summary of each GPU, `results:GROUP:full` every
-    case as well.
+    case as well, `results:GROUP:OP` another operator's table.
     """
     every = list(results)
-    for marker, detailed in ((f"results:{group}", False), (f"results:{group}:full", True)):
-        parts = [summary(one, benchmark) + ("\n\n" + full_table(one, benchmark) if detailed else "") for one in every]
-        body = "\n\n".join(parts)
+    written: dict[str, Callable[[Results], str]] = {
+        f"results:{group}": lambda one: summary(one, benchmark),
+        f"results:{group}:full": lambda one: summary(one, benchmark) + "\n\n" + full_table(one, benchmark),
+        **{f"results:{group}:{op}": partial(of_op, benchmark=benchmark, op=op) for op in benchmark.ops},
+    }
+    for marker, write in written.items():
+        body = "\n\n".join(map(write, every))
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
         text = re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
     return text
@@ -148,15 +159,16 @@ def _peers(cases: Iterable[CaseResult]) -> list[str]:
 
 
 def _across(cases: Sequence[CaseResult], benchmark: Benchmark, title: str) -> str:
-    points = sorted({case.params[benchmark.axis] for case in cases}, key=float)
+    axis = benchmark.axis_of(cases[0].op)
+    points = sorted({case.params[axis] for case in cases}, key=float)
     rows = []
     for label, members in _rows(cases, benchmark):
-        at = {case.params[benchmark.axis]: case for case in members}
+        at = {case.params[axis]: case for case in members}
         rows.append([label, "**abiding**", *(f"**{_us(at[p].us)}**" if p in at else "-" for p in points)])
         for name in _peers(members):
             rows.append(["", name, *(_us(at[p].peers.get(name)) if p in at else "-" for p in points)])
         rows.append(["", "floor", *(_us(at[p].floor_us) if p in at else "-" for p in points)])
-    return table([title, benchmark.axis, *map(str, points)], rows)
+    return table([title, axis, *map(str, points)], rows)
 
 
 def _rows(cases: Sequence[CaseResult], benchmark: Benchmark) -> list[Row]:

@@ -40,9 +40,8 @@ def _measure(_: Settings) -> Iterator[CaseResult]:
 
 
 def row(case: CaseResult) -> str:
-    """The number of ranks, of tokens where those are normalised, and what has failed if anything has."""
-    tokens = f", tokens {case.params['tokens']}" if "tokens" in case.params else ""
-    return f"{case.params['ranks']} ranks{tokens}{'' if case.params.get('passed', True) else ', FAILED'}"
+    """The number of ranks, and what has failed if anything has."""
+    return f"{case.params['ranks']} ranks{'' if case.params.get('passed', True) else ', FAILED'}"
 
 
 def target_us(case: CaseResult) -> float | None:
@@ -59,14 +58,16 @@ def target_us(case: CaseResult) -> float | None:
 
 
 _MODES = ("graph", "eager")
+_NORMS = tuple(f"qk_norm {mode}" for mode in _MODES)
 BENCHMARK = Benchmark(
     "multi_gpu",
-    (*_MODES, *(f"qk_norm {mode}" for mode in _MODES)),
+    (*_MODES, *_NORMS),
     "bytes",
     _measure,
     row,
     target_us,
     overlaid=True,
+    other_axes=dict.fromkeys(_NORMS, "tokens"),
 )
 """For tables and plots; not among the groups, since it is not run as they are."""
 
@@ -283,7 +284,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
 def _table(op: str, cases: Sequence[CaseResult]) -> str:
     """A line a size: ours, for a message also as the bandwidth that a ring would need on each link, then the peers."""
     peers = sorted({name for case in cases for name in case.peers})
-    axis = "bytes" if "bytes" in cases[0].params else "tokens"
+    axis = BENCHMARK.axis_of(op)
     lines = []
     for case in cases:
         point, ranks = int(case.params[axis]), int(case.params["ranks"])
