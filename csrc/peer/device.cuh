@@ -28,8 +28,9 @@ __device__ __forceinline__ void store_volatile(uint32_t* at, uint32_t v) {
   asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
-// By way of the first-level cache, where a block's other threads find it: of a word that all of them look at once.
-__device__ __forceinline__ uint32_t load_shared_by_all(const uint32_t* at) {
+// By way of the first-level cache, which the wait for earlier grids has made current: a word that all threads of a block look at is
+// asked for once.
+__device__ __forceinline__ uint32_t load_cached(const uint32_t* at) {
   uint32_t v;
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
   return v;
@@ -105,9 +106,9 @@ class Turn {
     // A second kernel on another stream would find this one's turn taken. The answer is looked at last. Of an atomic addition,
     // compilers make one for the warp and wait for it.
     if (leads_block()) turn_ = atomicExch(&own->turns[channel_][blockIdx.x], kTaken);
-    epoch_ = load_shared_by_all(&own->epochs[channel_][blockIdx.x]);
+    epoch_ = load_cached(&own->epochs[channel_][blockIdx.x]);
     // Looked at when a result is written: a call's own loads need not wait for it.
-    poison_ = load_shared_by_all(&own->poison);
+    poison_ = load_cached(&own->poison);
   }
 
   __device__ __forceinline__ void end() {
