@@ -310,7 +310,8 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
       for (int u = 0; u < kBatch; ++u) {
         if (!in(from, k + u * blockDim.x)) continue;
         const bool ok = turn.receive(place + u * blockDim.x, words[u], from);
-        message.store(from * part + run.begin + k + u * blockDim.x, ok ? peer::decode(words[u]) : nans<T>());
+        message.store(from * part + run.begin + k + u * blockDim.x,
+                      ok && turn.ok() ? peer::decode(words[u]) : nans<T>());
       }
     }
   };

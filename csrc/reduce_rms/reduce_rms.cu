@@ -102,8 +102,9 @@ class TableLink {
     uint32_t* from = place(table_.rank, lane_.rank) + at;
     uint32_t word = peer::load_volatile(from);
     uint64_t since = 0;
-    for (int polls = 1; word == kTableEmpty; ++polls) {
-      if (polls % peer::kPolls == 0) {
+    for (int polls = peer::kPolls; word == kTableEmpty;) {
+      if (--polls == 0) {
+        polls = peer::kPolls;
         const uint64_t now = peer::now_ns();
         if (since == 0) since = now;
         if (now - since > table_.timeout_ns) {
@@ -268,8 +269,8 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& li
     for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
     const float theirs = link.exchange(token, sum);
     __syncwarp();
-    // Nobody is waited for from here on: the other ranks' same blocks run, and the next kernel may have the room that is left.
-    // Any lane says so for the block.
+    // The other ranks' same blocks run, so what other teams of this one wait for will come, and the next kernel may have the room
+    // that is left. Any lane says so for the block.
     if constexpr (kOnce) launch_dependents();
     float total = 0;
     int from = 0;

@@ -53,7 +53,7 @@ def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str
     sizes = check_tensor(function, name, tensor).shape
     if len(sizes) == len(shape):
         for want, size in zip(shape, sizes, strict=True):  # a call has a few microseconds: no generator
-            if want != size and not isinstance(want, str):
+            if not isinstance(want, str) and want != size:
                 break
         else:
             return

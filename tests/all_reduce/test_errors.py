@@ -16,6 +16,7 @@ from abiding.testing.comparison import assert_bitwise_equal
 from abiding.testing.ranks import virtual_ranks
 
 raw = torch.ops.abiding_custom_ar
+summed = torch.ops.abiding.all_reduce
 
 
 def base(device: torch.device) -> Tensor:
@@ -113,6 +114,8 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
                 (fa, x[:1].expand(2), x[:2], 0, 0),
                 "inp has .*; expected memory without gaps",
             ),
+            (summed, (x[::2], comm._token, fa), "all_reduce: input has .*; expected memory without gaps"),
+            (summed, (x[:1].expand(2), comm._token, fa), "all_reduce: input has .*; expected memory without gaps"),
         ):
             with pytest.raises(RuntimeError, match=text):
                 op(*arguments)

@@ -261,6 +261,10 @@ def without_shared_memory(rank: int, broken: str) -> tuple[str, list[str]]:
         q, k = reduce_rms.qk_norm(rows, torch.ones(8), torch.ones(4), comm)
         for out in (q, k, reduce_rms.rms_norm(x, torch.ones(8), comm)):
             assert_close(out, torch.full(out.shape, (rank + 1.0) / 2.5**0.5), ulps=4)
+        with pytest.raises(ValueError, match=r"qk_norm: qkv has shape \[3, 15\]; expected \[T, 16\]"):
+            reduce_rms.qk_norm(rows[:, 1:], torch.ones(8), torch.ones(4), comm)
+        with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[1, 8\]; expected \[8\]"):
+            reduce_rms.rms_norm(x, torch.ones(1, 8), comm)
         assert comm.state == "ready"
         comm.check()
         comm.reset()

@@ -145,7 +145,7 @@ def test_peers_from_outside_are_timed_where_they_are_given(peers: Callable[[Sett
     names = [[name for name, _ in peers(Setting("cuda", **more))] for more in given]
     assert [[name for name in found if name in ("vllm", "sglang")] for found in names] == [[], ["vllm"], ["sglang"]]
     assert [name for name, _ in peers(Setting("cpu", peer="a", sglang="b"))] == ["gloo"]
-    assert "sglang" not in [name for name, _ in peers(Setting("cuda", shared_gpu=True, sglang="b"))]
+    assert [name for name, _ in peers(Setting("cuda", shared_gpu=True, sglang="b"))] == ["gloo"]
 
 
 def of_a_folder(rank: int, folder: str) -> bool:
@@ -207,6 +207,10 @@ def test_results_make_tables_and_a_plot(tmp_path: Path) -> None:
     assert "| 4 ranks | **abiding** | **3.00** | **4.00** |" in summary(results, BENCHMARK)
     assert "Targets met: `graph` 2 of 2, `eager` 1 of 1." in summary(results, BENCHMARK)
     assert full_table(results, BENCHMARK).count("4 ranks") == 4
+    cases.append(CaseResult("qk_norm graph", {"tokens": 77, "ranks": 4}, 3.0, 0.1, True, 0.1, {"nccl": 12.0}))
+    head, _, *_, last = full_table(results, BENCHMARK).splitlines()
+    column = [cell.strip() for cell in head.split("|")].index("bytes / tokens")
+    assert last.split("|")[column].strip() == "77"
     plot(results, BENCHMARK, tmp_path / "plot.svg")
 
 
