@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
   const bool busy = run.busy(), whole = message.whole(i);
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   const uint4* input = message.address(i);
-  uint4 *to[kMost], *from[kMost];  // of even epochs
-  uintptr_t addresses = reinterpret_cast<uintptr_t>(input) | whole;
+  uint4 *to[kMost], *from[kMost];                                    // of even epochs
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(input) | whole;  // `whole` too is to be known by then
 #pragma unroll
   for (int r = 0; r < kMost; ++r) {
     if (r >= ranks) break;

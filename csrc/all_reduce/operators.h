@@ -52,7 +52,7 @@ struct Operators {
   }
 
   static Tensor all_reduce(const Tensor& input, const Tensor& state, int64_t comm) {
-    check_dense("all_reduce", {"all_reduce", "input", input});  // of others, strides ask for any amount of memory
+    Argument("all_reduce", "input", input).dense();  // strides of others ask for any amount of memory
     Tensor out = new_empty_strided("all_reduce", input, input.sizes(), input.strides());
     all_reduce_out(input, state, comm, out);
     return out;

@@ -1,31 +1,11 @@
 // The contract of the group's operators: every argument is checked here, once, for both backends.
 #pragma once
 
-#include <algorithm>
-
 #include "all_reduce/params.h"
 #include "common/check.h"
 #include "peer/communicator.h"
 
 namespace abiding::all_reduce {
-
-// Memory without gaps and without two indices for one element, whatever the order of the strides. Then elementwise work may
-// take it as a flat run of numel elements.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return true;
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return a.numel() == b.numel();
@@ -35,18 +15,13 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-inline void check_dense(const char* op, const Argument& argument) {
-  check(is_dense(argument.tensor()), op, argument.name(), " has shape ", argument.shape(), " and strides ",
-        argument.strides(), "; expected memory without gaps or overlaps");
-}
-
 // `name` is what the operator calls its input.
 inline AllReduceParams check_message(const char* op, const char* name, const Tensor& input, const Tensor& output) {
   const Argument in{op, name, input}, out{op, "out", output};
   in.dtype({aoti_torch_dtype_float32, aoti_torch_dtype_float16, aoti_torch_dtype_bfloat16});
   out.same_dtype(in).same_device(in);
-  check_dense(op, in);
-  check_dense(op, out);
+  in.dense();
+  out.dense();
   check(same_layout(input, output), op, "out has shape ", out.shape(), " and strides ", out.strides(), "; expected ",
         in.shape(), " and ", in.strides(), " as ", name);
   const char *from = static_cast<const char*>(input.const_data_ptr()),

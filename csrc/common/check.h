@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/indices.h"
@@ -124,6 +126,13 @@ class Argument {
     }
     return *this;
   }
+  // Without gaps and without two indices for one element, whatever the order of the strides: elementwise work may then take it
+  // as a flat run of numel elements.
+  const Argument& dense() const {
+    check(is_dense(), op_, name_, " has shape ", shape(), " and strides ", strides(),
+          "; expected memory without gaps or overlaps");
+    return *this;
+  }
   const Argument& aligned(uintptr_t bytes) const {
     check(reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes == 0, op_, name_, " starts at an address that is ",
           reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes, " bytes past a multiple of ", bytes,
@@ -155,6 +164,21 @@ class Argument {
 
  private:
   Device device() const { return {tensor_}; }
+  bool is_dense() const {
+    if (tensor_.is_contiguous()) return true;
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+    for (int64_t d = 0; d < tensor_.dim(); ++d) {
+      if (tensor_.size(d) == 0) return true;
+      if (tensor_.size(d) > 1) dims.emplace_back(tensor_.stride(d), tensor_.size(d));
+    }
+    std::sort(dims.begin(), dims.end());
+    int64_t expected = 1;
+    for (const auto& [stride, size] : dims) {
+      if (stride != expected) return false;
+      expected *= size;
+    }
+    return true;
+  }
 
   const char* op_;
   const char* name_;

@@ -16,7 +16,7 @@ struct Part {
   float inverse_full_width;  // 1 / (ranks x width); filled in where a kernel is launched
 };
 
-// In the order in which a kernel reads them, 64 bytes at a time.
+// In the order in which a kernel reads them, since they are fetched a piece at a time.
 struct ReduceRmsParams {
   const void* input;     // the parts lie side by side in its rows
   int64_t input_stride;  // elements from row to row

@@ -356,7 +356,6 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
       token += int64_t{gridDim.x} * teams;
       link.advance(teams);
       if (kPacks > 0 && token < p.tokens) load();
-      __syncwarp();  // a team of one warp has no other barrier between the scales of this token and the next one's
     }
     // A team that waited for nobody does not know that the other ranks' blocks run, which the next kernel could keep from it.
     if (busy) launch_dependents();

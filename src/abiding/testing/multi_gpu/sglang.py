@@ -12,7 +12,8 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -81,12 +82,12 @@ class SGLang:
         self._class: Any = importlib.import_module(f"{_COMMUNICATORS}.custom_all_reduce_v2").CustomAllReduceV2
         self._kernels: Any = importlib.import_module(f"{_KERNELS}.all_reduce")
 
-    def communicator(self, device: torch.device) -> Any:
+    def communicator(self, device: torch.device) -> AbstractContextManager[Any]:
         """A rank's `CustomAllReduceV2`, for bfloat16."""
         self._compile(partial(self._kernels.get_all_reduce_module, torch.bfloat16, dist.get_world_size()))
         return self._joined(device)
 
-    def norm_communicator(self, device: torch.device, case: RmsCase, tokens: int) -> Any:
+    def norm_communicator(self, device: torch.device, case: RmsCase, tokens: int) -> AbstractContextManager[Any]:
         """The same as MiniMax M2's layers make it for `qk_norm` of up to so many tokens: a block for every one that the
         GPU runs at once, and no memory that is read by the other ranks."""
         ranks = dist.get_world_size()
@@ -101,12 +102,19 @@ class SGLang:
         """In place."""
         self._kernels.fused_parallel_qknorm(communicator.obj, q, k, wq, wk, eps)
 
-    def _joined(self, device: torch.device, **options: int) -> Any:
-        """All ranks of the default group call this at once."""
+    @contextmanager
+    def _joined(self, device: torch.device, **options: int) -> Iterator[Any]:
+        """All ranks of the default group make it at once, and close it once all are done."""
         communicator = self._class(dist.group.WORLD, device, **options)
         if communicator.disabled:
             raise ValueError(f"SGLang's kernels do not serve {dist.get_world_size()} ranks here")
-        return communicator
+        try:
+            yield communicator
+            torch.cuda.synchronize(device)
+            dist.barrier()
+            communicator.close()
+        finally:
+            communicator.disabled = True  # otherwise its end waits for the other ranks, also after an error
 
     def _compile(self, kernel: Callable[[], Any]) -> None:
         """The first rank compiles what all of them load, or finds it in the cache."""

@@ -195,10 +195,7 @@ def sglang(rank: int, setting: Setting) -> Times:
     """SGLang's kernels, as its own class chooses among them, for all messages that it takes by default."""
     assert setting.sglang is not None
     package = SGLang(Path(setting.sglang))
-    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
-        comm = package.communicator(device)
-        # Otherwise its end waits for the other ranks, also after an error.
-        stack.callback(setattr, comm, "disabled", True)
+    with joined(rank, setting, nccl=False) as (device, _), package.communicator(device) as comm:
         # One message for all sizes: the other ranks open its memory, which must not be freed in between.
         memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
 
@@ -214,11 +211,7 @@ def sglang(rank: int, setting: Setting) -> Times:
             dist.barrier()
 
         some = [size for size in sizes(setting) if comm.should_custom_ar(memory[: size // 2])]
-        times = _sums(setting, dist.get_world_size(), some, make, capture=capture)
-        torch.cuda.synchronize(device)
-        dist.barrier()
-        comm.close()
-        return times
+        return _sums(setting, dist.get_world_size(), some, make, capture=capture)
 
 
 # --- one-shot and two-shot --------------------------------------------------------------------------------------------
@@ -296,25 +289,24 @@ def sglang_qk_norm(rank: int, setting: Setting) -> Times:
     """SGLang's kernel, which writes over its inputs."""
     assert setting.sglang is not None
     package = SGLang(Path(setting.sglang))
-    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
-        comm = package.norm_communicator(device, RmsCase.minimax_m2(1, dist.get_world_size()), TOKENS[-1])
-        stack.callback(setattr, comm, "disabled", True)  # as above
+    case = RmsCase.minimax_m2(1, dist.get_world_size())
+    with (
+        joined(rank, setting, nccl=False) as (device, _),
+        package.norm_communicator(device, case, TOKENS[-1]) as comm,
+    ):
 
         def norm(one: RmsInputs) -> Callable[[], Sequence[Tensor]]:
             q, k, _ = one.rows.clone().split([one.case.q, *[one.case.kv or 0] * 2], 1)
+            assert one.wk is not None
+            norm_in_place = partial(package.qk_norm, comm, q, k, one.wq, one.wk, one.case.eps)
 
             def call() -> Sequence[Tensor]:
-                assert one.wk is not None
-                package.qk_norm(comm, q, k, one.wq, one.wk, one.case.eps)
+                norm_in_place()
                 return q, k
 
             return call
 
-        times = _norms(setting, rank, device, norm)
-        torch.cuda.synchronize(device)
-        dist.barrier()
-        comm.close()
-        return times
+        return _norms(setting, rank, device, norm)
 
 
 def _norms(
