@@ -134,56 +134,45 @@ __device__ __forceinline__ void for_packs(const Run& run, Stages... stages) {
   }
 }
 
-// Adds up packs k, k + blockDim, ... of every rank and hands each to done(u, sum). own(j) loads this rank's pack j; in(j) says
-// whether there is one.
-template <class T, int kRanks, int kBatch, class In, class Own, class Done>
-__device__ __forceinline__ void add_up(Turn& turn, const Peers& peers, int k, In in, Own own, Done done) {
-  constexpr int kWords = kRanks ? kRanks : 1;
-  uint4 words[kBatch][kWords];
-  const auto place = [&](int u, int r) {
-    return turn.place<uint4>(peer::kDirect, 0, r) + k + u * static_cast<int>(blockDim.x);
-  };
-  const auto load = [&](int u, int r) {
-    return r == peers.rank ? peer::encode(own(k + u * blockDim.x)) : peer::load_volatile(place(u, r));
-  };
-  if constexpr (kRanks > 0) {
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u)
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r)
-        if (in(k + u * blockDim.x)) words[u][r] = load(u, r);
-  }
+// So many ranks' words are awaited together. Where the number of ranks is not known, registers do not hold all.
+template <int kRanks>
+constexpr int kGroup = kRanks ? kRanks : 4;
+// The numbers of ranks that loops go up to.
+template <int kRanks>
+constexpr int kMost = kRanks ? kRanks : peer::kMaxRanks;
+
+// The sum of this rank's pack and the others' at place(rank). `words` are those of the first group, loaded just before.
+template <class T, int kRanks, class Awaited, class Place>
+__device__ __forceinline__ uint4 add_up(Turn& turn, const Peers& peers, uint4 (&words)[kGroup<kRanks>],
+                                        const uint4& own, Awaited awaited, Place place) {
   const int ranks = kRanks ? kRanks : peers.ranks;
+  Sum<T> sum;
 #pragma unroll
-  for (int u = 0; u < kBatch; ++u) {
-    if (!in(k + u * blockDim.x)) continue;
-    Sum<T> sum;
+  for (int first = 0; first < kMost<kRanks>; first += kGroup<kRanks>) {
+    if (first >= ranks) break;
+    if (first > 0) peer::load_awaited(words, first, awaited, place);
+    turn.receive(words, first, awaited, place);
 #pragma unroll
-    for (int r = 0; r < ranks; ++r) {
-      uint4& wire = words[u][kRanks ? r : 0];
-      if constexpr (kRanks == 0) wire = load(u, r);
-      if (r != peers.rank) turn.receive(place(u, r), wire, r);
-      sum.add(peer::decode(wire), r == 0);
-    }
-    done(u, turn.ok() ? sum.rounded() : nans<T>());
+    for (int g = 0; g < kGroup<kRanks>; ++g)
+      if (const int r = first + g; r < ranks) sum.add(r == peers.rank ? own : peer::decode(words[g]), r == 0);
   }
+  return turn.ok() ? sum.rounded() : nans<T>();
 }
 
 // At most one pack a thread: all addresses are at hand when the kernel in front has ended.
 template <class T, int kRanks>
 __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
     one_shot_once_kernel(const Message<T, true> message, int64_t packs, int each, const __grid_constant__ Peers peers) {
-  constexpr int kMost = kRanks ? kRanks : peer::kMaxRanks;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const Run run(packs, each);
   const int64_t i = run.begin + threadIdx.x;
   const bool busy = run.busy(), whole = message.whole(i);
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   const uint4* input = message.address(i);
-  uint4 *to[kMost], *from[kMost];                                    // of even epochs
+  uint4 *to[kMost<kRanks>], *from[kMost<kRanks>];                    // of even epochs
   uintptr_t addresses = reinterpret_cast<uintptr_t>(input) | whole;  // `whole` too is to be known by then
 #pragma unroll
-  for (int r = 0; r < kMost; ++r) {
+  for (int r = 0; r < kMost<kRanks>; ++r) {
     if (r >= ranks) break;
     to[r] = turn.even_place<uint4>(peer::kDirect, r, peers.rank) + threadIdx.x;
     from[r] = turn.even_place<uint4>(peer::kDirect, 0, r) + threadIdx.x;
@@ -194,32 +183,47 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
   if (busy) own = whole ? *input : message.load(i);
   turn.begin();
   if (busy) {
-    own = peer::encode(own);
+    const uint4 wire = peer::encode(own);
     const int64_t slot = turn.slot() / static_cast<int64_t>(sizeof own);
 #pragma unroll
-    for (int r = 1; r < kMost; ++r) {
+    for (int r = 1; r < kMost<kRanks>; ++r) {
       if (r >= ranks) break;
-      peer::store_volatile(to[r] + slot, own);
+      peer::store_volatile(to[r] + slot, wire);
     }
-    uint4 words[kRanks ? kRanks : 1];  // of more ranks, registers do not hold all
-    const auto load = [&](int r) { return r == peers.rank ? own : peer::load_volatile(from[r] + slot); };
-    if constexpr (kRanks > 0) {
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r) words[r] = load(r);
-    }
-    Sum<T> sum;
-#pragma unroll
-    for (int r = 0; r < kMost; ++r) {
-      if (r >= ranks) break;
-      uint4& wire = words[kRanks ? r : 0];
-      if constexpr (kRanks == 0) wire = load(r);
-      if (r != peers.rank) turn.receive(from[r] + slot, wire, r);
-      sum.add(peer::decode(wire), r == 0);
-    }
+    const auto awaited = [&](int r) { return r < ranks && r != peers.rank; };
+    const auto place = [&](int r) { return from[r] + slot; };
+    uint4 words[kGroup<kRanks>];
+    peer::load_awaited(words, 0, awaited, place);
+    const uint4 sum = add_up<T, kRanks>(turn, peers, words, own, awaited, place);
     launch_dependents();
-    message.store(i, turn.ok() ? sum.rounded() : nans<T>());
+    message.store(i, sum);
   }
   turn.end();
+}
+
+// Calls each(u, k + u * blockDim) for the packs of a batch.
+template <int kBatch, class Each>
+__device__ __forceinline__ void for_batch(int k, Each each) {
+#pragma unroll
+  for (int u = 0; u < kBatch; ++u) each(u, k + u * static_cast<int>(blockDim.x));
+}
+
+// Adds up a batch of packs and hands each j with its sum to done(j, sum). own(j) loads this rank's pack; in(j) says whether there
+// is one.
+template <class T, int kRanks, int kBatch, class In, class Own, class Done>
+__device__ __forceinline__ void add_up_batch(Turn& turn, const Peers& peers, int k, In in, Own own, Done done) {
+  uint4 words[kBatch][kGroup<kRanks>], owns[kBatch];
+  const int ranks = kRanks ? kRanks : peers.ranks;
+  const auto awaited = [&](int r) { return r < ranks && r != peers.rank; };
+  const auto place = [&](int j) { return [&turn, j](int r) { return turn.place<uint4>(peer::kDirect, 0, r) + j; }; };
+  for_batch<kBatch>(k, [&](int u, int j) {
+    if (!in(j)) return;
+    owns[u] = own(j);
+    peer::load_awaited(words[u], 0, awaited, place(j));
+  });
+  for_batch<kBatch>(k, [&](int u, int j) {
+    if (in(j)) done(j, add_up<T, kRanks>(turn, peers, words[u], owns[u], awaited, place(j)));
+  });
 }
 
 template <class T, bool kAligned, int kRanks>
@@ -232,24 +236,24 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   turn.begin();
   const auto in = [&](int k) { return k < run.count; };
+  const auto own = [&](int j) { return message.load(run.begin + j); };
 
   const auto send = [&](int k) {
     uint4 words[kBatch];
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u)
-      if (in(k + u * blockDim.x)) words[u] = peer::encode(message.load(run.begin + k + u * blockDim.x));
+    for_batch<kBatch>(k, [&](int u, int j) {
+      if (in(j)) words[u] = peer::encode(own(j));
+    });
 #pragma unroll
     for (int r = 1; r < ranks; ++r) {
-      uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank) + k;
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (in(k + u * blockDim.x)) peer::store_volatile(place + u * blockDim.x, words[u]);
+      uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank);
+      for_batch<kBatch>(k, [&](int u, int j) {
+        if (in(j)) peer::store_volatile(place + j, words[u]);
+      });
     }
   };
   const auto receive = [&](int k) {
-    add_up<T, kRanks, kBatch>(
-        turn, peers, k, in, [&](int j) { return message.load(run.begin + j); },
-        [&](int u, const uint4& sum) { message.store(run.begin + k + u * blockDim.x, sum); });
+    add_up_batch<T, kRanks, kBatch>(turn, peers, k, in, own,
+                                    [&](int j, const uint4& sum) { message.store(run.begin + j, sum); });
   };
   for_packs<false, kBatch>(run, send, receive);
   if (run.busy()) launch_dependents();
@@ -273,14 +277,14 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
 #pragma unroll
     for (int r = 1; r < ranks; ++r) {
       const int to = peer::rank_after(peers.rank, r, ranks);
-      uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank) + k;
+      uint4* place = turn.place<uint4>(peer::kDirect, r, peers.rank);
       uint4 words[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (in(to, k + u * blockDim.x)) words[u] = message.load(to * part + run.begin + k + u * blockDim.x);
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (in(to, k + u * blockDim.x)) peer::store_volatile(place + u * blockDim.x, peer::encode(words[u]));
+      for_batch<kBatch>(k, [&](int u, int j) {
+        if (in(to, j)) words[u] = message.load(to * part + run.begin + j);
+      });
+      for_batch<kBatch>(k, [&](int u, int j) {
+        if (in(to, j)) peer::store_volatile(place + j, peer::encode(words[u]));
+      });
     }
   };
   // The own part is added up, and its sum goes to everyone.
@@ -288,31 +292,28 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
     const auto in_own = [&](int j) { return in(peers.rank, j); };
     const int64_t own_part = peers.rank * part + run.begin;
     const auto own = [&](int j) { return message.load(own_part + j); };
-    add_up<T, kRanks, kBatch>(turn, peers, k, in_own, own, [&](int u, const uint4& sum) {
-      message.store(own_part + k + u * blockDim.x, sum);
+    add_up_batch<T, kRanks, kBatch>(turn, peers, k, in_own, own, [&](int j, const uint4& sum) {
+      message.store(own_part + j, sum);
       const uint4 words = peer::encode(sum);
 #pragma unroll
-      for (int r = 1; r < ranks; ++r) {
-        peer::store_volatile(turn.place<uint4>(peer::kResult, r, peers.rank) + k + u * blockDim.x, words);
-      }
+      for (int r = 1; r < ranks; ++r) peer::store_volatile(turn.place<uint4>(peer::kResult, r, peers.rank) + j, words);
     });
   };
   const auto receive = [&](int k) {
+    uint4 words[kBatch][kGroup<kRanks>];
+    const auto awaited = [&](int j) { return [&, j](int r) { return r < ranks && r != peers.rank && in(r, j); }; };
+    const auto place = [&](int j) { return [&turn, j](int r) { return turn.place<uint4>(peer::kResult, 0, r) + j; }; };
 #pragma unroll
-    for (int r = 1; r < ranks; ++r) {
-      const int from = peer::rank_after(peers.rank, r, ranks);
-      uint4* place = turn.place<uint4>(peer::kResult, 0, from) + k;
-      uint4 words[kBatch];
+    for (int first = 0; first < kMost<kRanks>; first += kGroup<kRanks>) {
+      if (first >= ranks) break;
+      for_batch<kBatch>(k, [&](int u, int j) { peer::load_awaited(words[u], first, awaited(j), place(j)); });
+      for_batch<kBatch>(k, [&](int u, int j) {
+        turn.receive(words[u], first, awaited(j), place(j));
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (in(from, k + u * blockDim.x)) words[u] = peer::load_volatile(place + u * blockDim.x);
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (!in(from, k + u * blockDim.x)) continue;
-        const bool ok = turn.receive(place + u * blockDim.x, words[u], from);
-        message.store(from * part + run.begin + k + u * blockDim.x,
-                      ok && turn.ok() ? peer::decode(words[u]) : nans<T>());
-      }
+        for (int g = 0; g < kGroup<kRanks>; ++g)
+          if (const int r = first + g; awaited(j)(r))
+            message.store(r * part + run.begin + j, turn.ok() ? peer::decode(words[u][g]) : nans<T>());
+      });
     }
   };
   for_packs<kOnce, kBatch>(run, send, reduce, receive);
@@ -330,13 +331,11 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
                   message, packs, shape.each, peers);
   };
   // Blocks and their runs are the same on ranks whose messages are not aligned alike.
-  constexpr unsigned kMost = kMaxThreads<kRanks, false>;
   Shape shape = choose_shape(run, peers.blocks, kMaxThreads<kRanks, true>);
   const bool once = shape.each <= static_cast<int>(shape.threads);
   if constexpr (kAligned)  // what is unaligned is slow anyhow
     if (once) return start(&one_shot_once_kernel<T, kRanks>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
-  if (!once) shape = choose_shape(run, peers.blocks, kMost);
-  shape.threads = std::min(shape.threads, kMost);
+  shape.threads = std::min(shape.threads, unsigned{kMaxThreads<kRanks, false>});
   return start(&one_shot_kernel<T, kAligned, kRanks>, &two_shot_kernel<T, kAligned, kRanks, false>, shape);
 }
 

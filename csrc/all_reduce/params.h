@@ -24,7 +24,7 @@ struct OneShotLimit {
   int ranks;
   int64_t bytes;
 };
-constexpr OneShotLimit kOneShotLimits[] = {{2, 2 << 20}, {4, 384 << 10}, {peer::kMaxRanks, 128 << 10}};
+constexpr OneShotLimit kOneShotLimits[] = {{2, 2 << 20}, {4, 256 << 10}, {peer::kMaxRanks, 128 << 10}};
 
 constexpr int64_t one_shot_bytes(int ranks) {
   for (const OneShotLimit& limit : kOneShotLimits)
@@ -45,27 +45,30 @@ constexpr int64_t capacity(Algorithm algorithm, int ranks, int max_blocks) {
   return algorithm == Algorithm::kOneShot ? direct : direct * ranks;
 }
 
-// Blocks and threads for a run of packs, `each` to a block: a pack a thread while that lasts, on as many multiprocessors as may
-// be taken.
+// Blocks and threads for a run of packs, `each` to a block: as many blocks as may be taken and fill four warps, then a pack a
+// thread while that lasts. Blocks begin where a line of the caches does.
+constexpr int kPacksALine = 8;
 struct Shape {
   unsigned blocks, threads;
   int each;
 };
 constexpr Shape choose_shape(int64_t packs, int max_blocks, unsigned max_threads) {
-  unsigned threads = 128;
-  while (threads < max_threads && packs > int64_t{threads} * max_blocks) threads *= 2;
-  const int64_t wanted = (packs + threads - 1) / threads;
-  const int64_t blocks = wanted < 1 ? 1 : wanted < max_blocks ? wanted : max_blocks;
-  return {static_cast<unsigned>(blocks), threads, static_cast<int>((packs + blocks - 1) / blocks)};
+  const auto parts = [](int64_t count, int64_t size) { return count < 1 ? 1 : (count + size - 1) / size; };
+  const int64_t most = parts(packs, 128) < max_blocks ? parts(packs, 128) : max_blocks;
+  const int64_t each = parts(parts(packs, most), kPacksALine) * kPacksALine;
+  const int64_t threads = parts(each, 128) * 128;
+  return {static_cast<unsigned>(parts(packs, each)),
+          threads < max_threads ? static_cast<unsigned>(threads) : max_threads, static_cast<int>(each)};
 }
 
 // No block gets more than its share, whatever the size of the message.
 constexpr bool shares_suffice(int ranks, int max_blocks) {
   const int64_t share = peer::share_bytes(peer::kDirect, ranks, max_blocks) / 16;
-  for (int64_t packs = 1; packs <= share * max_blocks; packs += packs / 8 + 1)
-    for (unsigned threads = 128; threads <= 1024; threads *= 2)
-      if (choose_shape(packs, max_blocks, threads).each > share) return false;
-  return true;
+  for (int64_t packs = 1; packs <= share * max_blocks; packs += packs / 8 + 1) {
+    const Shape shape = choose_shape(packs, max_blocks, 1024);
+    if (shape.each > share || static_cast<int>(shape.blocks) > max_blocks) return false;
+  }
+  return choose_shape(share * max_blocks, max_blocks, 1024).each <= share;
 }
 static_assert(shares_suffice(2, peer::kMaxBlocks) && shares_suffice(3, peer::kMaxBlocks) && shares_suffice(2, 64) &&
               shares_suffice(4, 32) && shares_suffice(8, 16) && shares_suffice(peer::kMaxRanks, peer::kMaxBlocks) &&

@@ -44,10 +44,18 @@ __device__ __forceinline__ uint64_t now_ns() {
 
 __device__ __forceinline__ uint4 encode(const uint4& v) { return {encode(v.x), encode(v.y), encode(v.z), encode(v.w)}; }
 __device__ __forceinline__ uint4 decode(const uint4& v) { return {decode(v.x), decode(v.y), decode(v.z), decode(v.w)}; }
-__device__ __forceinline__ bool has_empty(const uint4& v) {
-  return v.x == kEmpty || v.y == kEmpty || v.z == kEmpty || v.w == kEmpty;
+// The least word: kEmpty if one is, as that is 0.
+static_assert(kEmpty == 0);
+__device__ __forceinline__ uint32_t least(const uint4& v) { return min(min(v.x, v.y), min(v.z, v.w)); }
+__device__ __forceinline__ uint32_t least(uint32_t v) { return v; }
+
+// Loads words[i] from place(first + i) where that is `awaited`. All are on their way at once: several take no longer than one.
+template <int kCount, class Words, class Awaited, class Place>
+__device__ __forceinline__ void load_awaited(Words (&words)[kCount], int first, Awaited awaited, Place place) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (awaited(first + i)) words[i] = load_volatile(place(first + i));
 }
-__device__ __forceinline__ bool has_empty(uint32_t v) { return v == kEmpty; }
 
 // The rank that comes i after a rank, for i up to ranks: (rank + i) % ranks without a division.
 __device__ __forceinline__ int rank_after(int rank, int i, int ranks) {
@@ -136,21 +144,33 @@ class Turn {
 
   __device__ __forceinline__ int64_t slot() const { return epoch_ % kSlots * slot_bytes(channel_); }
 
-  // Polls until the words are there and empties them. `words` was read from `at` just before. False: the call is over.
-  template <class Words>
-  __device__ __forceinline__ bool receive(Words* at, Words& words, int source) {
+  // Polls until the words of all sources from `first` on that are `awaited` have come, and empties them. words[i] was loaded
+  // just before from place(first + i). False: the call is over.
+  template <int kCount, class Words, class Awaited, class Place>
+  __device__ __forceinline__ bool receive(Words (&words)[kCount], int first, Awaited awaited, Place place) {
     // Little stands between a poll and the next one, and between the last one and what follows it.
     int polls = ok_ ? kPolls : 1;
     uint64_t since = 0;
-    while (has_empty(words)) {
+    while (true) {
+      uint32_t all = ~kEmpty;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (awaited(first + i)) all = min(all, least(words[i]));
+      if (all != kEmpty) break;
       if (--polls == 0) {
-        ok_ = ok_ && (since = keep_waiting(peers_, op_, epoch_, source, since)) != 0;
+        int missing = first;
+#pragma unroll
+        for (int i = kCount - 1; i >= 0; --i)
+          if (awaited(first + i) && least(words[i]) == kEmpty) missing = first + i;
+        ok_ = ok_ && (since = keep_waiting(peers_, op_, epoch_, missing, since)) != 0;
         if (!ok_) return false;
         polls = kPolls;
       }
-      words = load_volatile(at);
+      load_awaited(words, first, awaited, place);
     }
-    store_volatile(at, Words{});
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (awaited(first + i)) store_volatile(place(first + i), Words{});
     return true;
   }
 

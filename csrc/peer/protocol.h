@@ -44,7 +44,7 @@ constexpr int64_t kWorkspaceBytes = channel_at(kChannels);
 
 // What one of a rank's `blocks` kernel blocks may send to one rank in an epoch.
 ABIDING_HD constexpr int64_t share_bytes(Channel channel, int ranks, int blocks) {
-  return slot_bytes(channel) / ranks / blocks / 16 * 16;
+  return slot_bytes(channel) / ranks / blocks / 128 * 128;
 }
 
 // Where a share lies in a receiver's workspace. Block b of rank r has share r * blocks + b.

@@ -107,8 +107,6 @@ struct Backend : CpuScope {
   static constexpr bool kBlocking = true;
   using CpuScope::CpuScope;
   static const peer::Memory* memory() { return &peer::cpu_memory(); }
-  static int64_t capacity(const Communicator&) { return INT64_MAX; }  // sum_scalars takes its own rounds
-
   static void reduce_rms(const Communicator& communicator, const ReduceRmsParams& p) {
     const peer::Op op = p.part_count == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm;
     with_type(p.type, [&](auto t) {

@@ -10,9 +10,6 @@ struct Backend : CudaScope {
   static constexpr bool kBlocking = false;  // a fault of this call shows at the next one, or when asked for
   using CudaScope::CudaScope;
   static const peer::Memory* memory() { return peer::cuda_memory(); }
-  static int64_t capacity(const Communicator& communicator) {
-    return reduce_rms::capacity(communicator.ranks, communicator.max_blocks);
-  }
   void reduce_rms(const Communicator& communicator, const ReduceRmsParams& p) const {
     raise_on_error(reduce_rms::reduce_rms(communicator.peers(), p, stream()));
   }

@@ -7,7 +7,7 @@
 
 namespace abiding::reduce_rms {
 
-// One call of the protocol: at most capacity(ranks, max_blocks) tokens.
+// As many kernels, each a call of the protocol, as the tokens take.
 cudaError_t reduce_rms(const peer::Peers& peers, const ReduceRmsParams& p, cudaStream_t stream);
 
 // The same over a table of pointers that the caller allocated, as upstream's operators take it.

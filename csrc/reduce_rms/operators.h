@@ -1,7 +1,6 @@
 // The group's operators over a backend: find the communicator, check, launch. Both backends register these.
 #pragma once
 
-#include <algorithm>
 #include <tuple>
 
 #include "common/registration.h"
@@ -14,8 +13,7 @@ using peer::Communicator;
 
 constexpr uint64_t kTableTimeoutNs = 300'000'000'000;
 
-// Backend(tensor) makes the tensor's device current and has reduce_rms(communicator, params), capacity(communicator) tokens
-// at a time, and reduce_rms(table, params).
+// Backend(tensor) makes the tensor's device current and has reduce_rms(communicator, params) and reduce_rms(table, params).
 template <class Backend>
 struct Operators {
   static void run(const char* op, int64_t handle, const Tensor& rows, const ReduceRmsParams& p) {
@@ -25,16 +23,7 @@ struct Operators {
           "comm was made for another kind of device than the rows are on; "
           "expected the same");
     peer::check_running(op, communicator);
-    const int64_t most = Backend::capacity(communicator);
-    for (int64_t done = 0; done < p.tokens; done += most) {
-      ReduceRmsParams some = p;
-      some.tokens = std::min(most, p.tokens - done);
-      const int64_t skip = done * peer::size_of(p.type);
-      some.input = static_cast<const char*>(p.input) + skip * p.input_stride;
-      for (int i = 0; i < p.part_count; ++i)
-        some.parts[i].out = static_cast<char*>(p.parts[i].out) + skip * p.parts[i].width;
-      backend.reduce_rms(communicator, some);
-    }
+    if (p.tokens > 0) backend.reduce_rms(communicator, p);
     if constexpr (Backend::kBlocking) peer::check_running(op, communicator);
   }
 

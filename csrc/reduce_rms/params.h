@@ -40,58 +40,44 @@ struct TableParams {
 constexpr uint32_t kTableEmpty = 0x80000000;
 
 // A team of warps takes a token, and each thread holds some packs of it, 16 bytes each, in registers. With one pack a token takes
-// the least time; with more, all its warps together execute fewer instructions, which counts where tokens are many. 0 packs
-// stand for more than registers hold. `once`: there is a team for every token. All ranks have the same shape, since it depends
-// on sizes alone.
-constexpr int kMaxBlockWarps = 32, kMaxTeams = 15;  // a block has 16 barriers, one is its own
+// the least time; with more, a block takes more tokens. 0 packs stand for more than registers hold. `stream`: where there is no
+// team for every token, each warp takes several, if `memory` bytes of shared memory hold the rows of so many that this takes less
+// time than a kernel for every part of the tokens. All ranks have the same shape, since it depends on sizes alone, and their GPUs
+// are of one kind.
+constexpr int kMaxBlockWarps = 32, kMinStreamWarps = 8;
 struct Shape {
   int packs_a_thread, team, teams;
-  bool once;
+  bool stream;
 };
-constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks) {
+constexpr Shape choose_shape(int64_t packs, int64_t tokens, int max_blocks, int64_t memory) {
   const int64_t wanted = tokens > max_blocks ? (tokens + max_blocks - 1) / max_blocks : 1;
   Shape shape{0, kMaxBlockWarps, 1, false};
   for (const int each : {1, 2, 4}) {
-    const int64_t team = packs > 32 * each ? (packs + 32 * each - 1) / (32 * each) : 1;
-    if (team > kMaxBlockWarps) continue;
-    const int64_t most = team == 1                           ? kMaxBlockWarps
-                         : kMaxBlockWarps / team < kMaxTeams ? kMaxBlockWarps / team
-                                                             : kMaxTeams;
-    shape = {each, static_cast<int>(team), static_cast<int>(wanted < most ? wanted : most), wanted <= most};
-    if (shape.once) break;
+    const int64_t team = packs > 32 * each ? (packs + 32 * each - 1) / (32 * each) : 1, room = kMaxBlockWarps / team;
+    if (room == 0) continue;
+    shape = {each, static_cast<int>(team), static_cast<int>(wanted < room ? wanted : room), false};
+    if (wanted <= room) return shape;
   }
-  return shape;
+  int64_t warps = wanted < kMaxBlockWarps ? wanted : kMaxBlockWarps;
+  if (packs * 16 * warps > memory) warps = memory / (packs * 16);
+  return warps < kMinStreamWarps ? shape : Shape{0, 1, static_cast<int>(warps), true};
 }
-constexpr bool is_shape(const Shape& shape, int packs_a_thread, int team, int teams, bool once) {
-  return shape.packs_a_thread == packs_a_thread && shape.team == team && shape.teams == teams && shape.once == once;
+constexpr bool is_shape(const Shape& shape, int packs_a_thread, int team, int teams, bool stream = false) {
+  return shape.packs_a_thread == packs_a_thread && shape.team == team && shape.teams == teams && shape.stream == stream;
 }
-static_assert(is_shape(choose_shape(448, 1, 128), 1, 14, 1, true) &&
-              is_shape(choose_shape(448, 256, 128), 1, 14, 2, true) &&
-              is_shape(choose_shape(448, 1024, 128), 4, 4, 8, true) &&
-              is_shape(choose_shape(448, 2048, 128), 4, 4, 8, false) &&
-              is_shape(choose_shape(4097, 1, 128), 0, 32, 1, false) &&
-              is_shape(choose_shape(3, 4097, 128), 4, 1, 32, false) && is_shape(choose_shape(0, 1, 1), 1, 1, 1, true));
+constexpr int64_t kMemory = 227 << 10;
+static_assert(is_shape(choose_shape(448, 1, 128, kMemory), 1, 14, 1) &&
+              is_shape(choose_shape(448, 256, 128, kMemory), 1, 14, 2) &&
+              is_shape(choose_shape(448, 1024, 128, kMemory), 4, 4, 8) &&
+              is_shape(choose_shape(448, 2048, 128, kMemory), 0, 1, 16, true) &&
+              is_shape(choose_shape(448, 9999, 128, kMemory), 0, 1, 32, true) &&
+              is_shape(choose_shape(2000, 9999, 128, kMemory), 4, 16, 2) &&
+              is_shape(choose_shape(4097, 1, 128, kMemory), 0, 32, 1) &&
+              is_shape(choose_shape(3, 9999, 128, kMemory), 0, 1, 32, true) &&
+              is_shape(choose_shape(0, 1, 1, kMemory), 1, 1, 1));
 
-// Tokens that one call of the protocol can take. A block's share has 8 bytes for each of its tokens, counted in whole rounds of
-// its teams.
-constexpr int64_t capacity(int ranks, int max_blocks) {
-  return (peer::share_bytes(peer::kScalars, ranks, max_blocks) / 8 - (kMaxBlockWarps - 1)) * max_blocks;
-}
-
-constexpr bool capacity_fits(int ranks, int max_blocks) {
-  for (int64_t teams = 1; teams <= kMaxBlockWarps; ++teams) {
-    const int64_t at_once = teams * max_blocks;
-    const int64_t rounds = (capacity(ranks, max_blocks) + at_once - 1) / at_once;
-    if (rounds * teams * 8 > peer::share_bytes(peer::kScalars, ranks, max_blocks)) return false;
-  }
-  return true;
-}
-constexpr bool capacity_fits() {
-  for (int ranks = 1; ranks <= peer::kMaxRanks; ++ranks)
-    for (int blocks = 1; blocks <= peer::kMaxBlocks; ++blocks)
-      if (!capacity_fits(ranks, blocks)) return false;
-  return true;
-}
-static_assert(capacity_fits());
+// A block's share has room for the words of all its teams.
+static_assert(peer::share_bytes(peer::kScalars, peer::kMaxRanks, peer::kMaxBlocks) >=
+              kMaxBlockWarps * kMaxParts * static_cast<int64_t>(sizeof(float)));
 
 }  // namespace abiding::reduce_rms

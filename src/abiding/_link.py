@@ -193,8 +193,8 @@ class _Together:
 
 def _agree_on_places(together: _Together, device: torch.device, max_bytes: int) -> int:
     """Whether the ranks' hosts and devices allow shared memory; returns how many thread blocks a kernel may have."""
-    mine = _host(), _identity(device), _lacking(device), max_bytes
-    hosts, devices, lacking, limits = zip(*together.gather(mine), strict=True)
+    mine = _host(), _identity(device), _lacking(device), _kind(device), max_bytes
+    hosts, devices, lacking, kinds, limits = zip(*together.gather(mine), strict=True)
     if len(set(limits)) > 1:
         raise ValueError(f"Communicator: max_bytes is {list(limits)} on the ranks; expected the same on all")
     if len(hosts) > MAX_RANKS:
@@ -203,8 +203,8 @@ def _agree_on_places(together: _Together, device: torch.device, max_bytes: int) 
         raise NoLinkError("the ranks are on several hosts")
     if any(lacking):
         raise NoLinkError(next(filter(None, lacking)))
-    if len({identity == "cpu" for identity in devices}) > 1:
-        raise NoLinkError("some ranks are on a GPU and some on a CPU")
+    if len(set(kinds)) > 1:  # kernels share out their work by what the GPU has
+        raise NoLinkError(f"the ranks are on devices of several kinds: {', '.join(sorted(set(kinds)))}")
     if device.type == "cpu":
         return blocks_of_a_rank(1)
     strangers = [other for other, uuid in enumerate(devices) if not _peer_connected(device, uuid)]
@@ -244,6 +244,13 @@ def _host() -> str:
 
 def _identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+
+def _kind(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda {major}.{minor}"
 
 
 def _peer_connected(device: torch.device, uuid: str) -> bool:

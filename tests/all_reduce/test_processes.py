@@ -245,8 +245,8 @@ def without_shared_memory(rank: int, broken: str) -> tuple[str, list[str]]:
     """A step of making the shared memory fails on rank 1: everyone goes through torch.distributed."""
     from abiding import _link
 
-    if broken == "host":
-        _link._host = lambda: f"host {rank}"
+    if broken in ("host", "kind"):
+        setattr(_link, f"_{broken}", lambda *_: f"{broken} {rank}")
     elif rank == 1:
         setattr(_link.Link, broken, (lambda self: None) if broken == "send_probe" else fails)
     with warnings.catch_warnings(record=True) as caught_warnings:
@@ -353,6 +353,7 @@ def test_subgroups() -> None:
     ("broken", "reason"),
     [
         ("host", "the ranks are on several hosts"),
+        ("kind", "the ranks are on devices of several kinds: kind 0, kind 1"),
         ("allocate", "rank 1 failed to make shared memory (out of luck)"),
         ("open", "rank 1 failed to open its peers' memory (out of luck)"),
         ("init", "rank 1 failed to register its peers' memory (out of luck)"),
@@ -363,7 +364,7 @@ def test_where_there_is_no_shared_memory_torch_distributed_serves_all(broken: st
     told = run_processes(without_shared_memory, 2, broken)
     assert all(found.startswith(reason) for found, _ in told)
     assert told[0][0] == told[1][0]
-    assert len(told[0][1]) == (0 if broken == "host" else 1), "one warning where it is a surprise"
+    assert len(told[0][1]) == (0 if broken in ("host", "kind") else 1), "one warning where it is a surprise"
     assert told[1][1] == []
 
 

@@ -134,6 +134,10 @@ ODD = [
     RmsCase(5, 0, 96),
     RmsCase(6, 64, 64, eps=0.3),
     RmsCase(4097, 16, 8),
+    RmsCase(2100, 768, 128),
+    RmsCase(1100, 1536, None, torch.float32),
+    RmsCase(700, 520, 24, row_stride=1031, offset=3),
+    RmsCase(300, 15000, 3000, torch.float32),
 ]
 
 CORNER = [
