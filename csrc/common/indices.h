@@ -14,9 +14,12 @@ struct Indices {
   int64_t size;
   bool wide;  // int64, else int32
 
-  ABIDING_HD int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  ABIDING_HD int64_t operator[](int64_t i) const { return from(data, i); }
+  // That of number `i` behind an address.
+  ABIDING_HD int64_t from(const void* at, int64_t i) const {
+    return wide ? static_cast<const int64_t*>(at)[i] : static_cast<const int32_t*>(at)[i];
   }
+  ABIDING_HD const void* address(int64_t i) const { return static_cast<const char*>(data) + i * (wide ? 8 : 4); }
 };
 
 // What a debug run accepts of an index argument: low <= value < high.

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace abiding {
 
@@ -15,13 +16,21 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
+// Keeps the compiler from computing an address again, in parts.
+template <class Pointer>
+__device__ __forceinline__ void stay(Pointer& address) {
+  asm volatile("" : "+l"(address));
+  if constexpr (std::is_pointer_v<Pointer>) __builtin_assume(__isGlobal(address));
+}
+
 // Nothing that an earlier kernel wrote may be read, and nothing it reads written, before this returns. Meanwhile addresses can be
 // computed that need parameters alone: those named here, which the compiler would otherwise leave for later.
 template <class... Pointers>
-__device__ __forceinline__ void wait_for_earlier_grids(Pointers... addresses) {
+__device__ __forceinline__ void wait_for_earlier_grids(Pointers&... addresses) {
 #if __CUDA_ARCH__ >= 900
   const uintptr_t all = (reinterpret_cast<uintptr_t>(addresses) | ... | uintptr_t{0});  // never 1, as only we know
   asm volatile("{ .reg .pred p; setp.ne.u64 p, %0, 1; @p griddepcontrol.wait; }" ::"l"(all) : "memory");
+  (stay(addresses), ...);
 #endif
 }
 

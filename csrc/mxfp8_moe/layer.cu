@@ -12,21 +12,26 @@ constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 
 // A block has an expert, a warp of it a range of neighbouring pairs. It counts the pairs of the experts before and its own, and
 // then gives its own their rows in the order of the pairs.
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
+__global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   launch_dependents();
-  wait_for_earlier_grids();
-  const int64_t expert = blockIdx.x, pairs = p.tokens * p.top_k;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t range = round_up((pairs + warps - 1) / warps, 32);
-  const int64_t begin = warp * range, end = min(begin + range, pairs);
+  const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int begin = warp * range, end = min(begin + range, static_cast<int>(p.tokens * p.top_k));
+  const void* ids = p.ids.address(begin + lane);
+  wait_for_earlier_grids(ids);
   int before = 0, mine = 0;
-#pragma unroll 4
-  for (int64_t pair = begin + lane; pair < end; pair += 32) {
-    const int64_t id = p.ids[pair];
-    before += id >= 0 && id < expert;
-    mine += id == expert;
-    if (expert == 0 && (id < 0 || id >= p.experts)) p.rows[pair] = -1;
+  for (int from = begin + lane; from < end; from += 32 * kRouteUnroll) {
+    int64_t id[kRouteUnroll];
+#pragma unroll
+    for (int i = 0; i < kRouteUnroll; ++i)
+      if (from + 32 * i < end) id[i] = p.ids.from(ids, from - begin - lane + 32 * i);
+#pragma unroll
+    for (int i = 0; i < kRouteUnroll; ++i) {
+      if (from + 32 * i >= end) continue;
+      before += id[i] >= 0 && id[i] < expert;
+      mine += id[i] == expert;
+      if (expert == 0 && (id[i] < 0 || id[i] >= p.experts)) p.rows[from + 32 * i] = -1;
+    }
   }
   before = __reduce_add_sync(~0u, before);
   mine = __reduce_add_sync(~0u, mine);
@@ -47,11 +52,11 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
   }
   if (mine == 0) return;
   row += first;
-  for (int64_t from = begin; from < end; from += 32 * kRouteUnroll) {
+  for (int from = begin; from < end; from += 32 * kRouteUnroll) {
     bool is_mine[kRouteUnroll];
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
-      const int64_t pair = from + i * 32 + lane;
+      const int pair = from + i * 32 + lane;
       is_mine[i] = pair < end && p.ids[pair] == expert;
     }
 #pragma unroll
@@ -66,21 +71,31 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
 // Of a token, that are in flight at once: what they load does not depend on each other.
 constexpr int kPairs = 8;
 
-// Blocks that share a token's columns, eight to a thread.
-ABIDING_HD unsigned parts_of(int64_t k) { return static_cast<unsigned>((k / 8 + kThreads - 1) / kThreads); }
+// A column of the grid has a token, and each of its blocks some of the token's columns, eight to a thread.
+Launch launch_of(int64_t tokens, int64_t k) {
+  Launch how{static_cast<unsigned>(tokens), kThreads};
+  how.grid_rows = static_cast<unsigned>((k / 8 + kThreads - 1) / kThreads);
+  return how;
+}
+__device__ __forceinline__ int octet_of_thread() { return static_cast<int>(blockIdx.y * kThreads + threadIdx.x); }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
-  wait_for_earlier_grids();
-  launch_dependents();  // not sooner: the product behind this reads what route() wrote before it waits itself
-  const unsigned blocks = parts_of(p.k);
-  const int64_t token = blockIdx.x / blocks, octet = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
+  const int64_t token = blockIdx.x;
+  const int octet = octet_of_thread();
+  const uint4* from =
+      reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride) + octet;
+  const int32_t* rows_of_token = p.rows + token * p.top_k;
+  wait_for_earlier_grids(from, rows_of_token);
+  launch_dependents();           // not sooner: the product behind this reads what route() wrote before it waits itself
   if (octet >= p.k / 8) return;  // blocks of 32 elements are inside or outside as a whole
-  uint4 packed = reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride)[octet];
-  if (p.round) packed = round_octet<__nv_bfloat16>(packed);
-  for (int64_t first = 0; first < p.top_k; first += kPairs) {
+  uint4 packed = *from;
+  bool rounds = p.round;
+  for (int left = static_cast<int>(p.top_k); left > 0; left -= kPairs, rows_of_token += kPairs) {
     int rows[kPairs];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) rows[j] = first + j < p.top_k ? p.rows[token * p.top_k + first + j] : -1;
+    for (int j = 0; j < kPairs; ++j) rows[j] = j < left ? rows_of_token[j] : -1;
+    if (rounds) packed = round_octet<__nv_bfloat16>(packed);
+    rounds = false;
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
       if (rows[j] >= 0) reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + rows[j] * p.k)[octet] = packed;
@@ -102,44 +117,54 @@ __device__ __forceinline__ uint4 activate_octet(uint4 gates, const uint4& ups, b
 }
 
 template <Activation kActivation>
-__global__ void __launch_bounds__(kThreads) activate_kernel(ActivateParams p) {
+__global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constant__ ActivateParams p) {
   launch_dependents();
-  wait_for_earlier_grids();
   const unsigned width = static_cast<unsigned>(p.width / 8), step = gridDim.x * kThreads;
   const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * kThreads + threadIdx.x;
+  int64_t row = start / width;
   unsigned column = start % width;
   constexpr int kParts = kActivation == Activation::kNone ? 1 : 2;
+  const auto from = [&] { return static_cast<const uint4*>(p.input) + row * kParts * width + column; };
+  uint4 gates{}, ups{};
+  const auto load = [&](const uint4* at) { gates = *at, ups = kParts == 2 ? at[width] : uint4{}; };
+  const uint4* first = from();
+  uintptr_t steps = step_rows | step_columns;
+  wait_for_earlier_grids(first, steps);
+  if (row < p.rows) load(first);  // whether it is in use is on its way too
   const int total = *p.total;
   // The four lanes of a block of 32 elements have the same row.
-  for (int64_t row = start / width; row < total; row += step_rows) {
-    const uint4* from = static_cast<const uint4*>(p.input) + row * kParts * width + column;
-    const uint4 gates = *from, ups = kParts == 2 ? from[width] : uint4{};
+  while (row < total) {
     static_cast<uint4*>(p.out)[row * width + column] = activate_octet<kActivation>(gates, ups, p.round);
+    row += step_rows;
     column += step_columns;
     if (column >= width) column -= width, ++row;
+    if (row < total) load(from());
   }
 }
 
-__global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
+__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineParams p) {
   launch_dependents();
-  wait_for_earlier_grids();
-  const unsigned blocks = parts_of(p.k);
-  const int64_t token = blockIdx.x / blocks, octet = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
+  const int64_t token = blockIdx.x;
+  const int octet = octet_of_thread();
+  const int32_t* rows_of_token = p.rows + token * p.top_k;
+  const float* weights_of_token = p.weights + token * p.weights_stride;
+  const float4* column = reinterpret_cast<const float4*>(p.input) + 2 * octet;
+  wait_for_earlier_grids(rows_of_token, weights_of_token, column);
   if (octet >= p.k / 8) return;
   float sums[8] = {};
-  for (int64_t first = 0; first < p.top_k; first += kPairs) {
+  for (int left = static_cast<int>(p.top_k); left > 0;
+       left -= kPairs, rows_of_token += kPairs, weights_of_token += kPairs) {
     int rows[kPairs];
     float weights[kPairs];
     float4 parts[kPairs][2];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const bool exists = first + j < p.top_k;
-      rows[j] = exists ? p.rows[token * p.top_k + first + j] : -1;
-      weights[j] = exists ? p.weights[token * p.weights_stride + first + j] : 0;
+      rows[j] = j < left ? rows_of_token[j] : -1;
+      weights[j] = j < left ? weights_of_token[j] : 0;
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const float4* from = reinterpret_cast<const float4*>(p.input + rows[j] * p.k) + 2 * octet;
+      const float4* from = column + rows[j] * (p.k / 4);
       if (rows[j] >= 0) parts[j][0] = from[0], parts[j][1] = from[1];
     }
 #pragma unroll
@@ -159,12 +184,13 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
 
 cudaError_t route(const RouteParams& p, cudaStream_t stream) {
   const int64_t pairs = p.tokens * p.top_k;
-  const unsigned threads = pairs <= 256 ? 64 : kRouteThreads;
-  return launch(route_kernel, Launch{static_cast<unsigned>(p.experts), threads}, stream, p);
+  const unsigned threads = pairs <= 256 ? 64 : kRouteThreads, warps = threads / 32;
+  const auto range = static_cast<int>(round_up((pairs + warps - 1) / warps, 32));
+  return launch(route_kernel, Launch{static_cast<unsigned>(p.experts), threads}, stream, p, range);
 }
 
 cudaError_t gather(const GatherParams& p, cudaStream_t stream) {
-  return launch(gather_kernel, Launch{static_cast<unsigned>(p.tokens) * parts_of(p.k), kThreads}, stream, p);
+  return launch(gather_kernel, launch_of(p.tokens, p.k), stream, p);
 }
 
 cudaError_t activate(const ActivateParams& p, cudaStream_t stream) {
@@ -179,7 +205,7 @@ cudaError_t activate(const ActivateParams& p, cudaStream_t stream) {
 }
 
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
-  return launch(combine_kernel, Launch{static_cast<unsigned>(p.tokens) * parts_of(p.k), kThreads}, stream, p);
+  return launch(combine_kernel, launch_of(p.tokens, p.k), stream, p);
 }
 
 }  // namespace abiding::mxfp8_moe
