@@ -88,6 +88,7 @@ constexpr uint32_t kTaken = ~0u;  // a turn
 struct Header {
   uint32_t poison;             // a poison_word, from any rank; 0: nobody gave up
   uint32_t pid;                // the owner's process, where the workspace is host memory; 0: unknown
+  uint32_t reporting;          // not 0 once a thread of the owner's kernels writes its record
   uint32_t probes[kMaxRanks];  // rank r proves here that its writes arrive
   // Per channel and block, for the owner alone: the epoch, and the epoch once more, or kTaken while a call is in it.
   alignas(128) uint32_t epochs[kChannels][kMaxBlocks];

@@ -246,8 +246,9 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   extern __shared__ uint4 rows[];
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const int packs = p.packs[0] + (kParts == 2 ? p.packs[1] : 0);
-  int64_t token = int64_t{blockIdx.x} * warps + warp;
-  const bool busy = token < p.tokens;
+  const int tokens = static_cast<int>(p.tokens), step = static_cast<int>(gridDim.x) * warps;
+  int token = static_cast<int>(blockIdx.x) * warps + warp;
+  const bool busy = token < tokens;
   const Lane own(lane);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
@@ -256,7 +257,7 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   link.begin();
   link.find_places(warp);
   link.go_to_epoch();
-  for (; token < p.tokens; token += int64_t{gridDim.x} * warps) {
+  for (; token < tokens; token += step) {
     const P* row = reinterpret_cast<const P*>(static_cast<const T*>(p.input) + token * p.input_stride);
     if constexpr (kVector) {
       uint4* held = rows + warp * packs;
@@ -324,9 +325,9 @@ constexpr auto kernel_for(const TableParams&) {
   return reduce_rms_table_kernel<T, kVector, kParts, kPacks>;
 }
 
-// A token has two words at most in a block's share. A table's size is known on the device alone.
+// A token has two words at most in a block's share. A table's size is known on the device alone; here it is that int counts.
 int64_t tokens_of_a_block(const Peers& peers) { return peers.shares[peer::kScalars] / (2 * sizeof(float)); }
-int64_t tokens_of_a_block(const TableParams&) { return std::numeric_limits<int>::max(); }
+int64_t tokens_of_a_block(const TableParams&) { return std::numeric_limits<int>::max() / (2 * kTableBlocks); }
 
 // `link` is what the kernels exchange over: Peers or TableParams.
 template <class T, bool kVector, int kParts, class Link>
