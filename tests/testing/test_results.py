@@ -151,6 +151,8 @@ def test_an_operator_with_another_axis_has_a_table_of_its_own(results: Results) 
     assert head.replace(" ", "").endswith("|heads|8|128|")
     assert "3.25" in written
     assert "9.0" not in written
+    both = rewrite(text, "mla_prologue", [replace(results, cases=cases), replace(results, gpu="Another")], benchmark)
+    assert both == written, "nothing of a GPU on which it was not measured"
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])

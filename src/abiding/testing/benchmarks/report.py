@@ -47,8 +47,9 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
-    """The group's first operator on one GPU, as :func:`of_op`, and how many targets all of them meet."""
-    parts = [of_op(results, benchmark, benchmark.ops[0])]
+    """The group's first operator that was measured on one GPU, as :func:`of_op`, and how many targets all of them meet."""
+    measured = {case.op for case in results.cases}
+    parts = [of_op(results, benchmark, next((op for op in benchmark.ops if op in measured), benchmark.ops[0]))]
     judged: dict[str, list[str]] = {}
     for case in results.cases:
         if (verdict := benchmark.verdict(case)) != "-":
@@ -60,17 +61,19 @@ def summary(results: Results, benchmark: Benchmark) -> str:
 
 
 def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
-    """An operator on one GPU: a line that says what was measured and a table with the axis across."""
-    parts = [
-        f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
-        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
-        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds a call."
-    ]
+    """An operator on one GPU: a line that says what was measured and a table with the axis across; empty if it was not
+    measured there."""
+    tables = []
     for warm in (False, True):
         cases = [case for case in results.cases if case.op == op and case.warm is warm]
         if cases:
-            parts.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
-    return "\n\n".join(parts)
+            tables.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
+    head = (
+        f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
+        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
+        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds a call."
+    )
+    return "\n\n".join([head, *tables]) if tables else ""
 
 
 def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchmark) -> str:
@@ -86,7 +89,7 @@ def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchm
         **{f"results:{group}:{op}": partial(of_op, benchmark=benchmark, op=op) for op in benchmark.ops},
     }
     for marker, write in written.items():
-        body = "\n\n".join(map(write, every))
+        body = "\n\n".join(filter(None, map(write, every)))
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
         text = re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
     return text
