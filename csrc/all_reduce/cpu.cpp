@@ -99,6 +99,8 @@ int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& ra
   }
   communicator.memory = rank_data.is_cuda() ? &cuda_memory(op) : &peer::cpu_memory();
   communicator.record = communicator.memory->new_record();
+  auto* own = reinterpret_cast<peer::Header*>(communicator.workspaces[rank]);  // may have served another communicator
+  communicator.memory->clear(&own->reporting, sizeof own->reporting);
   return peer::add(communicator);
 }
 

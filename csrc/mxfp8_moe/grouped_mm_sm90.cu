@@ -24,8 +24,9 @@ enum class Cluster { kAlone, kPairs, kSplit };
 constexpr int kEarlyStages = 2;
 
 // K is copied kDepth at a time, and multiplied in two halves of that.
-template <TileKind kKind, int kConsumers_, int kDepth_, int kStages_, Cluster kCluster_, int kResident_ = 1>
+template <TileKind kKind_, int kConsumers_, int kDepth_, int kStages_, Cluster kCluster_, int kResident_ = 1>
 struct Config {
+  static constexpr TileKind kKind = kKind_;
   static constexpr int kConsumers = kConsumers_, kDepth = kDepth_, kStages = kStages_;
   static constexpr Cluster kCluster = kCluster_;
   static constexpr int kResident = kResident_;  // blocks of a multiprocessor
@@ -502,11 +503,14 @@ using Some = Config<TileKind::kSome, 4, 64, 6, Cluster::kAlone>;
 using More = Config<TileKind::kMore, 2, 64, 7, Cluster::kPairs>;
 using Many = Config<TileKind::kMany, 2, 64, 5, Cluster::kPairs>;
 
-constexpr uint32_t kSharedBytes = 227 << 10;  // that a block may have
-static_assert(Layout<Split>::bytes(kMaxExperts) <= kSharedBytes && Layout<Few>::bytes(kMaxExperts) <= kSharedBytes &&
-              Layout<FewTwice>::bytes(kMaxExperts) <= kSharedBytes &&
-              Layout<Some>::bytes(kSomeExperts) <= kSharedBytes && Layout<More>::bytes(kMaxExperts) <= kSharedBytes &&
-              Layout<Many>::bytes(kMaxExperts) <= kSharedBytes);
+template <class C>
+constexpr uint32_t most_bytes() {
+  return Layout<C>::bytes(C::kKind == TileKind::kSome ? kSomeExperts : kMaxExperts);
+}
+constexpr uint32_t kSharedBytes = (227 << 10) - 256;  // that a block may have, beside what kernels declare themselves
+static_assert(most_bytes<Split>() <= kSharedBytes && most_bytes<Few>() <= kSharedBytes &&
+              most_bytes<FewTwice>() <= kSharedBytes && most_bytes<Some>() <= kSharedBytes &&
+              most_bytes<More>() <= kSharedBytes && most_bytes<Many>() <= kSharedBytes);
 
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
@@ -542,8 +546,9 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   int multiprocessors = 0;
   status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status == cudaSuccess)
+    // The same for all calls: it is the kernel's, and another thread's call may stand between this and the launch.
     status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes));
+                                  static_cast<int>(most_bytes<C>()));
   if (status != cudaSuccess) return status;
 
   cudaLaunchAttribute attribute{};

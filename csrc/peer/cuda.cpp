@@ -22,6 +22,7 @@ class RelaxedCapture {
 static_assert(sizeof(cudaIpcMemHandle_t) == kHandleBytes);
 
 void clear(void* at, int64_t bytes) {
+  const RelaxedCapture relaxed;
   STD_CUDA_CHECK(cudaMemset(at, 0, static_cast<size_t>(bytes)));
   STD_CUDA_CHECK(cudaDeviceSynchronize());
 }

@@ -1,5 +1,5 @@
 // A team of warps takes a token: it adds up the squares of its columns, sends the sums to every rank, adds up what all ranks
-// sent in rank order, and scales the row, which it still holds in registers.
+// sent in rank order, and scales the row, which it still holds. Of few tokens each has a team; of many, warps take one after another.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -226,8 +226,7 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
 }
 
 // Calls load(u, i) and then use(u, i) for a lane's packs i of `count`, a batch at a time, so that what is loaded comes at once.
-constexpr int kBatch = 4;
-template <class Load, class Use>
+template <int kBatch, class Load, class Use>
 __device__ __forceinline__ void in_batches(int lane, int count, Load load, Use use) {
   for (int first = lane; first < count; first += 32 * kBatch) {
 #pragma unroll
@@ -239,8 +238,9 @@ __device__ __forceinline__ void in_batches(int lane, int count, Load load, Use u
   }
 }
 
-// Of many tokens each warp takes one after another, whose rows it holds in shared memory. It waits for no other warp.
-template <class T, bool kVector, int kParts, class Link, class Peer>
+// Of many tokens each warp takes one after another, and holds its row in shared memory, or reads it twice. It waits for no other
+// warp.
+template <class T, bool kVector, int kParts, bool kHold, class Link, class Peer>
 __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceRmsParams& p) {
   using P = Pack<T, kVector>;
   extern __shared__ uint4 rows[];
@@ -259,18 +259,21 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   link.go_to_epoch();
   for (; token < tokens; token += step) {
     const P* row = reinterpret_cast<const P*>(static_cast<const T*>(p.input) + token * p.input_stride);
-    if constexpr (kVector) {
+    if constexpr (kHold) {
       uint4* held = rows + warp * packs;
+      __syncwarp();  // lanes read what others copied
       for (int i = lane; i < packs; i += 32) copy_async(held + i, row + i);
       wait_for_copies();
+      __syncwarp();
       row = held;
     }
+    constexpr int kBatch = kHold ? 4 : 2;  // as registers have room
     P packs_of_row[kBatch], weights[kBatch];
     float sums[kParts] = {};
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const P* from = row + (part ? p.packs[0] : 0);
-      in_batches(
+      in_batches<kBatch>(
           lane, p.packs[part], [&](int u, int i) { packs_of_row[u] = from[i]; },
           [&](int u, int) { sums[part] += sum_of_squares<T, kVector>(packs_of_row[u]); });
     }
@@ -283,7 +286,7 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
       const P* from = row + (part ? p.packs[0] : 0);
       const P* weight = static_cast<const P*>(p.parts[part].weight);
       P* out = reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
-      in_batches(
+      in_batches<kBatch>(
           lane, p.packs[part], [&](int u, int i) { packs_of_row[u] = from[i], weights[u] = weight[i]; },
           [&](int u, int i) { out[i] = scaled<T, kVector>(packs_of_row[u], weights[u], factor); });
     }
@@ -294,14 +297,12 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   link.end();
 }
 
-// A thread's packs, or kStream where warps take tokens one after another.
-constexpr int kStream = -1;
 template <class T, bool kVector, int kParts, int kPacks>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
     reduce_rms_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ Peers peers) {
   using Link = WorkspaceLink<kParts>;
-  if constexpr (kPacks == kStream)
-    normalise_stream<T, kVector, kParts, Link>(peers, p);
+  if constexpr (kPacks < 0)
+    normalise_stream<T, kVector, kParts, kPacks == kHeldRow, Link>(peers, p);
   else
     normalise<T, kVector, kParts, kPacks, Link>(peers, p);
 }
@@ -310,8 +311,8 @@ template <class T, bool kVector, int kParts, int kPacks>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
     reduce_rms_table_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ TableParams table) {
   using Link = TableLink<kParts>;
-  if constexpr (kPacks == kStream)
-    normalise_stream<T, kVector, kParts, Link>(table, p);
+  if constexpr (kPacks < 0)
+    normalise_stream<T, kVector, kParts, kPacks == kHeldRow, Link>(table, p);
   else
     normalise<T, kVector, kParts, kPacks, Link>(table, p);
 }
@@ -347,22 +348,24 @@ cudaError_t launch_parts(const Link& link, ReduceRmsParams p, int max_blocks, cu
         case 1: return kernel_for<T, true, kParts, 1>(link);
         case 2: return kernel_for<T, true, kParts, 2>(link);
         case 4: return kernel_for<T, true, kParts, 4>(link);
+        case kHeldRow: return kernel_for<T, true, kParts, kHeldRow>(link);
       }
     }
-    return shape.stream ? kernel_for<T, kVector, kParts, kStream>(link) : kernel_for<T, kVector, kParts, 0>(link);
+    return shape.streams() ? kernel_for<T, kVector, kParts, kReadTwice>(link) : kernel_for<T, kVector, kParts, 0>(link);
   };
   for (int64_t left = p.tokens; left > 0;) {
     const Shape shape = choose_shape(packs, left, max_blocks, memory);
-    const int64_t rounds = shape.stream ? tokens_of_a_block(link) / shape.teams : 1;
+    const int64_t rounds = shape.streams() ? tokens_of_a_block(link) / shape.teams : 1;
     p.tokens = std::min(left, rounds * shape.teams * max_blocks);
     const int64_t blocks = std::min<int64_t>((p.tokens + shape.teams - 1) / shape.teams, max_blocks);
     Launch how{static_cast<unsigned>(blocks), static_cast<unsigned>(32 * shape.team)};
     how.block_rows = static_cast<unsigned>(shape.teams);
     const auto kernel = kernel_of(shape);
-    if (shape.stream) {
+    if (kVector && shape.packs_a_thread == kHeldRow) {
       how.shared = static_cast<size_t>(shape.teams * packs * 16);
+      // The same for all calls: it is the kernel's, and another thread's call may stand between this and the launch.
       const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-      if (const cudaError_t status = cudaFuncSetAttribute(kernel, limit, static_cast<int>(how.shared))) return status;
+      if (const cudaError_t status = cudaFuncSetAttribute(kernel, limit, memory)) return status;
     }
     if (const cudaError_t status = launch(kernel, how, stream, p, link)) return status;
     p.input = static_cast<const T*>(p.input) + p.tokens * p.input_stride;

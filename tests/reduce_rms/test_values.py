@@ -49,7 +49,7 @@ def test_any_number_of_ranks(ranks: int, device: torch.device) -> None:
             assert_case(comms, case)
 
 
-@pytest.mark.parametrize("tokens", [1, 65, 129, 256, 700])
+@pytest.mark.parametrize("tokens", [1, 65, 129, 256, 700, 2500])
 def test_ranks_need_not_be_aligned_alike(tokens: int, device: torch.device) -> None:
     """One rank's rows start on a 16-byte boundary, the other's do not: tokens are shared out alike all the same."""
     inputs = [RmsCase(tokens, offset=offset).make(2, device)[rank] for rank, offset in enumerate((0, 1))]
@@ -126,7 +126,10 @@ def test_upstreams_operators(ranks: int, device: torch.device) -> None:
         replace(case, dtype=dtype).make(ranks, device, seed)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for seed, case in enumerate(
-            (RmsCase(1, 768, 128), RmsCase(37, 768, 128), RmsCase(5, 300, 17), RmsCase(0), RmsCase(200, 64, 8))
+            (
+                *(RmsCase(1, 768, 128), RmsCase(37, 768, 128), RmsCase(5, 300, 17), RmsCase(0), RmsCase(200, 64, 8)),
+                *(RmsCase(1500, 24, 8), RmsCase(100, 9000, 40)),
+            )
         )
     ]
 

@@ -47,7 +47,7 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
-    """The group's first operator that was measured on one GPU, as :func:`of_op`, and how many targets all of them meet."""
+    """The first operator that was measured on one GPU, as :func:`of_op`, and how many targets all of them meet."""
     measured = {case.op for case in results.cases}
     parts = [of_op(results, benchmark, next((op for op in benchmark.ops if op in measured), benchmark.ops[0]))]
     judged: dict[str, list[str]] = {}
