@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   launch_dependents();
   const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int begin = warp * range, end = begin + min(range, static_cast<int>(p.tokens * p.top_k) - begin);
+  const int begin = warp * range, end = min(begin + range, static_cast<int>(p.tokens * p.top_k));
   const void* ids = p.ids.address(begin + lane);
   wait_for_earlier_grids(ids);
   int before = 0, mine = 0;
