@@ -101,6 +101,25 @@ def test_replicated_heads(device: torch.device) -> None:
         assert_close(outs[0][1], reference.reduce_rms.normalised(k, wk, [k], eps=1e-6), ulps=4)
 
 
+@pytest.mark.parametrize("tokens", [3, 3000])
+def test_a_rank_that_never_comes_leaves_nan(tokens: int, device: torch.device) -> None:
+    """Also where each warp has several tokens to wait for."""
+    case = RmsCase(tokens, 64, 16)
+    inputs, outs = case.make(2, device), list[Tensor]()
+    with virtual_ranks(2, device, timeout_s=0.3) as comms:
+
+        def call_and_check() -> None:
+            outs.extend(inputs[0].run(reduce_rms, comms[0]))  # on a CPU the call itself raises
+            comms[0].check()
+
+        with pytest.raises(RuntimeError, match="qk_norm: this communicator has stopped: rank 1 did not send in time"):
+            call_and_check()
+        assert all(bool(out.isnan().all()) for out in outs)
+        for comm in comms:
+            comm.reset()
+        assert_case(comms, case)
+
+
 # --- upstream's operators ---------------------------------------------------------------------------------------------
 
 
