@@ -45,7 +45,7 @@ constexpr int64_t capacity(Algorithm algorithm, int ranks, int max_blocks) {
   return algorithm == Algorithm::kOneShot ? direct : direct * ranks;
 }
 
-// Blocks and threads for a run of packs, `each` to a block: as many blocks as may be taken and fill four warps, then a pack a
+// Blocks and threads for a run of packs, at least one, `each` to a block: as many blocks as may be taken and fill four warps, then a pack a
 // thread while that lasts. Blocks begin where a line of the caches does.
 constexpr int kPacksALine = 8;
 struct Shape {
@@ -53,11 +53,9 @@ struct Shape {
   int each;
 };
 constexpr Shape choose_shape(int64_t packs, int max_blocks, unsigned max_threads) {
-  const auto parts = [](int64_t count, int64_t size) { return count < 1 ? 1 : (count + size - 1) / size; };
-  const int64_t most = parts(packs, 128) < max_blocks ? parts(packs, 128) : max_blocks;
-  const int64_t each = parts(parts(packs, most), kPacksALine) * kPacksALine;
-  const int64_t threads = parts(each, 128) * 128;
-  return {static_cast<unsigned>(parts(packs, each)),
+  const int64_t filled = (packs + 127) / 128, most = filled < max_blocks ? filled : max_blocks;
+  const int64_t each = round_up((packs + most - 1) / most, kPacksALine), threads = round_up(each, 128);
+  return {static_cast<unsigned>((packs + each - 1) / each),
           threads < max_threads ? static_cast<unsigned>(threads) : max_threads, static_cast<int>(each)};
 }
 

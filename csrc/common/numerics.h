@@ -1,4 +1,4 @@
-// Number formats, one definition for host and device: float32 bits, e4m3, UE8M0.
+// Arithmetic, one definition for host and device: multiples, and the number formats float32, e4m3 and UE8M0.
 #pragma once
 
 #include <cmath>
@@ -12,6 +12,8 @@
 #endif
 
 namespace abiding {
+
+ABIDING_HD constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 ABIDING_HD uint32_t float_bits(float x) {
   uint32_t bits;

@@ -16,8 +16,6 @@ constexpr int kMaxTopK = 16;
 // a tile, rows r, r + 32, r + 64, r + 96 lie side by side. Tiles run along a row first.
 constexpr int kTileRows = 128, kTileBlocks = 4, kTileBytes = kTileRows * kTileBlocks;
 
-ABIDING_HD constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
 // Blocks of a row of k elements, with those that fill the last tile.
 ABIDING_HD constexpr int64_t scale_columns(int64_t k) { return round_up(round_up(k, kBlock) / kBlock, kTileBlocks); }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "peer/device.cuh"
 #include "reduce_rms/params.h"
@@ -135,5 +136,9 @@ class TableLink {
   uint32_t slot_bytes_ = 0, share_bytes_ = 0, epoch_ = 0;
   bool gave_up_ = false;
 };
+
+// What a kernel that is given `Peer`, Peers or TableParams, exchanges over.
+template <class Peer, int kParts>
+using LinkOver = std::conditional_t<std::is_same_v<Peer, Peers>, WorkspaceLink<kParts>, TableLink<kParts>>;
 
 }  // namespace abiding::reduce_rms

@@ -57,15 +57,15 @@ struct Columns {
   __device__ __forceinline__ const P* input(int64_t token) const {
     return reinterpret_cast<const P*>(static_cast<const T*>(p.input) + token * p.input_stride);
   }
+  __device__ __forceinline__ const P* weight_of(int part) const { return static_cast<const P*>(p.parts[part].weight); }
   __device__ __forceinline__ const P* weight(int i) const {
-    const auto of = [&](int part) { return static_cast<const P*>(p.parts[part].weight); };
-    return in_second(i) ? of(1) + (i - first) : of(0) + i;
+    return in_second(i) ? weight_of(1) + (i - first) : weight_of(0) + i;
+  }
+  __device__ __forceinline__ P* out_of(int64_t token, int part) const {
+    return reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
   }
   __device__ __forceinline__ P* out(int64_t token, int i) const {
-    const auto of = [&](int part) {
-      return reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
-    };
-    return in_second(i) ? of(1) + (i - first) : of(0) + i;
+    return in_second(i) ? out_of(token, 1) + (i - first) : out_of(token, 0) + i;
   }
 };
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& li
   __syncthreads();
 }
 
-template <class T, bool kVector, int kParts, int kPacks, class Link, class Peer>
+template <class T, bool kVector, int kParts, int kPacks, class Peer>
 __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParams& p) {
   using P = Pack<T, kVector>;
   __shared__ SharedSums<kParts> shared;
@@ -193,7 +193,7 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
   if (kPacks > 0 && busy) for_packs([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
   // What follows, up to the first use of the row, takes no longer than the row takes to come.
   const Lane own(threadIdx.x % 32);
-  Link link(peer, own);
+  LinkOver<Peer, kParts> link(peer, own);
   link.begin();
   if (kEarly && busy) load_weights();
   link.find_places(team);
@@ -240,12 +240,12 @@ __device__ __forceinline__ void in_batches(int lane, int count, Load load, Use u
 
 // Of many tokens each warp takes one after another, and holds its row in shared memory, or reads it twice. It waits for no other
 // warp.
-template <class T, bool kVector, int kParts, bool kHold, class Link, class Peer>
+template <class T, bool kVector, int kParts, bool kHold, class Peer>
 __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceRmsParams& p) {
   using P = Pack<T, kVector>;
   extern __shared__ uint4 rows[];
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-  const int packs = p.packs[0] + (kParts == 2 ? p.packs[1] : 0);
+  const Columns<T, kVector, kParts> columns(p);
   const int tokens = static_cast<int>(p.tokens), step = static_cast<int>(gridDim.x) * warps;
   int token = static_cast<int>(blockIdx.x) * warps + warp;
   const bool busy = token < tokens;
@@ -253,16 +253,16 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   wait_for_earlier_grids();
-  Link link(peer, own);
+  LinkOver<Peer, kParts> link(peer, own);
   link.begin();
   link.find_places(warp);
   link.go_to_epoch();
   for (; token < tokens; token += step) {
-    const P* row = reinterpret_cast<const P*>(static_cast<const T*>(p.input) + token * p.input_stride);
+    const P* row = columns.input(token);
     if constexpr (kHold) {
-      uint4* held = rows + warp * packs;
+      uint4* held = rows + warp * columns.packs;
       __syncwarp();  // lanes read what others copied
-      for (int i = lane; i < packs; i += 32) copy_async(held + i, row + i);
+      for (int i = lane; i < columns.packs; i += 32) copy_async(held + i, row + i);
       wait_for_copies();
       __syncwarp();
       row = held;
@@ -272,7 +272,7 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
     float sums[kParts] = {};
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const P* from = row + (part ? p.packs[0] : 0);
+      const P* from = row + (part ? columns.first : 0);
       in_batches<kBatch>(
           lane, p.packs[part], [&](int u, int i) { packs_of_row[u] = from[i]; },
           [&](int u, int) { sums[part] += sum_of_squares<T, kVector>(packs_of_row[u]); });
@@ -283,9 +283,9 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const float factor = __shfl_sync(~0u, scale, 16 * part);
-      const P* from = row + (part ? p.packs[0] : 0);
-      const P* weight = static_cast<const P*>(p.parts[part].weight);
-      P* out = reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
+      const P* from = row + (part ? columns.first : 0);
+      const P* weight = columns.weight_of(part);
+      P* out = columns.out_of(token, part);
       in_batches<kBatch>(
           lane, p.packs[part], [&](int u, int i) { packs_of_row[u] = from[i], weights[u] = weight[i]; },
           [&](int u, int i) { out[i] = scaled<T, kVector>(packs_of_row[u], weights[u], factor); });
@@ -297,46 +297,26 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   link.end();
 }
 
-template <class T, bool kVector, int kParts, int kPacks>
+template <class T, bool kVector, int kParts, int kPacks, class Peer>
 __global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
-    reduce_rms_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ Peers peers) {
-  using Link = WorkspaceLink<kParts>;
+    reduce_rms_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ Peer peer) {
   if constexpr (kPacks < 0)
-    normalise_stream<T, kVector, kParts, kPacks == kHeldRow, Link>(peers, p);
+    normalise_stream<T, kVector, kParts, kPacks == kHeldRow>(peer, p);
   else
-    normalise<T, kVector, kParts, kPacks, Link>(peers, p);
-}
-
-template <class T, bool kVector, int kParts, int kPacks>
-__global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
-    reduce_rms_table_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ TableParams table) {
-  using Link = TableLink<kParts>;
-  if constexpr (kPacks < 0)
-    normalise_stream<T, kVector, kParts, kPacks == kHeldRow, Link>(table, p);
-  else
-    normalise<T, kVector, kParts, kPacks, Link>(table, p);
-}
-
-template <class T, bool kVector, int kParts, int kPacks>
-constexpr auto kernel_for(const Peers&) {
-  return reduce_rms_kernel<T, kVector, kParts, kPacks>;
-}
-template <class T, bool kVector, int kParts, int kPacks>
-constexpr auto kernel_for(const TableParams&) {
-  return reduce_rms_table_kernel<T, kVector, kParts, kPacks>;
+    normalise<T, kVector, kParts, kPacks>(peer, p);
 }
 
 // A token has two words at most in a block's share. A table's size is known on the device alone; here it is that int counts.
 int64_t tokens_of_a_block(const Peers& peers) { return peers.shares[peer::kScalars] / (2 * sizeof(float)); }
 int64_t tokens_of_a_block(const TableParams&) { return std::numeric_limits<int>::max() / (2 * kTableBlocks); }
 
-// `link` is what the kernels exchange over: Peers or TableParams.
-template <class T, bool kVector, int kParts, class Link>
-cudaError_t launch_parts(const Link& link, ReduceRmsParams p, int max_blocks, cudaStream_t stream) {
+// `peer` is what the kernels exchange over: Peers or TableParams.
+template <class T, bool kVector, int kParts, class Peer>
+cudaError_t launch_parts(const Peer& peer, ReduceRmsParams p, int max_blocks, cudaStream_t stream) {
   for (int part = 0; part < kParts; ++part) {
     const int64_t width = p.parts[part].width;
     p.packs[part] = static_cast<int>(width / kElements<T, kVector>);
-    p.parts[part].inverse_full_width = 1.0f / static_cast<float>(width * link.ranks);
+    p.parts[part].inverse_full_width = 1.0f / static_cast<float>(width * peer.ranks);
   }
   int64_t packs = 0;
   for (int part = 0; part < kParts; ++part) packs += (p.parts[part].width * static_cast<int64_t>(sizeof(T)) + 15) / 16;
@@ -345,17 +325,18 @@ cudaError_t launch_parts(const Link& link, ReduceRmsParams p, int max_blocks, cu
   const auto kernel_of = [&](const Shape& shape) {
     if constexpr (kVector) {
       switch (shape.packs_a_thread) {
-        case 1: return kernel_for<T, true, kParts, 1>(link);
-        case 2: return kernel_for<T, true, kParts, 2>(link);
-        case 4: return kernel_for<T, true, kParts, 4>(link);
-        case kHeldRow: return kernel_for<T, true, kParts, kHeldRow>(link);
+        case 1: return reduce_rms_kernel<T, true, kParts, 1, Peer>;
+        case 2: return reduce_rms_kernel<T, true, kParts, 2, Peer>;
+        case 4: return reduce_rms_kernel<T, true, kParts, 4, Peer>;
+        case kHeldRow: return reduce_rms_kernel<T, true, kParts, kHeldRow, Peer>;
       }
     }
-    return shape.streams() ? kernel_for<T, kVector, kParts, kReadTwice>(link) : kernel_for<T, kVector, kParts, 0>(link);
+    return shape.streams() ? reduce_rms_kernel<T, kVector, kParts, kReadTwice, Peer>
+                           : reduce_rms_kernel<T, kVector, kParts, 0, Peer>;
   };
   for (int64_t left = p.tokens; left > 0;) {
     const Shape shape = choose_shape(packs, left, max_blocks, memory);
-    const int64_t rounds = shape.streams() ? tokens_of_a_block(link) / shape.teams : 1;
+    const int64_t rounds = shape.streams() ? tokens_of_a_block(peer) / shape.teams : 1;
     p.tokens = std::min(left, rounds * shape.teams * max_blocks);
     const int64_t blocks = std::min<int64_t>((p.tokens + shape.teams - 1) / shape.teams, max_blocks);
     Launch how{static_cast<unsigned>(blocks), static_cast<unsigned>(32 * shape.team)};
@@ -367,7 +348,7 @@ cudaError_t launch_parts(const Link& link, ReduceRmsParams p, int max_blocks, cu
       const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
       if (const cudaError_t status = cudaFuncSetAttribute(kernel, limit, memory)) return status;
     }
-    if (const cudaError_t status = launch(kernel, how, stream, p, link)) return status;
+    if (const cudaError_t status = launch(kernel, how, stream, p, peer)) return status;
     p.input = static_cast<const T*>(p.input) + p.tokens * p.input_stride;
     for (int part = 0; part < kParts; ++part)
       p.parts[part].out = static_cast<T*>(p.parts[part].out) + p.tokens * p.parts[part].width;
@@ -389,23 +370,23 @@ bool vectorised(const ReduceRmsParams& p) {
   return true;
 }
 
-template <class T, class Link>
-cudaError_t launch_type(const Link& link, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
+template <class T, class Peer>
+cudaError_t launch_type(const Peer& peer, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
   if (vectorised<T>(p))
-    return p.part_count == 1 ? launch_parts<T, true, 1>(link, p, max_blocks, stream)
-                             : launch_parts<T, true, 2>(link, p, max_blocks, stream);
-  return p.part_count == 1 ? launch_parts<T, false, 1>(link, p, max_blocks, stream)
-                           : launch_parts<T, false, 2>(link, p, max_blocks, stream);
+    return p.part_count == 1 ? launch_parts<T, true, 1>(peer, p, max_blocks, stream)
+                             : launch_parts<T, true, 2>(peer, p, max_blocks, stream);
+  return p.part_count == 1 ? launch_parts<T, false, 1>(peer, p, max_blocks, stream)
+                           : launch_parts<T, false, 2>(peer, p, max_blocks, stream);
 }
 
-template <class Link>
-cudaError_t launch_link(const Link& link, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
+template <class Peer>
+cudaError_t launch_link(const Peer& peer, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
   switch (p.type) {
-    case Type::kFloat32: return launch_type<float>(link, p, max_blocks, stream);
-    case Type::kFloat16: return launch_type<__half>(link, p, max_blocks, stream);
+    case Type::kFloat32: return launch_type<float>(peer, p, max_blocks, stream);
+    case Type::kFloat16: return launch_type<__half>(peer, p, max_blocks, stream);
     case Type::kBfloat16: break;
   }
-  return launch_type<__nv_bfloat16>(link, p, max_blocks, stream);
+  return launch_type<__nv_bfloat16>(peer, p, max_blocks, stream);
 }
 
 }  // namespace
