@@ -229,7 +229,8 @@ void combine_rows(const CombineParams& p) {
         const int64_t row = p.rows[token * p.top_k + j];
         if (row < 0) continue;
         const float weight = p.weights[token * p.weights_stride + j];
-        for (int64_t i = 0; i < p.k; ++i) sums[i] += weight * p.input[row * p.k + i];
+        const uint16_t* from = static_cast<const uint16_t*>(p.input) + row * p.k;
+        for (int64_t i = 0; i < p.k; ++i) sums[i] += weight * from_bfloat16(from[i]);
       }
       uint16_t* out = static_cast<uint16_t*>(p.out) + token * p.out_stride;
       for (int64_t i = 0; i < p.k; ++i) out[i] = to_bfloat16(sums[i]);

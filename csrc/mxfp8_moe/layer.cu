@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   const int octet = octet_of_thread();
   const int32_t* rows_of_token = p.rows + token * p.top_k;
   const float* weights_of_token = p.weights + token * p.weights_stride;
-  const float4* column = reinterpret_cast<const float4*>(p.input) + 2 * octet;
+  const uint4* column = static_cast<const uint4*>(p.input) + octet;
   wait_for_earlier_grids(rows_of_token, weights_of_token, column);
   if (octet >= p.k / 8) return;
   float sums[8] = {};
@@ -156,22 +156,20 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
        left -= kPairs, rows_of_token += kPairs, weights_of_token += kPairs) {
     int rows[kPairs];
     float weights[kPairs];
-    float4 parts[kPairs][2];
+    uint4 parts[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       rows[j] = j < left ? rows_of_token[j] : -1;
       weights[j] = j < left ? weights_of_token[j] : 0;
     }
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const float4* from = column + rows[j] * (p.k / 4);
-      if (rows[j] >= 0) parts[j][0] = from[0], parts[j][1] = from[1];
-    }
+    for (int j = 0; j < kPairs; ++j)
+      if (rows[j] >= 0) parts[j] = column[rows[j] * (p.k / 8)];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (rows[j] < 0) continue;
-      const float x[8] = {parts[j][0].x, parts[j][0].y, parts[j][0].z, parts[j][0].w,
-                          parts[j][1].x, parts[j][1].y, parts[j][1].z, parts[j][1].w};
+      float x[8];
+      unpack<__nv_bfloat16>(parts[j], x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weights[j], x[i]));
     }

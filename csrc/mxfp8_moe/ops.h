@@ -1,7 +1,6 @@
 // The contract of the group's operators: every argument is checked here, once, for both backends.
 #pragma once
 
-#include <algorithm>
 #include <optional>
 
 #include "common/check.h"
@@ -286,7 +285,7 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
 }
 
 // Where a layer keeps what its kernels hand on, in bytes from the start of the workspace. Sized for every pair of a token
-// and an expert to be here. The second product's rows take the place of what has been used up by then.
+// and an expert to be here. The second product's rows take the place of the first one's, which have been used up by then.
 struct Workspace {
   int64_t offsets, rows, activated, gathered, hidden, result, bytes;
 };
@@ -306,7 +305,7 @@ inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts
   layout.activated = piece(pairs * intermediate * 2);
   layout.result = layout.gathered = piece(pairs * hidden * 2);
   layout.hidden = piece(pairs * intermediate * 2 * 2);
-  layout.bytes = std::max(at, layout.result + round_up(pairs * hidden * 4, kWorkspacePiece));
+  layout.bytes = at;
   return layout;
 }
 
@@ -347,7 +346,7 @@ struct Moe {
     activate.input = up.out = base + layout.hidden;
     down.a = activate.out = base + layout.activated;
     down.out = base + layout.result;
-    combine.input = reinterpret_cast<const float*>(base + layout.result);
+    combine.input = base + layout.result;
   }
 };
 
@@ -396,13 +395,13 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   const Indices pair_ids{topk_ids.const_data_ptr(), pairs, ids.is(aoti_torch_dtype_int64)};
   moe.route = {pair_ids, tokens, top_k, experts, nullptr, nullptr};
   moe.gather = {tokens, top_k, hidden, nullptr, x.const_data_ptr(), row_stride(x), w8a8, nullptr};
-  const auto product = [&groups](const Weight& w, Real out_type) {
-    return GroupedMmParams{groups,   w.n,      w.k,     nullptr, w.k,      w.data, w.expert_stride,
-                           w.stride, w.scales, nullptr, w.n,     out_type, true};
+  const auto product = [&groups](const Weight& w) {
+    return GroupedMmParams{groups,   w.n,     w.k, nullptr,         w.k, w.data, w.expert_stride, w.stride,
+                           w.scales, nullptr, w.n, Real::kBfloat16, true};
   };
-  moe.up = product(first, Real::kBfloat16);
+  moe.up = product(first);
   moe.activate = {pairs, nullptr, intermediate, nullptr, kind, w8a8, nullptr};
-  moe.down = product(second, Real::kFloat32);
+  moe.down = product(second);
   moe.combine = {tokens,
                  top_k,
                  hidden,

@@ -152,7 +152,7 @@ struct ActivateParams {
 struct CombineParams {
   int64_t tokens, top_k, k;
   const int32_t* rows;
-  const float* input;  // dense
+  const void* input;  // bf16, dense
   const float* weights;
   int64_t weights_stride;
   void* out;  // bf16 [tokens, k]

@@ -178,10 +178,9 @@ def moe(
 
     For token t and its j-th expert e, with h its row of x: ``h = act(h @ w13[e].T) @ w2[e].T``, then
     ``out[t] = sum over j of topk_weights[t, j] * h``. In "w8a8" mode both products have rows that went through
-    :func:`round`. The first product is rounded to bfloat16; the activation runs in float32 on that and is rounded to
-    bfloat16; rows of the second stay float32, and the sum over j is one of float32 products and additions, none fused,
-    in order, rounded once. So the layer equals, bit for bit, the composition of this module's functions on as many rows
-    as there are pairs of a token and an expert.
+    :func:`round`. Both are rounded to bfloat16; the activation runs in float32 and is rounded to bfloat16; the sum over
+    j is one of float32 products and additions, none fused, in order, rounded once. So the layer equals, bit for bit,
+    the composition of this module's functions on as many rows as there are pairs of a token and an expert.
 
     Args:
         x: ``[T, K]`` bfloat16.
@@ -236,8 +235,8 @@ def moe(
 
 
 def workspace_bytes(tokens: int, top_k: int, experts: int, hidden: int, intermediate: int) -> int:
-    """Bytes of a workspace for :func:`moe` on up to so many tokens: about ``tokens * top_k * (4 * hidden + 2 *
-    intermediate)``, or more where 4 * intermediate exceeds 2 * hidden.
+    """Bytes of a workspace for :func:`moe` on up to so many tokens: about ``tokens * top_k * (2 * hidden + 6 *
+    intermediate)``.
 
     It has no tensor to trace, so call it outside of compiled functions; ``moe`` without a workspace works in them.
 

@@ -434,7 +434,7 @@ def composition(i: LayerInputs) -> Tensor:
     rows = kept(i.x)[order // case.top_k]
     h = mxfp8_moe.grouped_mm(rows, i.w13, i.s13, offsets)
     h = kept(activated(h, case.activation).contiguous())
-    down = mxfp8_moe.grouped_mm(h, i.w2, i.s2, offsets, out_dtype=torch.float32)
+    down = mxfp8_moe.grouped_mm(h, i.w2, i.s2, offsets).float()
     row_of = torch.full((ids.numel(),), -1, device=device)
     present = int(counts.sum())
     row_of[order[:present]] = torch.arange(present, device=device)

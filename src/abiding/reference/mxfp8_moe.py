@@ -122,7 +122,7 @@ def layer(
         token, j = (topk_ids == expert).nonzero(as_tuple=True)
         up = grouped_mm(kept(x[token]), w13[expert : expert + 1], s13.reshape(len(w13), -1)[expert])
         hidden = kept(activate(up, activation))
-        down = grouped_mm(hidden, w2[expert : expert + 1], s2.reshape(len(w2), -1)[expert], out_dtype=torch.float64)
+        down = grouped_mm(hidden, w2[expert : expert + 1], s2.reshape(len(w2), -1)[expert])
         result.index_add_(0, token, topk_weights[token, j, None].double() * down)
     return result
 
