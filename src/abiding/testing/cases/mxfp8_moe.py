@@ -288,6 +288,21 @@ LAYERS = [
     LayerCase(1, 256, 128, 3, 1),
     LayerCase(12, 64, 64, 4, 2, values="zero"),
     LayerCase(12, 64, 64, 4, 2, values="nan"),
+    LayerCase(8300, 32, 32, 9, 8, "zipf", elsewhere=0.1),
+    # Tiles of every shape that Hopper's products have.
+    LayerCase(3, 1024, 128, 4, 2),
+    LayerCase(7, 2048, 256, 8, 3, activation="swiglu_oai", elsewhere=0.3),
+    LayerCase(2, 4096, 128, 5, 4, mode="w8a16"),
+    LayerCase(13, 4096, 128, 4, 1),
+    LayerCase(20, 96, 128, 4, 1, activation="swiglu_oai"),
+    LayerCase(40, 160, 384, 4, 2, "zipf"),
+    LayerCase(21, 64, 256, 2, 1, mode="w8a16", activation="swiglu_oai"),
+    LayerCase(100, 160, 128, 4, 2, values="nan"),
+    LayerCase(120, 96, 384, 4, 2, "zipf", mode="w8a16"),
+    LayerCase(250, 64, 128, 4, 2, activation="swiglu_oai"),
+    LayerCase(240, 160, 384, 4, 2, "zipf", mode="w8a16"),
+    LayerCase(400, 160, 128, 4, 2, "zipf"),
+    LayerCase(640, 64, 256, 4, 2, "zipf", mode="w8a16", activation="swiglu_oai"),
 ]
 
 SHAPES = {
