@@ -8,81 +8,62 @@ namespace abiding::mxfp8_moe {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRouteThreads = 1024, kRouteUnroll = 8, kRouteExperts = 2;
+constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 
-// A block has neighbouring experts, a warp of it a range of neighbouring pairs. It counts the pairs of the experts before and
-// its own, and then gives its own their rows in the order of the pairs.
+// A block has an expert, a warp of it a range of neighbouring pairs. It counts the pairs of the experts before and its own, and
+// then gives its own their rows in the order of the pairs.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
-  __shared__ int smaller[kRouteThreads / 32], equal[kRouteExperts][kRouteThreads / 32];
+  __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   launch_dependents();
-  const int expert = blockIdx.x * kRouteExperts, lane = threadIdx.x % 32, warp = threadIdx.x / 32,
-            warps = blockDim.x / 32;
+  const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int begin = warp * range, end = min(begin + range, static_cast<int>(p.tokens * p.top_k));
   const void* ids = p.ids.address(begin + lane);
   wait_for_earlier_grids(ids);
-
-  // A lane looks at every 32nd pair from `from` on, which are kRouteUnroll bits of the masks.
-  int before = 0;
-  const auto look = [&](int from, unsigned (&is_mine)[kRouteExperts]) {
+  int before = 0, mine = 0;
+  for (int from = begin + lane; from < end; from += 32 * kRouteUnroll) {
     int64_t id[kRouteUnroll];
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i)
-      if (from + lane + 32 * i < end) id[i] = p.ids.from(ids, from - begin + 32 * i);
+      if (from + 32 * i < end) id[i] = p.ids.from(ids, from - begin - lane + 32 * i);
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
-      const int pair = from + lane + 32 * i;
-      if (pair >= end) continue;
+      if (from + 32 * i >= end) continue;
       before += id[i] >= 0 && id[i] < expert;
-#pragma unroll
-      for (int e = 0; e < kRouteExperts; ++e) is_mine[e] |= (id[i] == expert + e) << i;
-      if (expert == 0 && (id[i] < 0 || id[i] >= p.experts)) p.rows[pair] = -1;
-    }
-  };
-  int mine[kRouteExperts] = {};
-  uint64_t kept[kRouteExperts] = {};  // the masks of the first pairs
-  for (int from = begin, bit = 0; from < end; from += 32 * kRouteUnroll, bit += kRouteUnroll) {
-    unsigned is_mine[kRouteExperts] = {};
-    look(from, is_mine);
-#pragma unroll
-    for (int e = 0; e < kRouteExperts; ++e) {
-      mine[e] += __popc(is_mine[e]);
-      if (bit < 64) kept[e] |= uint64_t{is_mine[e]} << bit;
+      mine += id[i] == expert;
+      if (expert == 0 && (id[i] < 0 || id[i] >= p.experts)) p.rows[from + 32 * i] = -1;
     }
   }
   before = __reduce_add_sync(~0u, before);
-  if (lane == 0) smaller[warp] = before;
-#pragma unroll
-  for (int e = 0; e < kRouteExperts; ++e) {
-    mine[e] = __reduce_add_sync(~0u, mine[e]);
-    if (lane == 0) equal[e][warp] = mine[e];
+  mine = __reduce_add_sync(~0u, mine);
+  if (lane == 0) {
+    smaller[warp] = before;
+    equal[warp] = mine;
   }
   __syncthreads();
-  int first = 0;
-  for (int w = 0; w < warps; ++w) first += smaller[w];
+  int first = 0, row = 0, count = 0;
+  for (int w = 0; w < warps; ++w) {
+    first += smaller[w];
+    row += w < warp ? equal[w] : 0;
+    count += equal[w];
+  }
+  if (threadIdx.x == 0) {
+    p.offsets[expert] = first;
+    if (expert == p.experts - 1) p.offsets[p.experts] = first + count;
+  }
+  if (mine == 0) return;
+  row += first;
+  for (int from = begin; from < end; from += 32 * kRouteUnroll) {
+    bool is_mine[kRouteUnroll];
 #pragma unroll
-  for (int e = 0; e < kRouteExperts; ++e) {
-    if (expert + e == p.experts) break;
-    int row = first;
-    if (threadIdx.x == 0) p.offsets[expert + e] = first;
-    for (int w = 0; w < warps; ++w) {
-      row += w < warp ? equal[e][w] : 0;
-      first += equal[e][w];
+    for (int i = 0; i < kRouteUnroll; ++i) {
+      const int pair = from + i * 32 + lane;
+      is_mine[i] = pair < end && p.ids[pair] == expert;
     }
-    if (threadIdx.x == 0 && expert + e == p.experts - 1) p.offsets[p.experts] = first;
-    if (mine[e] == 0) continue;
-    for (int from = begin, bit = 0; from < end; from += 32 * kRouteUnroll, bit += kRouteUnroll) {
-      unsigned is_mine[kRouteExperts] = {};
-      if (bit < 64)
-        is_mine[e] = static_cast<unsigned>(kept[e] >> bit);
-      else
-        look(from, is_mine);
 #pragma unroll
-      for (int i = 0; i < kRouteUnroll; ++i) {
-        const bool here = is_mine[e] >> i & 1;
-        const unsigned lanes = __ballot_sync(~0u, here);
-        if (here) p.rows[from + i * 32 + lane] = row + __popc(lanes & ((1u << lane) - 1));
-        row += __popc(lanes);
-      }
+    for (int i = 0; i < kRouteUnroll; ++i) {
+      const unsigned lanes = __ballot_sync(~0u, is_mine[i]);
+      if (is_mine[i]) p.rows[from + i * 32 + lane] = row + __popc(lanes & ((1u << lane) - 1));
+      row += __popc(lanes);
     }
   }
 }
@@ -203,8 +184,7 @@ cudaError_t route(const RouteParams& p, cudaStream_t stream) {
   const int64_t pairs = p.tokens * p.top_k;
   const unsigned threads = pairs <= 256 ? 64 : kRouteThreads, warps = threads / 32;
   const auto range = static_cast<int>(round_up((pairs + warps - 1) / warps, 32));
-  const auto blocks = static_cast<unsigned>((p.experts + kRouteExperts - 1) / kRouteExperts);
-  return launch(route_kernel, Launch{blocks, threads}, stream, p, range);
+  return launch(route_kernel, Launch{static_cast<unsigned>(p.experts), threads}, stream, p, range);
 }
 
 cudaError_t gather(const GatherParams& p, cudaStream_t stream) {
