@@ -65,6 +65,9 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// What this thread wrote into shared memory comes before what copies write there later.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

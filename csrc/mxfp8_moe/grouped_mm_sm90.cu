@@ -3,6 +3,7 @@
 // 256 weight rows x N tokens, N as wide as the tokens of an expert ask for.
 //
 // A block is a warpgroup that copies tiles, and two or four that own 64 weight rows each. It takes tiles until none is left.
+// What the latter do between two multiplications is what tiles of many tokens wait for.
 #include "common/half.cuh"
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
@@ -41,6 +42,9 @@ struct Config {
   static_assert(kRows % kTileRows == 0);
   static constexpr int kScaleTiles = kRows / kTileRows;
   static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
+  // Two scales of a row fit where its four codes were: other warps make them, and spare those that multiply a fifth of their
+  // instructions.
+  static constexpr bool kReady = kDepth / kBlock == 2;
   static constexpr uint32_t kWeightBytes = kRows * kDepth, kTokenBytes = kTokens * 128;
   static constexpr uint32_t kStageBytes = kWeightBytes + kDepth / 64 * kTokenBytes;
   static constexpr uint32_t kScaleBytes = kScaleTiles * kTileBytes;
@@ -56,7 +60,7 @@ struct Layout {
   static constexpr uint32_t kExchange = kScales + C::kStages * C::kScaleBytes;
   static constexpr uint32_t kStaging = kExchange + C::kExchanges * C::kExchangeBytes;
   static constexpr uint32_t kBarriers = kStaging + C::kConsumerThreads / 32 * C::kStagingBytes;
-  static constexpr uint32_t kTable = kBarriers + (2 * C::kStages + 2) * 8;
+  static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 2) * 8;
   static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
 };
 
@@ -110,22 +114,28 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return word;
 }
 
-// The scale codes of 128 of K for a thread's two rows, lane / 4 and 8 further; `blocks` of those 128 exist. Behind K the
-// weights are zeros, whatever their scales are.
-struct Codes {
+// 2^(code - 127) as bf16, for byte i of the codes.
+__device__ __forceinline__ uint32_t scale_of(uint32_t codes, int i) {
+  const uint32_t code = __byte_perm(codes, 0, 0x4440 + i);
+  return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
+}
+
+// The scales of a thread's two rows, lane / 4 and 8 further, in a stage: those of one each, twice a word.
+template <class C>
+struct Scales {
   uint32_t row, row8;
 
-  __device__ __forceinline__ Codes(uint32_t address, int blocks)
+  // `exist` of the codes do. Behind K the weights are zeros, whatever their scales are.
+  __device__ __forceinline__ Scales(uint32_t address, int exist)
       : row(load_word(address)), row8(load_word(address + 128)) {
-    if (blocks >= kTileBlocks) return;
-    const uint32_t exist = (1u << 8 * blocks) - 1;
-    row = (row & exist) | (0x7F7F7F7F & ~exist);
-    row8 = (row8 & exist) | (0x7F7F7F7F & ~exist);
+    if (C::kReady || exist >= kTileBlocks) return;
+    const uint32_t mask = (1u << 8 * exist) - 1;
+    row = (row & mask) | (0x7F7F7F7F & ~mask);
+    row8 = (row8 & mask) | (0x7F7F7F7F & ~mask);
   }
-  // 2^(code - 127) as bf16, twice.
-  static __device__ __forceinline__ uint32_t scale(uint32_t codes, int i) {
-    const uint32_t code = __byte_perm(codes, 0, 0x4440 + i);
-    return (code == 255 ? 0x7FC0 : max(code << 7, 0x40)) * 0x00010001;
+  static __device__ __forceinline__ uint32_t at(uint32_t word, int i) {
+    if constexpr (C::kReady) return __byte_perm(word, 0, 0x1010 + 0x2222 * i);
+    return scale_of(word, i) * 0x00010001;
   }
 };
 
@@ -142,19 +152,20 @@ __device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
   return result;
 }
 
-// 64 weight rows x 16 * kSteps of K as wgmma takes them: a thread has two rows, and of every 16 of K the pairs 2c and 2c + 8
-// for c = lane % 4. `address` is that of its first pair if K began at 0: 16 of K are a chunk, whose number the row's swizzle is
-// added to by XOR. kPitch bytes lie from row to row; `code` is the place of the first code.
-template <int kPitch, int kSteps>
-__device__ __forceinline__ void load_weights(uint32_t (&f)[4 * kSteps], uint32_t address, int first_chunk,
-                                             const Codes& codes, int code) {
+// Half a stage of 64 weight rows as wgmma takes them: a thread has two rows, and of every 16 of K the pairs 2c and 2c + 8 for
+// c = lane % 4. `address` is that of its first pair if K began at 0: 16 of K are a chunk, whose number the row's swizzle is
+// added to by XOR. A stage's K is the pitch of its rows.
+template <class C>
+__device__ __forceinline__ void load_weights(uint32_t (&f)[4 * C::kSteps], uint32_t address, int half,
+                                             const Scales<C>& scales) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint32_t at = address ^ (first_chunk + step) * 16;
-    const uint32_t scale = Codes::scale(codes.row, code + step / 2), scale8 = Codes::scale(codes.row8, code + step / 2);
+  for (int step = 0; step < C::kSteps; ++step) {
+    const int chunk = half * C::kSteps + step;
+    const uint32_t at = address ^ chunk * 16;
+    const uint32_t scale = Scales<C>::at(scales.row, chunk / 2), scale8 = Scales<C>::at(scales.row8, chunk / 2);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      f[4 * step + i] = scaled_pair(load_pair(at + i % 2 * 8 * kPitch + i / 2 * 8), i % 2 ? scale8 : scale);
+      f[4 * step + i] = scaled_pair(load_pair(at + i % 2 * 8 * C::kDepth + i / 2 * 8), i % 2 ? scale8 : scale);
   }
 }
 
@@ -226,7 +237,8 @@ struct Block {
   __device__ uint32_t scale_at(int stage) const { return base + Layout<C>::kScales + stage * C::kScaleBytes; }
   __device__ uint32_t full(int stage) const { return base + Layout<C>::kBarriers + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(C::kStages + stage); }
-  __device__ uint32_t exchanged(int i) const { return full(2 * C::kStages + i); }
+  __device__ uint32_t ready(int stage) const { return C::kReady ? full(2 * C::kStages + stage) : full(stage); }
+  __device__ uint32_t exchanged(int i) const { return full(3 * C::kStages + i); }
   __device__ uint32_t exchange_at(int i) const { return base + Layout<C>::kExchange + i * C::kExchangeBytes; }
 
   // Clusters go through the tiles in turn.
@@ -306,6 +318,30 @@ struct Block {
     for (int i = 0; i < C::kStages; ++i, at.advance()) wait(empty(at.stage), at.parity ^ 1);
   }
 
+  // A warp for 128 weight rows: scales in place of a row's codes for 128 of K, of which the stage has the first two or the others.
+  __device__ __forceinline__ void make_scales(int warp) const {
+    Position<C::kStages> at;
+    for (int index = first_tile(); index < tile_count(); index += tile_step())
+      for (int i = 0; i < a.depth; ++i, at.advance()) {
+        wait(full(at.stage), at.parity);
+        const uint32_t line = scale_at(at.stage) + warp * kTileBytes + threadIdx.x % 32 * 16;
+        uint32_t words[4];
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(line));
+#pragma unroll
+        for (uint32_t& word : words) {
+          const uint32_t first = scale_of(word, i % 2 * 2), second = scale_of(word, i % 2 * 2 + 1);
+          word = first | (2 * i + 1 == a.blocks ? 0x3F80 : second) << 16;  // 1 behind K, as in Scales
+        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(line), "r"(words[0]), "r"(words[1]),
+                     "r"(words[2]), "r"(words[3])
+                     : "memory");
+        fence_copies();
+        arrive(ready(at.stage));
+      }
+  }
+
   __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % 32 != 0) return;
     if constexpr (C::kCluster == Cluster::kPairs) {
@@ -333,18 +369,16 @@ struct Block {
   // been written on every path, or the compiler keeps the registers of all widths at once, and serialises for want of them.
   template <int N>
   __device__ __forceinline__ void sum(float (&d)[N / 2], const Work& w, Position<C::kStages>& at) const {
-    constexpr int kPitch = C::kDepth;
     const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-    const int swizzle = kPitch == 128 ? row % 8 : row / 2 % 4;
-    const uint32_t offset = row * kPitch + swizzle * 16 + lane % 4 * 2;
-    const uint32_t code_offset = row % 32 * 16 + row % 128 / 32 * 4 + row / 128 * kTileBytes;
+    const int swizzle = C::kDepth == 128 ? row % 8 : row / 2 % 4;
+    const uint32_t offset = row * C::kDepth + swizzle * 16 + lane % 4 * 2;
+    const uint32_t scale_offset = row % 32 * 16 + row % 128 / 32 * 4 + row / 128 * kTileBytes;
 
-    const auto load_codes = [&](int stage, int index) {
-      return Codes(scale_at(stage) + code_offset, a.blocks - index * C::kDepth / 128 * kTileBlocks);
+    const auto scales_of = [&](int stage, int index) {
+      return Scales<C>(scale_at(stage) + scale_offset, a.blocks - index * kTileBlocks);
     };
-    const auto load = [&](uint32_t (&f)[4 * C::kSteps], const Codes& codes, int stage, int index, int half) {
-      const int code = (index * (C::kDepth / kBlock) + half * (C::kDepth / kBlock / 2)) & (kTileBlocks - 1);
-      load_weights<kPitch, C::kSteps>(f, weight_at(stage) + offset, half * C::kSteps, codes, code);
+    const auto load = [&](uint32_t (&f)[4 * C::kSteps], const Scales<C>& scales, int stage, int half) {
+      load_weights<C>(f, weight_at(stage) + offset, half, scales);
     };
 
     if (w.count == 0) {
@@ -353,23 +387,23 @@ struct Block {
       return;
     }
     uint32_t even[4 * C::kSteps], odd[4 * C::kSteps];
-    wait(full(at.stage), at.parity);
-    Codes codes = load_codes(at.stage, w.first);
-    load(even, codes, at.stage, w.first, 0);
+    wait(ready(at.stage), at.parity);
+    Scales<C> scales = scales_of(at.stage, w.first);
+    load(even, scales, at.stage, 0);
     multiply_half<N>(d, even, at.stage, 0, true);
-    load(odd, codes, at.stage, w.first, 1);
+    load(odd, scales, at.stage, 1);
     multiply_half<N>(d, odd, at.stage, 1, false);
     for (int i = 1; i < w.count; ++i) {
       const int stage = at.stage;
       at.advance();
-      wait(full(at.stage), at.parity);
-      codes = load_codes(at.stage, w.first + i);
+      wait(ready(at.stage), at.parity);
+      scales = scales_of(at.stage, w.first + i);
       wgmma_wait<1>();
-      load(even, codes, at.stage, w.first + i, 0);
+      load(even, scales, at.stage, 0);
       multiply_half<N>(d, even, at.stage, 0, false);
       wgmma_wait<1>();
       release(stage);
-      load(odd, codes, at.stage, w.first + i, 1);
+      load(odd, scales, at.stage, 1);
       multiply_half<N>(d, odd, at.stage, 1, false);
     }
     wgmma_wait<0>();
@@ -452,7 +486,8 @@ struct Block {
     Position<C::kStages> at;
     int turn = 0;
     for (int index = first_tile(); index < tile_count(); index += tile_step(), ++turn) {
-      const Work w = work(index);
+      Work w = work(index);
+      w.tile.width = __shfl_sync(~0u, w.tile.width, 0);  // of a lane, so that the compiler knows it is of all
       consume_width<C::kTokens>(w, at, turn);
     }
   }
@@ -475,6 +510,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (int i = 0; i < C::kStages; ++i) {
       barrier_init(block.full(i), 1);
       barrier_init(block.empty(i), C::kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
+      if (C::kReady) barrier_init(block.ready(i), 32 * C::kScaleTiles);
     }
     for (int i = 0; i < C::kExchanges; ++i) barrier_init(block.exchanged(i), 1);
     barrier_init_done();
@@ -484,7 +520,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   if (threadIdx.x >= C::kConsumerThreads) {
     release_registers<C::kProducerRegisters>();
-    if (threadIdx.x < C::kConsumerThreads + 32) block.produce();
+    const int warp = (threadIdx.x - C::kConsumerThreads) / 32;
+    if (warp == 0) block.produce();
+    if (C::kReady && warp > 0 && warp <= C::kScaleTiles) block.make_scales(warp - 1);
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   } else {
     take_registers<C::kConsumerRegisters>();
