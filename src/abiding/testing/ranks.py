@@ -34,11 +34,6 @@ from abiding.testing.timing import Timing
 
 T = TypeVar("T")
 
-# What virtual ranks need, since they wait for each other inside their kernels: a hardware queue for each stream, and
-# all kernels loaded from the start, for to load one later waits until none runs. Read when a GPU is first used.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -164,11 +159,22 @@ def _module(file: str, name: str) -> ModuleType:
 # --- virtual ranks ----------------------------------------------------------------------------------------------------
 
 
+def prepare_for_virtual_ranks() -> None:
+    """Ask CUDA for what virtual ranks need on a GPU, unless the environment says otherwise; before a GPU is first used.
+
+    They wait for each other inside their kernels, so each stream has to have a hardware queue of its own, and all
+    kernels are to be loaded from the start: to load one later waits until none runs.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
 @contextlib.contextmanager
 def virtual_ranks(
     ranks: int, device: torch.device | str = "cpu", *, max_bytes: int = 8 << 20, timeout_s: float = 10.0
 ) -> Iterator[list[Communicator]]:
-    """Communicators of ``ranks`` ranks that are all in this process, on one device."""
+    """Communicators of ``ranks`` ranks that are all in this process, on one device; see
+    :func:`prepare_for_virtual_ranks`."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 import abiding
 from abiding.testing.benchmarks import all_reduce, mla_prologue, mxfp8_moe, reduce_rms
-from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.benchmarks.report import full_table
 from abiding.testing.results import Results
 from abiding.testing.timing import Floors
@@ -49,6 +48,7 @@ def run(
     unknown = sorted(set(ops) - set(benchmark.ops))
     if unknown:
         raise ValueError(f"ops {unknown}; expected some of {list(benchmark.ops)}")
+    benchmark.prepare()
     device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
     if device.type == "cpu":
         say(f"No CUDA kernels here, so this times the CPU's: {abiding.cuda_unavailable_reason()}")
@@ -85,8 +85,3 @@ def main(group: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="recorded in the results (default: ask git)")
     chosen = parser.parse_args(arguments)
     run(group, peers=chosen.peer, output=chosen.output, quick=chosen.quick, ops=chosen.op, commit=chosen.commit)
-
-
-def say(line: str) -> None:
-    """Progress, apart from the output proper."""
-    print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ GPUs is not in these times.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,10 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abiding.communicator import Communicator
-from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.cases.all_reduce import PERFORMANCE, AllReduceCase
 from abiding.testing.comparison import max_ulps
-from abiding.testing.ranks import processes_us, run_processes, virtual_ranks, virtual_ranks_us
+from abiding.testing.ranks import (
+    prepare_for_virtual_ranks,
+    processes_us,
+    run_processes,
+    virtual_ranks,
+    virtual_ranks_us,
+)
 from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
@@ -65,7 +70,16 @@ def row(case: CaseResult) -> str:
     return f"{case.params['ranks']} {where}"
 
 
-BENCHMARK = Benchmark("all_reduce", ("all_reduce", "all_reduce_cpu"), "bytes", measure, row, target_us, overlaid=True)
+BENCHMARK = Benchmark(
+    "all_reduce",
+    ("all_reduce", "all_reduce_cpu"),
+    "bytes",
+    measure,
+    row,
+    target_us,
+    overlaid=True,
+    prepare=prepare_for_virtual_ranks,
+)
 
 
 def _on_gpu(case: AllReduceCase, ranks: int, peer: _Peer | None, settings: Settings) -> CaseResult:
@@ -125,7 +139,7 @@ class _Peer:
             calls = [partial(ops.all_reduce, *each, 0, 0) for each in zip(handles, registered, outs, strict=True)]
             timing = virtual_ranks_us(ranks, lambda rank: calls[rank]())
             said = f"{ranks} ranks, {expected.nbytes} bytes: the peer differs by {max_ulps(outs[0], expected)} ulps"
-            print(said, file=sys.stderr, flush=True)
+            say(said)
             torch.cuda.synchronize()
             return timing
 

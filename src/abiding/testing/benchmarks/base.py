@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class Benchmark:
 
     `ops` begins with the operator that summaries and plots show; `target_us` is None for a case without a target. The
     plot has a panel for each row, or, `overlaid`, a line for each in one panel. `other_axes` are those of operators
-    that have another one.
+    that have another one. `prepare` runs before a GPU is first used.
     """
 
     group: str
@@ -45,6 +46,7 @@ class Benchmark:
     target_us: Callable[[CaseResult], float | None]
     overlaid: bool = False
     other_axes: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[], None] = lambda: None
 
     def axis_of(self, op: str) -> str:
         """The parameter that runs across an operator's table."""
@@ -57,3 +59,8 @@ class Benchmark:
             return "-"
         fast_enough = case.us <= target and all(case.us <= 1.01 * us for us in case.peers.values())
         return "met" if fast_enough else "missed"
+
+
+def say(line: str) -> None:
+    """Progress, apart from the output proper."""
+    print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abiding import mla_prologue as face
-from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.cases.mla_prologue import PERFORMANCE, PrologueCase, PrologueInputs
 from abiding.testing.comparison import max_ulps
 from abiding.testing.results import CaseResult, Param
@@ -227,7 +226,7 @@ def _peer_operator(peers: Any, operator: Operator) -> Any:
     packet = getattr(peers, operator.peer_name, None) if peers is not None and operator.peer_name else None
     if packet is None:
         return None
-    print(f"Peer: {packet.default._schema}", file=sys.stderr, flush=True)
+    say(f"Peer: {packet.default._schema}")
     return packet.default
 
 
@@ -240,11 +239,11 @@ def _agrees_to_run(op: str, case: PrologueCase, operator: Operator, peer: Any, d
     try:
         theirs.run()
     except RuntimeError as error:
-        print(f"{op} {case}: the peer refuses, and is left out from here on: {error}", file=sys.stderr, flush=True)
+        say(f"{op} {case}: the peer refuses, and is left out from here on: {error}")
         return False
     found = theirs.written()
     words = [f"{name} {_agreement(tensor, found[name])}" for name, tensor in ours.written().items()]
-    print(f"{op} {case}: compared with the peer, {', '.join(words)}", file=sys.stderr, flush=True)
+    say(f"{op} {case}: compared with the peer, {', '.join(words)}")
     return True
 
 

@@ -7,7 +7,6 @@ Only times are compared.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from abiding import mxfp8_moe as face
 from abiding.mxfp8_moe import Mode
-from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.benchmarks.humming import KINDS, Humming, HummingWeights
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs
 from abiding.testing.results import CaseResult, Param
@@ -125,6 +124,7 @@ class Routed:
 
 
 def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: Settings) -> Iterator[CaseResult]:
+    say(f"{cases[0].name}: making weights" + ", and compiling the peers' kernels" * bool(libraries))
     layer = replace(cases[0], tokens=0).make(settings.device)
     products = (Product("GEMM1", layer.w13, layer.s13), Product("GEMM2", layer.w2, layer.s2))
     for product in products:
@@ -274,10 +274,11 @@ def _libraries(settings: Settings) -> list[Library]:
     loaders: dict[str, Callable[[Path], Library]] = {".so": Marlin, ".whl": HummingLibrary}
     found = []
     for path in settings.peers:
+        say(f"Loading {path}")
         try:
             found.append(loaders[path.suffix](path))
         except Exception as error:  # whatever keeps a peer from loading, ours is timed
-            print(f"{path} is left out: {error!r}", file=sys.stderr, flush=True)
+            say(f"{path} is left out: {error!r}")
     return found
 
 

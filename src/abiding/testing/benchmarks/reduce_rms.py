@@ -8,7 +8,6 @@ has ended.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,10 +21,17 @@ from torch import Tensor
 
 from abiding import reduce_rms as face
 from abiding.communicator import Communicator
-from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.cases.reduce_rms import PERFORMANCE, Q_COLUMNS, RmsCase, RmsInputs
 from abiding.testing.comparison import max_ulps
-from abiding.testing.ranks import RanksFailedError, processes_us, run_processes, virtual_ranks, virtual_ranks_us
+from abiding.testing.ranks import (
+    RanksFailedError,
+    prepare_for_virtual_ranks,
+    processes_us,
+    run_processes,
+    virtual_ranks,
+    virtual_ranks_us,
+)
 from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
@@ -63,7 +69,16 @@ def row(case: CaseResult) -> str:
     return f"{case.params['ranks']} {'CPU processes' if case.op == 'qk_norm_cpu' else 'virtual ranks'}"
 
 
-BENCHMARK = Benchmark("reduce_rms", ("qk_norm", "qk_norm_cpu"), "tokens", measure, row, target_us, overlaid=True)
+BENCHMARK = Benchmark(
+    "reduce_rms",
+    ("qk_norm", "qk_norm_cpu"),
+    "tokens",
+    measure,
+    row,
+    target_us,
+    overlaid=True,
+    prepare=prepare_for_virtual_ranks,
+)
 
 
 def _ranks(case: RmsCase) -> int:
@@ -152,7 +167,7 @@ def _peer_times(cases: Sequence[RmsCase], ranks: int, settings: Settings) -> dic
             arguments = (str(settings.peer), cases, ranks, str(settings.device), str(path))
             run_processes(_time_peer, 1, *arguments, timeout_s=_PEER_LIMIT_S)
         except RanksFailedError as error:
-            print(f"{ranks} ranks: not all times of the peer: {error}", file=sys.stderr, flush=True)
+            say(f"{ranks} ranks: not all times of the peer: {error}")
         lines = [line.split() for line in path.read_text().splitlines()]
         return {int(tokens): Timing(float(us), float(spread_us)) for tokens, us, spread_us in lines}
 
@@ -177,7 +192,7 @@ def _peer_us(inputs: Sequence[RmsInputs], device: torch.device) -> Timing:
 
     timing = _spaced_us(ranks, call)
     ulps = [max_ulps(out, expected) for expected, out in zip(inputs[0].expected(), outs[0] or (), strict=True)]
-    print(f"{ranks} ranks, {case}: the peer differs by {max(ulps)} ulps", file=sys.stderr, flush=True)
+    say(f"{ranks} ranks, {case}: the peer differs by {max(ulps)} ulps")
     return timing
 
 

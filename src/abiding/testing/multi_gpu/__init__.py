@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from abiding import _library
-from abiding.testing.benchmarks import DEFAULT_OUTPUT, say
-from abiding.testing.benchmarks.base import Benchmark, Settings
+from abiding.testing.benchmarks import DEFAULT_OUTPUT
+from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.benchmarks.report import table
 from abiding.testing.cases.reduce_rms import RmsCase
 from abiding.testing.multi_gpu import checks, times
 from abiding.testing.multi_gpu.checks import Setting
 from abiding.testing.multi_gpu.times import Times
-from abiding.testing.ranks import RanksFailedError, run_processes
+from abiding.testing.ranks import RanksFailedError, prepare_for_virtual_ranks, run_processes
 from abiding.testing.results import CaseResult, Param, Results
 from abiding.testing.timing import Floors, Timing
 
@@ -338,8 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole = not alone and not chosen.quick
     # The peers' multicast through the NVLink switch stays off: it is another kind of hardware than is compared here.
     os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    if not chosen.share_gpu:
-        os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # what virtual ranks need takes long in every process
+    if chosen.share_gpu:
+        prepare_for_virtual_ranks()  # these ranks wait for each other on one GPU too
     # Should the parent itself be stuck, in a driver say, it ends here all the same.
     faulthandler.dump_traceback_later(TOTAL_S + 9, exit=True)
     output = chosen.output or (DEFAULT_OUTPUT if whole else None)
