@@ -145,21 +145,26 @@ def test_special_blocks(face: ModuleType, dtype: torch.dtype, device: torch.devi
 
 
 @FACES
-def test_every_byte_under_every_code(face: ModuleType, device: torch.device) -> None:
-    """Weights and activations alike: a single byte, zeros around it, times ones."""
-    code, byte = torch.arange(256).repeat_interleave(256), torch.arange(256).repeat(256)
-    rows = torch.zeros(1 << 16, 32, dtype=torch.uint8)
-    rows[torch.arange(1 << 16), torch.arange(1 << 16) % 32] = byte.to(torch.uint8)
-    scales = face.swizzle_scales(code.to(torch.uint8)[:, None]).to(device)
+@pytest.mark.parametrize("tokens", [1, 50, 120, 150])
+def test_every_byte_under_every_code(face: ModuleType, tokens: int, device: torch.device) -> None:
+    """Weights and activations alike: a single byte in one of five blocks, zeros around it, times ones."""
+    count, k = 1 << 16, 160
+    number = torch.arange(count)
+    code, byte, block = number // 256, number % 256, number * 7 % 5
+    rows = torch.zeros(count, k, dtype=torch.uint8)
+    rows[number, block * 32 + number % 32] = byte.to(torch.uint8)
+    codes = torch.full((count, k // 32), 127, dtype=torch.uint8)
+    codes[number, block] = code.to(torch.uint8)
+    scales = face.swizzle_scales(codes).to(device)
     expected = exact_value(byte, code).float()
     rows = rows.to(device)
 
-    ones = torch.ones(1, 32, dtype=torch.bfloat16, device=device)
+    ones = torch.ones(tokens, k, dtype=torch.bfloat16, device=device)
     found = face.grouped_mm(ones, rows[None], scales[None], out_dtype=torch.float32)
-    assert_close(found[0].cpu(), expected, name="weights")
+    assert_close(found.cpu(), expected.expand(tokens, -1), name="weights")
 
-    plain = torch.full((1, 32, 1), 127, dtype=torch.uint8, device=device)
-    unit = torch.full((1, 32, 32), ONE, dtype=torch.uint8, device=device)
+    plain = torch.full((1, 32, k // 32), 127, dtype=torch.uint8, device=device)
+    unit = torch.full((1, 32, k), ONE, dtype=torch.uint8, device=device)
     found = face.grouped_mm(MXFP8(rows, scales), unit, face.swizzle_scales(plain), out_dtype=torch.float32)
     assert_close(found.cpu(), expected[:, None].expand(-1, 32), name="activations")
 
