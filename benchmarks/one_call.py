@@ -34,7 +34,7 @@ def prologue(tokens: int, heads: int) -> None:
 
 
 def moe(tokens: int, shape: str) -> None:
-    """A call has experts of its own, where there are enough of them."""
+    """A call has other experts than those before, as far as there are others."""
     cases = moe_cases.PERFORMANCE
     case = next(case for case in cases if (case.tokens, case.name, case.routing) == (tokens, shape, "uniform"))
     inputs = case.make("cuda")

@@ -13,14 +13,14 @@ import pytest
 
 # Test processes share few cores: OpenMP threads that spin while they wait slow each other down several times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As abiding.testing.ranks says of virtual ranks: before anything uses a GPU.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import torch
 
 import abiding
 from abiding import _library
-from abiding.testing.ranks import prepare_for_virtual_ranks
-
-prepare_for_virtual_ranks()
 
 
 def require_cuda(gpus: int = 1) -> torch.device:

@@ -3,7 +3,7 @@
 // 256 weight rows x N tokens, N as wide as the tokens of an expert ask for.
 //
 // A block is a warpgroup that copies tiles, and two or four that own 64 weight rows each. It takes tiles until none is left.
-// What the latter do between two multiplications is what tiles of many tokens wait for.
+// What the latter do between two multiplications is what tiles of many tokens wait for, so the former makes scales for them.
 #include "common/half.cuh"
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
@@ -42,9 +42,9 @@ struct Config {
   static_assert(kRows % kTileRows == 0);
   static constexpr int kScaleTiles = kRows / kTileRows;
   static constexpr int kSteps = kDepth / 32;  // of a half: wgmma takes 16 of K
-  // Two scales of a row fit where its four codes were: other warps make them, and spare those that multiply a fifth of their
-  // instructions.
+  // Two scales of a row fit where its four codes were: the copying warpgroup's spare warps make them, one for 128 rows.
   static constexpr bool kReady = kDepth / kBlock == 2;
+  static_assert(!kReady || (kScaleTiles <= 3 && kCluster_ != Cluster::kSplit));
   static constexpr uint32_t kWeightBytes = kRows * kDepth, kTokenBytes = kTokens * 128;
   static constexpr uint32_t kStageBytes = kWeightBytes + kDepth / 64 * kTokenBytes;
   static constexpr uint32_t kScaleBytes = kScaleTiles * kTileBytes;
@@ -120,7 +120,7 @@ __device__ __forceinline__ uint32_t scale_of(uint32_t codes, int i) {
   return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
 }
 
-// The scales of a thread's two rows, lane / 4 and 8 further, in a stage: those of one each, twice a word.
+// The scales of a thread's two rows, lane / 4 and 8 further, in a stage: a word each, of four codes or, made ready, two bf16.
 template <class C>
 struct Scales {
   uint32_t row, row8;
@@ -133,6 +133,7 @@ struct Scales {
     row = (row & mask) | (0x7F7F7F7F & ~mask);
     row8 = (row8 & mask) | (0x7F7F7F7F & ~mask);
   }
+  // That of block i, twice.
   static __device__ __forceinline__ uint32_t at(uint32_t word, int i) {
     if constexpr (C::kReady) return __byte_perm(word, 0, 0x1010 + 0x2222 * i);
     return scale_of(word, i) * 0x00010001;
@@ -318,7 +319,7 @@ struct Block {
     for (int i = 0; i < C::kStages; ++i, at.advance()) wait(empty(at.stage), at.parity ^ 1);
   }
 
-  // A warp for 128 weight rows: scales in place of a row's codes for 128 of K, of which the stage has the first two or the others.
+  // A warp for 128 weight rows: two scales in place of a row's four codes, for whichever half of their 128 of K the stage has.
   __device__ __forceinline__ void make_scales(int warp) const {
     Position<C::kStages> at;
     for (int index = first_tile(); index < tile_count(); index += tile_step())

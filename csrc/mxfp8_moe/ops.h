@@ -285,7 +285,7 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
 }
 
 // Where a layer keeps what its kernels hand on, in bytes from the start of the workspace. Sized for every pair of a token
-// and an expert to be here. The second product's rows take the place of the first one's, which have been used up by then.
+// and an expert to be here. The second product's result takes the place of the first one's rows, used up by then.
 struct Workspace {
   int64_t offsets, rows, activated, gathered, hidden, result, bytes;
 };

@@ -460,8 +460,8 @@ def test_layer(case: LayerCase, device: torch.device) -> None:
     exact = reference.mxfp8_moe.layer(
         i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights, activation=case.activation, mode=case.mode
     )
-    # A sum on the other side of a rounding boundary moves one bfloat16 of the hidden row by a step; in w8a8 mode that
-    # can move an e4m3, 16 times as coarse. Both are a small share of a row of many such.
+    # A sum on the other side of a rounding boundary moves one bfloat16 of a product by a step; in w8a8 mode that can
+    # move an e4m3 of the hidden row, 16 times as coarse. All are a small share of a row of many such.
     spread = exact.nan_to_num().square().mean(1, keepdim=True).sqrt()
     assert_close(out.isnan(), exact.isnan(), name="NaN")
     off = ((out.double() - exact).abs() - 2.0**-8 * exact.abs()).nan_to_num(0) / spread.clamp(min=1e-30)

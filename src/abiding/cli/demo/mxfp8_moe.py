@@ -19,7 +19,7 @@ CASES = [LayerCase(8, 6144, 3072, 4, 4, activation="swiglu_oai")]
 MODES: tuple[face.Mode, ...] = ("w8a8", "w8a16")
 
 ROUNDING = 2.0**-8
-"""Half a step of bfloat16, relative: the layer's one rounding, and what is left of those before it."""
+"""Half a step of bfloat16, relative: the last rounding of a layer, and what is left of those before it."""
 
 
 def rows(device: torch.device, say: Say) -> Iterator[Row]:

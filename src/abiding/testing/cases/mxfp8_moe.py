@@ -245,6 +245,8 @@ ODD = [
     ProductCase((0, 0, 5), 128, 128, form="ends", behind=2),
     ProductCase((4, 4), 32, 32, dtype=torch.float16),
     ProductCase((1, 0) * 40, 64, 96),
+    ProductCase((150, 0, 170), 160, 96),
+    ProductCase((0, 300, 0, 320), 96, 160),
     ProductCase((20, 70), 1056, 64, gap=48),
     ProductCase((5, 11), 64, 2080),
     # Few rows, so that K is split: in 2, and in 8 whose last parts have nothing.
@@ -288,7 +290,7 @@ LAYERS = [
     LayerCase(1, 256, 128, 3, 1),
     LayerCase(12, 64, 64, 4, 2, values="zero"),
     LayerCase(12, 64, 64, 4, 2, values="nan"),
-    LayerCase(8300, 32, 32, 9, 8, "zipf", elsewhere=0.1),
+    LayerCase(8300, 32, 32, 9, 8, "zipf", elsewhere=0.1),  # pairs that a warp takes many steps to go through
     # Tiles of every shape that Hopper's products have.
     LayerCase(3, 1024, 128, 4, 2),
     LayerCase(7, 2048, 256, 8, 3, activation="swiglu_oai", elsewhere=0.3),

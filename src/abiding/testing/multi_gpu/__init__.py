@@ -338,8 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole = not alone and not chosen.quick
     # The peers' multicast through the NVLink switch stays off: it is another kind of hardware than is compared here.
     os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    if chosen.share_gpu:
-        prepare_for_virtual_ranks()  # these ranks wait for each other on one GPU too
+    prepare_for_virtual_ranks()
+    if not chosen.share_gpu:
+        os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # all kernels at once take long in every process
     # Should the parent itself be stuck, in a driver say, it ends here all the same.
     faulthandler.dump_traceback_later(TOTAL_S + 9, exit=True)
     output = chosen.output or (DEFAULT_OUTPUT if whole else None)
