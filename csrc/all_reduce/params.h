@@ -45,8 +45,8 @@ constexpr int64_t capacity(Algorithm algorithm, int ranks, int max_blocks) {
   return algorithm == Algorithm::kOneShot ? direct : direct * ranks;
 }
 
-// Blocks and threads for a run of packs, at least one, `each` to a block: as many blocks as may be taken and fill four warps, then a pack a
-// thread while that lasts. Blocks begin where a line of the caches does.
+// Blocks and threads for a run of packs, at least one, `each` to a block: as many blocks as may be taken and fill four warps,
+// then a pack a thread while that lasts. Blocks begin where a line of the caches does.
 constexpr int kPacksALine = 8;
 struct Shape {
   unsigned blocks, threads;

@@ -285,9 +285,9 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
 }
 
 // Where a layer keeps what its kernels hand on, in bytes from the start of the workspace. Sized for every pair of a token
-// and an expert to be here. The second product's result takes the place of the first one's rows, used up by then.
+// and an expert to be here.
 struct Workspace {
-  int64_t offsets, rows, activated, gathered, hidden, result, bytes;
+  int64_t offsets, rows, activated, gathered, hidden, bytes;
 };
 
 inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
@@ -303,7 +303,7 @@ inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts
   layout.offsets = piece((experts + 1) * 4);
   layout.rows = piece(pairs * 4);
   layout.activated = piece(pairs * intermediate * 2);
-  layout.result = layout.gathered = piece(pairs * hidden * 2);
+  layout.gathered = piece(pairs * hidden * 2);
   layout.hidden = piece(pairs * intermediate * 2 * 2);
   layout.bytes = at;
   return layout;
@@ -345,8 +345,7 @@ struct Moe {
     up.a = gather.out = base + layout.gathered;
     activate.input = up.out = base + layout.hidden;
     down.a = activate.out = base + layout.activated;
-    down.out = base + layout.result;
-    combine.input = base + layout.result;
+    combine.input = down.out = base + layout.gathered;  // rows that are used up by then
   }
 };
 

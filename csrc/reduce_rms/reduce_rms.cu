@@ -1,5 +1,6 @@
 // A team of warps takes a token: it adds up the squares of its columns, sends the sums to every rank, adds up what all ranks
-// sent in rank order, and scales the row, which it still holds. Of few tokens each has a team; of many, warps take one after another.
+// sent in rank order, and scales the row, which it still holds. Of few tokens each has a team; of many, warps take one after
+// another.
 #include <cuda_runtime.h>
 
 #include <algorithm>
