@@ -248,6 +248,7 @@ struct Backend : CpuScope {
   }
   void dequantize(const DequantizeParams& p) const { dequantize_rows(p); }
   void grouped_mm(const GroupedMmParams& p) const { grouped_product(p); }
+  static constexpr bool takes_interleaved() { return false; }
   void route(const RouteParams& p) const { route_pairs(p); }
   void gather(const GatherParams& p) const { gather_rows(p); }
   void activate(const ActivateParams& p) const { activate_rows(p); }

@@ -129,12 +129,20 @@ bool portable_only() {
 
 }  // namespace
 
+cudaError_t takes_interleaved(bool* it_does) {
+  int major = 0;
+  const cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  *it_does = major == 9 && !portable_only();
+  return status;
+}
+
 cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream) {
-  int major = 0, multiprocessors = 0;
-  cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  bool on_hopper = false;
+  int multiprocessors = 0;
+  cudaError_t status = takes_interleaved(&on_hopper);
   if (status == cudaSuccess) status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status != cudaSuccess) return status;
-  return major == 9 && !portable_only() ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
+  return on_hopper ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
 }
 
 }  // namespace abiding::mxfp8_moe

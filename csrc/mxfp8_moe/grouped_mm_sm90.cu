@@ -25,8 +25,10 @@ enum class Cluster { kAlone, kPairs, kSplit };
 constexpr int kEarlyStages = 2;
 
 // K is copied kDepth at a time, and multiplied in two halves of that.
-template <TileKind kKind_, int kConsumers_, int kDepth_, int kStages_, Cluster kCluster_, int kResident_ = 1>
+template <bool kInterleaved_, TileKind kKind_, int kConsumers_, int kDepth_, int kStages_, Cluster kCluster_,
+          int kResident_ = 1>
 struct Config {
+  static constexpr bool kInterleaved = kInterleaved_;  // the tokens' rows (params.h)
   static constexpr TileKind kKind = kKind_;
   static constexpr int kConsumers = kConsumers_, kDepth = kDepth_, kStages = kStages_;
   static constexpr Cluster kCluster = kCluster_;
@@ -103,10 +105,16 @@ struct Position {
 
 // --- weights from bytes to bf16 -----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t load_pair(uint32_t address) {
+__device__ __forceinline__ uint16_t load_pair(uint32_t address) {
   uint16_t pair;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(address));
   return pair;
+}
+// Of four matrices of 8 rows x 16 bytes, word lane % 4 of row lane / 4. Lane 8m + r has the address of row r of matrix m.
+__device__ __forceinline__ void load_words(uint32_t (&words)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
 }
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   uint32_t word;
@@ -141,9 +149,9 @@ struct Scales {
 };
 
 // Two e4m3 bytes times a scale. e4m3 is exact in bf16, so the product is rounded once, as dequantize() does it.
-__device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
+__device__ __forceinline__ uint32_t scaled_pair(uint16_t pair, uint32_t scale) {
   uint32_t halves, result;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
   __half2 two;
   memcpy(&two, &halves, 4);
   const float2 values = __half22float2(two);
@@ -153,9 +161,15 @@ __device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
   return result;
 }
 
-// Half a stage of 64 weight rows as wgmma takes them: a thread has two rows, and of every 16 of K the pairs 2c and 2c + 8 for
-// c = lane % 4. `address` is that of its first pair if K began at 0: 16 of K are a chunk, whose number the row's swizzle is
-// added to by XOR. A stage's K is the pitch of its rows.
+// Half a stage of 64 weight rows as wgmma takes them: of every 16 of K a thread has four pairs of two rows, in the order of a word
+// of each where tokens are interleaved, and otherwise the pairs c and c + 4 for c = lane % 4. `address` is that of the first if K
+// began at 0: 16 of K are a chunk, whose number the row's swizzle is added to by XOR. A stage's K is the pitch of its rows.
+template <class C>
+__device__ __forceinline__ uint32_t first_weight(int warp, int lane) {
+  const int row = warp * 16 + (C::kInterleaved ? lane % 16 : lane / 4), chunk = C::kInterleaved ? lane / 16 : 0;
+  const int swizzle = C::kDepth == 128 ? row % 8 : row / 2 % 4;
+  return row * C::kDepth + (chunk ^ swizzle) * 16 + (C::kInterleaved ? 0 : lane % 4 * 2);
+}
 template <class C>
 __device__ __forceinline__ void load_weights(uint32_t (&f)[4 * C::kSteps], uint32_t address, int half,
                                              const Scales<C>& scales) {
@@ -164,9 +178,23 @@ __device__ __forceinline__ void load_weights(uint32_t (&f)[4 * C::kSteps], uint3
     const int chunk = half * C::kSteps + step;
     const uint32_t at = address ^ chunk * 16;
     const uint32_t scale = Scales<C>::at(scales.row, chunk / 2), scale8 = Scales<C>::at(scales.row8, chunk / 2);
+    if constexpr (C::kInterleaved) {
+      if (step % 2 == 1) continue;
+      uint32_t words[4];
+      load_words(words, at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      f[4 * step + i] = scaled_pair(load_pair(at + i % 2 * 8 * C::kDepth + i / 2 * 8), i % 2 ? scale8 : scale);
+      for (int i = 0; i < 4; ++i) {
+        uint16_t low, high;
+        asm("mov.b32 {%0, %1}, %2;" : "=h"(low), "=h"(high) : "r"(words[i]));
+        uint32_t* const to = f + 4 * (step + i / 2) + i % 2;
+        to[0] = scaled_pair(low, i % 2 ? scale8 : scale);
+        to[2] = scaled_pair(high, i % 2 ? scale8 : scale);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        f[4 * step + i] = scaled_pair(load_pair(at + i % 2 * 8 * C::kDepth + i / 2 * 8), i % 2 ? scale8 : scale);
+    }
   }
 }
 
@@ -371,8 +399,7 @@ struct Block {
   template <int N>
   __device__ __forceinline__ void sum(float (&d)[N / 2], const Work& w, Position<C::kStages>& at) const {
     const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-    const int swizzle = C::kDepth == 128 ? row % 8 : row / 2 % 4;
-    const uint32_t offset = row * C::kDepth + swizzle * 16 + lane % 4 * 2;
+    const uint32_t offset = first_weight<C>(thread / 32, lane);
     const uint32_t scale_offset = row % 32 * 16 + row % 128 / 32 * 4 + row / 128 * kTileBytes;
 
     const auto scales_of = [&](int stage, int index) {
@@ -534,25 +561,28 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   }
 }
 
-using Split = Config<TileKind::kSplit, 2, 128, 8, Cluster::kSplit>;
-using Few = Config<TileKind::kFew, 2, 128, 6, Cluster::kAlone>;
-using FewTwice = Config<TileKind::kFewTwice, 2, 128, 3, Cluster::kAlone, 2>;
-static_assert(Split::kRows == kWeightRows && Few::kRows == kWeightRows && FewTwice::kRows == kWeightRows);
-using Some = Config<TileKind::kSome, 4, 64, 6, Cluster::kAlone>;
-using More = Config<TileKind::kMore, 2, 64, 7, Cluster::kPairs>;
-using Many = Config<TileKind::kMany, 2, 64, 5, Cluster::kPairs>;
+template <bool kInterleaved>
+using Split = Config<kInterleaved, TileKind::kSplit, 2, 128, 8, Cluster::kSplit>;
+template <bool kInterleaved>
+using Few = Config<kInterleaved, TileKind::kFew, 2, 128, 6, Cluster::kAlone>;
+template <bool kInterleaved>
+using FewTwice = Config<kInterleaved, TileKind::kFewTwice, 2, 128, 3, Cluster::kAlone, 2>;
+template <bool kInterleaved>
+using Some = Config<kInterleaved, TileKind::kSome, 4, 64, 6, Cluster::kAlone>;
+template <bool kInterleaved>
+using More = Config<kInterleaved, TileKind::kMore, 2, 64, 7, Cluster::kPairs>;
+template <bool kInterleaved>
+using Many = Config<kInterleaved, TileKind::kMany, 2, 64, 5, Cluster::kPairs>;
 
 template <class C>
 constexpr uint32_t most_bytes() {
   return Layout<C>::bytes(C::kKind == TileKind::kSome ? kSomeExperts : kMaxExperts);
 }
 constexpr uint32_t kSharedBytes = (227 << 10) - 256;  // that a block may have, beside what kernels declare themselves
-static_assert(most_bytes<Split>() <= kSharedBytes && most_bytes<Few>() <= kSharedBytes &&
-              most_bytes<FewTwice>() <= kSharedBytes && most_bytes<Some>() <= kSharedBytes &&
-              most_bytes<More>() <= kSharedBytes && most_bytes<Many>() <= kSharedBytes);
-
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
+  static_assert(most_bytes<C>() <= kSharedBytes);
+  static_assert(C::kDepth == 64 || C::kRows == kWeightRows);
   CUtensorMap weights, tokens;
   const cuuint64_t weight_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.n),
                                      static_cast<cuuint64_t>(p.groups.count)};
@@ -607,19 +637,24 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
                          weights, tokens);
 }
 
+template <bool kInterleaved>
+cudaError_t start_planned(const GroupedMmParams& p, cudaStream_t stream) {
+  const Plan plan = choose_plan(p.groups.rows, p.groups.count, p.n, p.k);
+  switch (plan.kind) {
+    case TileKind::kSplit: return start<Split<kInterleaved>>(p, plan.splits, stream);
+    case TileKind::kFew: return start<Few<kInterleaved>>(p, 1, stream);
+    case TileKind::kFewTwice: return start<FewTwice<kInterleaved>>(p, 1, stream);
+    case TileKind::kSome: return start<Some<kInterleaved>>(p, 1, stream);
+    case TileKind::kMore: return start<More<kInterleaved>>(p, 1, stream);
+    case TileKind::kMany: break;
+  }
+  return start<Many<kInterleaved>>(p, 1, stream);
+}
+
 }  // namespace
 
 cudaError_t grouped_mm_sm90(const GroupedMmParams& p, cudaStream_t stream) {
-  const Plan plan = choose_plan(p.groups.rows, p.groups.count, p.n, p.k);
-  switch (plan.kind) {
-    case TileKind::kSplit: return start<Split>(p, plan.splits, stream);
-    case TileKind::kFew: return start<Few>(p, 1, stream);
-    case TileKind::kFewTwice: return start<FewTwice>(p, 1, stream);
-    case TileKind::kSome: return start<Some>(p, 1, stream);
-    case TileKind::kMore: return start<More>(p, 1, stream);
-    case TileKind::kMany: break;
-  }
-  return start<Many>(p, 1, stream);
+  return p.interleaved ? start_planned<true>(p, stream) : start_planned<false>(p, stream);
 }
 
 }  // namespace abiding::mxfp8_moe

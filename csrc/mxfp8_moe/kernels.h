@@ -11,6 +11,7 @@ cudaError_t quantize(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t round(const RoundParams& p, cudaStream_t stream);
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
 cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream);
+cudaError_t takes_interleaved(bool* it_does);  // grouped_mm, on this device
 cudaError_t route(const RouteParams& p, cudaStream_t stream);
 cudaError_t gather(const GatherParams& p, cudaStream_t stream);
 cudaError_t activate(const ActivateParams& p, cudaStream_t stream);

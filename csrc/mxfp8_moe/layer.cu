@@ -89,13 +89,14 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   launch_dependents();           // not sooner: the product behind this reads what route() wrote before it waits itself
   if (octet >= p.k / 8) return;  // blocks of 32 elements are inside or outside as a whole
   uint4 packed = *from;
-  bool rounds = p.round;
+  bool is_ready = false;
   for (int left = static_cast<int>(p.top_k); left > 0; left -= kPairs, rows_of_token += kPairs) {
     int rows[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) rows[j] = j < left ? rows_of_token[j] : -1;
-    if (rounds) packed = round_octet<__nv_bfloat16>(packed);
-    rounds = false;
+    if (!is_ready && p.round) packed = round_octet<__nv_bfloat16>(packed);
+    if (!is_ready && p.interleaved) packed = interleave(packed);
+    is_ready = true;
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
       if (rows[j] >= 0) reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + rows[j] * p.k)[octet] = packed;
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constan
   const int total = *p.total;
   // The four lanes of a block of 32 elements have the same row.
   while (row < total) {
-    static_cast<uint4*>(p.out)[row * width + column] = activate_octet<kActivation>(gates, ups, p.round);
+    const uint4 result = activate_octet<kActivation>(gates, ups, p.round);
+    static_cast<uint4*>(p.out)[row * width + column] = p.interleaved ? interleave(result) : result;
     row += step_rows;
     column += step_columns;
     if (column >= width) column -= width, ++row;

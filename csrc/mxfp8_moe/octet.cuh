@@ -44,4 +44,13 @@ __device__ __forceinline__ uint4 round_octet(const uint4& packed) {
   return round_octet(x);
 }
 
+// Eight of 16 elements for eight of them interleaved (params.h). Lanes 2i and 2i + 1, which have the 16, call this together.
+__device__ __forceinline__ uint4 interleave(const uint4& octet) {
+  const bool odd = threadIdx.x % 2 == 1;
+  const unsigned lanes = 3u << (threadIdx.x % 32 & ~1u);
+  const uint32_t first = __shfl_xor_sync(lanes, odd ? octet.x : octet.y, 1);
+  const uint32_t second = __shfl_xor_sync(lanes, odd ? octet.z : octet.w, 1);
+  return odd ? uint4{first, second, octet.y, octet.w} : uint4{octet.x, octet.z, first, second};
+}
+
 }  // namespace abiding::mxfp8_moe

@@ -6,7 +6,8 @@
 
 namespace abiding::mxfp8_moe {
 
-// Backend(tensor) makes the tensor's device current and has find_bad(rule) and a function for each struct of params.h.
+// Backend(tensor) makes the tensor's device current and has find_bad(rule), a function for each struct of params.h, and
+// takes_interleaved(), of products.
 template <class Backend>
 struct Operators {
   static void run(const char* op, const Tensor& input, const QuantizeParams& p) {
@@ -25,6 +26,7 @@ struct Operators {
     mm.dequantize.out = rows.mutable_data_ptr();
     mm.product.a = rows.const_data_ptr();
     mm.product.a_stride = mm.dequantize.out_stride;
+    mm.product.interleaved = mm.dequantize.interleaved = backend.takes_interleaved();
     backend.dequantize(mm.dequantize);
     backend.grouped_mm(mm.product);
   }
@@ -66,6 +68,7 @@ struct Operators {
     if (p.route.tokens == 0) return;
     const Tensor space = workspace ? *workspace : new_empty(kMoe, w13, {p.layout.bytes});
     p.place(space.mutable_data_ptr());
+    p.interleave(backend.takes_interleaved());
     backend.route(p.route);
     backend.gather(p.gather);
     backend.grouped_mm(p.up);

@@ -347,6 +347,10 @@ struct Moe {
     down.a = activate.out = base + layout.activated;
     combine.input = down.out = base + layout.gathered;  // rows that are used up by then
   }
+  void interleave(bool rows) {
+    gather.interleaved = up.interleaved = rows;
+    activate.interleaved = down.interleaved = rows;
+  }
 };
 
 inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, const Tensor& w2, const Tensor& s2,

@@ -90,6 +90,9 @@ struct RoundParams {
   int64_t out_stride;
 };
 
+// Rows that only a product reads may be `interleaved`: of every 16 elements, the pair 2c + h is where the pair 4h + c was. What a
+// thread of a warpgroup needs of a weight's row, whose order stays, is then one word.
+
 // bf16 of e4m3 data and their scales, for rows of the groups; NaN where a group's scales lie outside of the buffer.
 struct DequantizeParams {
   Groups groups;
@@ -100,6 +103,7 @@ struct DequantizeParams {
   const uint8_t* scales;
   void* out;
   int64_t out_stride;
+  bool interleaved = false;
 };
 
 // out[rows of e] = a[rows of e] * weight[e]^T, fp32 sums, rounded once.
@@ -116,6 +120,7 @@ struct GroupedMmParams {
   Real out_type;
   // What wrote groups and weights has ended when this kernel starts, though the kernel before it may still run.
   bool settled;
+  bool interleaved = false;  // a's rows
 };
 
 // Token-expert pairs ordered by expert, within one by token. Pairs of other ids have no row.
@@ -134,6 +139,7 @@ struct GatherParams {
   int64_t x_stride;
   bool round;
   void* out;  // bf16, dense
+  bool interleaved = false;
 };
 
 // kSilu: silu(gate) * up; kSwigluOai: gate <= 7, up in [-7, 7], gate * sigmoid(1.702 gate) * (up + 1); gate columns first.
@@ -146,6 +152,7 @@ struct ActivateParams {
   Activation activation;
   bool round;
   void* out;  // bf16, dense
+  bool interleaved = false;
 };
 
 // out[t] = sum over j, in order, of weights[t, j] * rows[rows[t, j]].

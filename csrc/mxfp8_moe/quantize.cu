@@ -137,8 +137,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
       const uint2 bytes = *reinterpret_cast<const uint2*>(p.data + at * p.data_stride + k);
       uint4 packed = {dequantize_pair(bytes.x, code), dequantize_pair(bytes.x >> 16, code),
                       dequantize_pair(bytes.y, code), dequantize_pair(bytes.y >> 16, code)};
+      packed = canonical_nans<__nv_bfloat16>(packed);
       *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + at * p.out_stride + k) =
-          canonical_nans<__nv_bfloat16>(packed);
+          p.interleaved ? interleave(packed) : packed;
     }
   }
 }
