@@ -8,7 +8,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 # The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and once "make build" was run.
 CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),auto,off))
-BENCHMARKS := $(filter-out %/one_call.py %/multi_gpu.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out %/one_call.py %/limits.py %/multi_gpu.py,$(wildcard benchmarks/*.py))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 import abiding
 from abiding.cli import demo as demo_module
 from abiding.testing import benchmarks, multi_gpu
+from abiding.testing.benchmarks import limits
 from abiding.testing.benchmarks import report as reports
 from abiding.testing.results import Results
 
@@ -62,12 +65,19 @@ def report(
             plot = plots / f"{Path(one.file_name).stem}.svg"
             reports.plot(one, benchmark, plot)
             typer.echo(f"Wrote {plot}")
-        for target in targets if members else []:
-            text = target.read_text()
-            rewritten = reports.rewrite(text, group, members, benchmark)
-            if rewritten != text:
-                target.write_text(rewritten)
-                typer.echo(f"Wrote {target}")
+        if members:
+            _rewrite(targets, partial(reports.rewrite, group=group, results=members, benchmark=benchmark))
+    profiled = [limits.to_markdown(one) for one in found if one.group == limits.GROUP]
+    if profiled:
+        _rewrite(targets, lambda text: reports.fill(text, limits.MARKER, profiled))
+
+
+def _rewrite(documents: list[Path], rewritten: Callable[[str], str]) -> None:
+    for document in documents:
+        text = document.read_text()
+        if (new := rewritten(text)) != text:
+            document.write_text(new)
+            typer.echo(f"Wrote {document}")
 
 
 @app.command()

@@ -89,10 +89,15 @@ def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchm
         **{f"results:{group}:{op}": partial(of_op, benchmark=benchmark, op=op) for op in benchmark.ops},
     }
     for marker, write in written.items():
-        body = "\n\n".join(filter(None, map(write, every)))
-        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
-        text = re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
+        text = fill(text, marker, map(write, every))
     return text
+
+
+def fill(text: str, marker: str, parts: Iterable[str]) -> str:
+    """`text` with the parts that are not empty between `<!-- MARKER -->` and `<!-- /MARKER -->`."""
+    body = "\n\n".join(filter(None, parts))
+    pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
+    return re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
 
 
 def _between(body: str, markers: re.Match[str]) -> str:

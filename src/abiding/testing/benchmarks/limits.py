@@ -1,0 +1,177 @@
+"""What limits a mixture-of-experts layer: how busy its products keep the parts of a GPU, one at a time under Nsight
+Compute, and what clock the board's power leaves when the layer runs again and again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from abiding import mxfp8_moe as face
+from abiding.testing.benchmarks.base import say
+from abiding.testing.benchmarks.report import table
+from abiding.testing.cases.mxfp8_moe import PERFORMANCE
+from abiding.testing.results import CaseResult, Param, Results
+from abiding.testing.timing import Floors
+
+GROUP = "mxfp8_moe_limits"
+MARKER = "limits:mxfp8_moe"
+"""Documents have the table between `<!-- limits:mxfp8_moe -->` and `<!-- /limits:mxfp8_moe -->`."""
+
+SHARES = {
+    "device memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "L2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "tensor cores": "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "issue slots": "smsp__inst_issued.avg.pct_of_peak_sustained_active",
+}
+"""Of the parts of a GPU, the metric that says how busy one is, in percent."""
+_TIME = "gpu__time_duration.sum"
+
+PRODUCTS = ("GEMM1", "GEMM2")
+_CALLS_BEFORE = 3
+"""Of the profiled program, before the one that counts."""
+_SECONDS = 0.5
+"""Of calls without a pause, once until the clock has settled and once that count."""
+
+
+def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None = None) -> Results:
+    """Profile the products of layers that `program` calls, `benchmarks/one_call.py`, and time the layers.
+
+    Raises:
+        RuntimeError: without a GPU, Nsight Compute's `ncu` or `nvidia-smi`.
+    """
+    for tool in ("ncu", "nvidia-smi"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(
+                f"{tool} is not on the PATH; Nsight Compute's ncu and the driver's nvidia-smi are needed"
+            )
+    device = torch.device("cuda", torch.cuda.current_device())
+    results = Results.begin(GROUP, device, Floors.measure(device), commit)
+    for count in tokens:
+        say(f"{shape}, {count} tokens")
+        arguments = ("moe", "--tokens", str(count), "--shape", shape)
+        for name, busy in zip(PRODUCTS, profile(program, arguments), strict=True):
+            params: dict[str, Param] = {"tokens": count, "shape": shape}
+            params |= {part: round(busy[part], 1) for part in SHARES}
+            results.cases.append(CaseResult(name, params, round(busy["us"], 3), 0.0, warm=False, floor_us=0.0))
+        results.cases.append(_time_layer(shape, count, device))
+    return results
+
+
+def profile(program: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
+    """The shares of `SHARES` and the microseconds ("us") of the products in the program's last call."""
+    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
+    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str(_CALLS_BEFORE * len(PRODUCTS))]
+    command += ["--metrics", ",".join((_TIME, *SHARES.values())), sys.executable, str(program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return parse(done.stdout)
+
+
+def parse(shown: str) -> list[dict[str, float]]:
+    """What `profile` returns, of ncu's CSV: after its own lines a header, a line of units, a line for each kernel."""
+    begin = shown.find('"ID"')
+    if begin < 0:
+        raise RuntimeError(f"ncu shows no kernels:\n{shown[-2000:]}")
+    head, _, *kernels = csv.reader(io.StringIO(shown[begin:]))
+
+    def number(kernel: list[str], metric: str) -> float:
+        return float(kernel[head.index(metric)].replace(",", ""))
+
+    return [
+        {part: number(kernel, metric) for part, metric in SHARES.items()} | {"us": number(kernel, _TIME) / 1e3}
+        for kernel in kernels
+    ]
+
+
+def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
+    """A layer's time after a pause, and when it has run for a while; the clock and the board's power then."""
+    case = next(case for case in PERFORMANCE if (case.tokens, case.name, case.routing) == (tokens, shape, "uniform"))
+    inputs = case.make(device)
+    calls = []
+    for index in range(_CALLS_BEFORE + 1):
+        ids = (inputs.topk_ids + index * case.experts // (_CALLS_BEFORE + 1)) % case.experts
+        calls.append(partial(replace(inputs, topk_ids=ids).run, face))
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+
+    def us(replays: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3 / (replays * len(calls))
+
+    time.sleep(_SECONDS)
+    rested = us(1)
+    replays = math.ceil(_SECONDS * 1e6 / (rested * len(calls)))
+    with _watch() as board:
+        us(replays)
+        tired = us(replays)
+    params: dict[str, Param] = {"tokens": tokens, "shape": shape, "rested_us": round(rested, 3)}
+    params |= {"mhz": round(board.mhz), "watts": round(board.watts)}
+    return CaseResult("layer", params, round(tired, 3), 0.0, warm=False, floor_us=0.0)
+
+
+@dataclass
+class _Board:
+    """Clock and power, over the second half of the time that they were looked at."""
+
+    mhz: float = 0.0
+    watts: float = 0.0
+
+
+@contextmanager
+def _watch() -> Iterator[_Board]:
+    query = ("nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "-lms", "20")
+    watcher = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    board = _Board()
+    try:
+        yield board
+    finally:
+        watcher.terminate()
+        shown, _ = watcher.communicate(timeout=30)
+    samples = [line.split(",") for line in shown.splitlines() if line.count(",") == 1]
+    counted = samples[len(samples) // 2 :]
+    if counted:
+        board.mhz = sum(float(mhz) for mhz, _ in counted) / len(counted)
+        board.watts = sum(float(watts) for _, watts in counted) / len(counted)
+
+
+def to_markdown(results: Results) -> str:
+    """A column for each number of tokens; of the products' shares that of the first and that of the second."""
+    columns = sorted({int(case.params["tokens"]) for case in results.cases})
+    found = {(case.op, case.params["tokens"]): case for case in results.cases}
+    products = {tokens: [found[name, tokens] for name in PRODUCTS] for tokens in columns}
+    layers = [found["layer", tokens] for tokens in columns]
+    rows = [
+        [f"{part} busy", *(" / ".join(f"{case.params[part]:.0f}" for case in products[t]) + " %" for t in columns)]
+        for part in SHARES
+    ]
+    rows.append(["a layer after a pause, us", *(f"{float(case.params['rested_us']):.0f}" for case in layers)])
+    rows.append(["a layer again and again, us", *(f"{case.us:.0f}" for case in layers)])
+    rows.append(["the clock then, MHz", *(str(case.params["mhz"]) for case in layers)])
+    rows.append(["the board's power then, W", *(str(case.params["watts"]) for case in layers)])
+    head = f"**{results.gpu}** (driver {results.driver}, commit {results.commit[:12]}, {results.date}), "
+    return f"{head}{layers[0].params['shape']}.\n\n" + table(["tokens", *map(str, columns)], rows)

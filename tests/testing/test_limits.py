@@ -1,0 +1,59 @@
+"""Nsight Compute's CSV becomes shares of the parts of a GPU, and these a table, a column for each number of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from abiding.testing.benchmarks import limits
+from abiding.testing.benchmarks.report import fill
+from abiding.testing.results import CaseResult, Results
+
+CSV = """==PROF== Connected to process 12
+==PROF== Disconnected from process 12
+"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"lts__throughput.avg.pct_of_peak_sustained_elapsed","sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",\
+"smsp__inst_issued.avg.pct_of_peak_sustained_active"
+"","","%","ns","%","%","%"
+"0","grouped_mm_kernel<1, 2>","52.4","387,424","62.36","60.55","40.78"
+"1","grouped_mm_kernel<1, 2>","51","196512","60.5","59","39.25"
+"""
+
+
+def test_of_each_kernel_the_shares_and_the_microseconds() -> None:
+    first, second = limits.parse(CSV)
+    assert first == {"device memory": 52.4, "L2": 62.36, "tensor cores": 60.55, "issue slots": 40.78, "us": 387.424}
+    assert second["us"] == 196.512
+
+
+def test_what_has_no_kernels_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="no kernels:\n==PROF== No kernels"):
+        limits.parse("==PROF== No kernels were profiled.\n")
+
+
+def test_without_its_tools_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="ncu is not on the PATH"):
+        limits.measure("minimax-m3-ep8", [1], tmp_path)
+
+
+def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
+    cases = []
+    for tokens in (32, 1):
+        for name, share in zip(limits.PRODUCTS, (40.4 + tokens, 30.0), strict=True):
+            params = {"tokens": tokens, "shape": "s"} | dict.fromkeys(limits.SHARES, share)
+            cases.append(CaseResult(name, params, 9.0, 0.0, warm=False, floor_us=0.0))
+        params = {"tokens": tokens, "shape": "s", "rested_us": 12.3, "mhz": 1980, "watts": 400 + tokens}
+        cases.append(CaseResult("layer", params, 15.6, 0.0, warm=False, floor_us=0.0))
+    some = Results(limits.GROUP, "NVIDIA H100", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, cases)
+    assert Results.read(some.write(tmp_path)) == some
+
+    document = f"<!-- {limits.MARKER} -->\nold\n<!-- /{limits.MARKER} -->\n"
+    lines = fill(document, limits.MARKER, [limits.to_markdown(some)]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert cells[0] == ["tokens", "1", "32"]
+    assert ["tensor cores busy", "41 / 30 %", "72 / 30 %"] in cells
+    assert ["a layer again and again, us", "16", "16"] in cells
+    assert ["the board's power then, W", "401", "432"] in cells
+    assert "old" not in lines
