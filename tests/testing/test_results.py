@@ -60,6 +60,8 @@ def test_cases_that_were_timed_again_have_their_commit(results: Results, tmp_pat
     assert (twice.commit, twice.date) == (results.commit, results.date)
     assert Results.read(twice.write(tmp_path)) == twice
     assert full_table(twice, BENCHMARK).endswith(f"Of commit {'e' * 12}: other.")
+    part = replace(once, cases=[*once.cases, case(2, 1.3, op="other")])
+    assert full_table(part, BENCHMARK).endswith(f"Of commit {'d' * 12}: other, 1 of 2 cases.")
 
 
 @pytest.mark.parametrize(

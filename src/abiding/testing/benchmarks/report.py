@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
@@ -41,8 +42,12 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
                 benchmark.verdict(case),
             ]
         )
-    later = sorted({(case.commit, case.op) for case in results.cases if case.commit})
-    notes = [f"Of commit {commit[:12]}: {op}." for commit, op in later]
+    later = Counter((case.commit, case.op) for case in results.cases if case.commit)
+    every = Counter(case.op for case in results.cases)
+    notes = [
+        f"Of commit {commit[:12]}: {op}{f', {count} of {every[op]} cases' if count < every[op] else ''}."
+        for (commit, op), count in sorted(later.items())
+    ]
     return "\n\n".join([table(head, rows), *notes])
 
 
