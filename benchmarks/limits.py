@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 
 from abiding.testing.benchmarks import limits
-from abiding.testing.cases.mxfp8_moe import SHAPES
+from abiding.testing.cases.mxfp8_moe import PERFORMANCE_TOKENS, SHAPES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Profile a layer's products with Nsight Compute, and watch the board.")
     parser.add_argument("--shape", choices=SHAPES, default="minimax-m3-ep8")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512, 8192])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", choices=PERFORMANCE_TOKENS["uniform"], default=[1, 32, 512, 8192]
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where to write the JSON")
     parser.add_argument("--commit", help="recorded in the results (default: ask git)")
     chosen = parser.parse_args()

@@ -13,7 +13,6 @@ A layer's call is two products and four kernels around them. Which instructions 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 import torch
 
@@ -39,8 +38,7 @@ def moe(tokens: int, shape: str) -> None:
     case = next(case for case in cases if (case.tokens, case.name, case.routing) == (tokens, shape, "uniform"))
     inputs = case.make("cuda")
     for call in range(CALLS):
-        ids = (inputs.topk_ids + call * case.experts // CALLS) % case.experts
-        replace(inputs, topk_ids=ids).run(mxfp8_moe)
+        inputs.turned(call, CALLS).run(mxfp8_moe)
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream) {
   cudaError_t status = takes_interleaved(&on_hopper);
   if (status == cudaSuccess) status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status != cudaSuccess) return status;
-  return on_hopper ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
+  return p.interleaved || on_hopper ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -161,9 +161,10 @@ __device__ __forceinline__ uint32_t scaled_pair(uint16_t pair, uint32_t scale) {
   return result;
 }
 
-// Half a stage of 64 weight rows as wgmma takes them: of every 16 of K a thread has four pairs of two rows, in the order of a word
-// of each where tokens are interleaved, and otherwise the pairs c and c + 4 for c = lane % 4. `address` is that of the first if K
-// began at 0: 16 of K are a chunk, whose number the row's swizzle is added to by XOR. A stage's K is the pitch of its rows.
+// Half a stage of 64 weight rows as wgmma takes them: of every 16 of K a thread has two pairs of each of two rows, for c = lane % 4
+// those of word c where tokens are interleaved, and otherwise the pairs c and c + 4. 16 of K are a chunk, whose number the row's
+// swizzle is added to by XOR; a stage's K is the pitch of its rows. `address` is first_weight() in the stage: where the thread's
+// first pair would be if K began at 0, or, of words, the 16 bytes that its lane names to ldmatrix.
 template <class C>
 __device__ __forceinline__ uint32_t first_weight(int warp, int lane) {
   const int row = warp * 16 + (C::kInterleaved ? lane % 16 : lane / 4), chunk = C::kInterleaved ? lane / 16 : 0;
@@ -579,10 +580,11 @@ constexpr uint32_t most_bytes() {
   return Layout<C>::bytes(C::kKind == TileKind::kSome ? kSomeExperts : kMaxExperts);
 }
 constexpr uint32_t kSharedBytes = (227 << 10) - 256;  // that a block may have, beside what kernels declare themselves
+
 template <class C>
 cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   static_assert(most_bytes<C>() <= kSharedBytes);
-  static_assert(C::kDepth == 64 || C::kRows == kWeightRows);
+  static_assert(C::kKind > TileKind::kFewTwice || C::kRows == kWeightRows);
   CUtensorMap weights, tokens;
   const cuuint64_t weight_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.n),
                                      static_cast<cuuint64_t>(p.groups.count)};

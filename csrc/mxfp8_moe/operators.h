@@ -7,7 +7,7 @@
 namespace abiding::mxfp8_moe {
 
 // Backend(tensor) makes the tensor's device current and has find_bad(rule), a function for each struct of params.h, and
-// takes_interleaved(), of products.
+// takes_interleaved(): whether its products want rows so.
 template <class Backend>
 struct Operators {
   static void run(const char* op, const Tensor& input, const QuantizeParams& p) {

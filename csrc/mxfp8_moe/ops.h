@@ -347,9 +347,9 @@ struct Moe {
     down.a = activate.out = base + layout.activated;
     combine.input = down.out = base + layout.gathered;  // rows that are used up by then
   }
-  void interleave(bool rows) {
-    gather.interleaved = up.interleaved = rows;
-    activate.interleaved = down.interleaved = rows;
+  void interleave(bool wanted) {
+    gather.interleaved = up.interleaved = wanted;
+    activate.interleaved = down.interleaved = wanted;
   }
 };
 

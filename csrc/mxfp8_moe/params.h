@@ -90,8 +90,8 @@ struct RoundParams {
   int64_t out_stride;
 };
 
-// Rows that only a product reads may be `interleaved`: of every 16 elements the pair 2c + h lies where the pair 4h + c was. Then
-// what a thread of a warpgroup multiplies of a weight's row, whose order stays, is one word.
+// Rows that only a product reads may be `interleaved`: of every 16 elements the pair 2c + h lies where the pair 4h + c was (c = 0
+// to 3, h = 0 or 1). Then what a thread of a warpgroup multiplies of a weight's row, whose order stays, is one word.
 
 // bf16 of e4m3 data and their scales, for rows of the groups; NaN where a group's scales lie outside of the buffer.
 struct DequantizeParams {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import abiding
 from abiding.testing.benchmarks import limits
 from abiding.testing.benchmarks.report import fill
 from abiding.testing.results import CaseResult, Results
@@ -27,12 +28,22 @@ def test_of_each_kernel_the_shares_and_the_microseconds() -> None:
     assert second["us"] == 196.512
 
 
-def test_what_has_no_kernels_is_refused() -> None:
+def test_other_lines_are_left_out() -> None:
+    assert limits.parse(CSV + "\n==WARNING== The clock was not held.\n") == limits.parse(CSV)
+
+
+def test_what_has_no_kernels_or_no_number_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no kernels:\n==PROF== No kernels"):
         limits.parse("==PROF== No kernels were profiled.\n")
+    with pytest.raises(RuntimeError, match="ncu shows 'n/a' as dram__throughput"):
+        limits.parse(CSV.replace('"52.4"', '"n/a"'))
 
 
-def test_without_its_tools_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_gpu_or_tools_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(abiding, "has_cuda_kernels", lambda: False)
+    with pytest.raises(RuntimeError, match="this needs a GPU"):
+        limits.measure("minimax-m3-ep8", [1], tmp_path)
+    monkeypatch.setattr(abiding, "has_cuda_kernels", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="ncu is not on the PATH"):
         limits.measure("minimax-m3-ep8", [1], tmp_path)
@@ -44,7 +55,7 @@ def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> Non
         for name, share in zip(limits.PRODUCTS, (40.4 + tokens, 30.0), strict=True):
             params = {"tokens": tokens, "shape": "s"} | dict.fromkeys(limits.SHARES, share)
             cases.append(CaseResult(name, params, 9.0, 0.0, warm=False, floor_us=0.0))
-        params = {"tokens": tokens, "shape": "s", "rested_us": 12.3, "mhz": 1980, "watts": 400 + tokens}
+        params = {"tokens": tokens, "shape": "s", "mhz": 1980, "watts": 400 + tokens}
         cases.append(CaseResult("layer", params, 15.6, 0.0, warm=False, floor_us=0.0))
     some = Results(limits.GROUP, "NVIDIA H100", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, cases)
     assert Results.read(some.write(tmp_path)) == some
@@ -54,6 +65,7 @@ def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> Non
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert cells[0] == ["tokens", "1", "32"]
     assert ["tensor cores busy", "41 / 30 %", "72 / 30 %"] in cells
+    assert ["a product alone, us", "9 / 9", "9 / 9"] in cells
     assert ["a layer again and again, us", "16", "16"] in cells
     assert ["the board's power then, W", "401", "432"] in cells
     assert "old" not in lines

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from abiding.testing.benchmarks import GROUPS, run
-from abiding.testing.benchmarks.report import full_table, plot, rewrite, summary
+from abiding.testing.benchmarks.report import full_table, of_op, plot, rewrite, summary
 from abiding.testing.results import CaseResult, Results, validate
 from abiding.testing.timing import Floors
 
@@ -61,7 +61,9 @@ def test_cases_that_were_timed_again_have_their_commit(results: Results, tmp_pat
     assert Results.read(twice.write(tmp_path)) == twice
     assert full_table(twice, BENCHMARK).endswith(f"Of commit {'e' * 12}: other.")
     part = replace(once, cases=[*once.cases, case(2, 1.3, op="other")])
-    assert full_table(part, BENCHMARK).endswith(f"Of commit {'d' * 12}: other, 1 of 2 cases.")
+    assert full_table(part, BENCHMARK).endswith(f"Of commit {'d' * 12}: other, 64 heads (1 of 2).")
+    assert "Of commit" not in of_op(once, BENCHMARK, BENCHMARK.ops[0])
+    assert of_op(once, BENCHMARK, "other").endswith(f"Of commit {'d' * 12}: other.")
 
 
 @pytest.mark.parametrize(

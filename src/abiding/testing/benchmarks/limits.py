@@ -1,4 +1,4 @@
-"""What limits a mixture-of-experts layer: how busy its products keep the parts of a GPU, one at a time under Nsight
+"""What limits a mixture-of-experts layer: how busy its products keep the parts of a GPU, each alone under Nsight
 Compute, and what clock the board's power leaves when the layer runs again and again."""
 
 from __future__ import annotations
@@ -6,18 +6,19 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+import abiding
 from abiding import mxfp8_moe as face
 from abiding.testing.benchmarks.base import say
 from abiding.testing.benchmarks.report import table
@@ -35,22 +36,24 @@ SHARES = {
     "tensor cores": "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "issue slots": "smsp__inst_issued.avg.pct_of_peak_sustained_active",
 }
-"""Of the parts of a GPU, the metric that says how busy one is, in percent."""
+"""Of the parts of a GPU, the metric that says how busy one is, in percent; of issue slots, while there are warps."""
 _TIME = "gpu__time_duration.sum"
 
 PRODUCTS = ("GEMM1", "GEMM2")
-_CALLS_BEFORE = 3
-"""Of the profiled program, before the one that counts."""
+_CALLS = 4
+"""Of the profiled program, the last of which counts."""
 _SECONDS = 0.5
-"""Of calls without a pause, once until the clock has settled and once that count."""
+"""Of calls one after the other, once until the clock has settled and once that count."""
 
 
 def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None = None) -> Results:
     """Profile the products of layers that `program` calls, `benchmarks/one_call.py`, and time the layers.
 
     Raises:
-        RuntimeError: without a GPU, Nsight Compute's `ncu` or `nvidia-smi`.
+        RuntimeError: without a GPU, Nsight Compute's `ncu` or `nvidia-smi`, or when one of these fails.
     """
+    if not abiding.has_cuda_kernels():
+        raise RuntimeError(f"this needs a GPU: {abiding.cuda_unavailable_reason()}")
     for tool in ("ncu", "nvidia-smi"):
         if shutil.which(tool) is None:
             raise RuntimeError(
@@ -72,7 +75,7 @@ def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None
 def profile(program: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
     """The shares of `SHARES` and the microseconds ("us") of the products in the program's last call."""
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
-    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str(_CALLS_BEFORE * len(PRODUCTS))]
+    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str((_CALLS - 1) * len(PRODUCTS))]
     command += ["--metrics", ",".join((_TIME, *SHARES.values())), sys.executable, str(program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
@@ -85,10 +88,15 @@ def parse(shown: str) -> list[dict[str, float]]:
     begin = shown.find('"ID"')
     if begin < 0:
         raise RuntimeError(f"ncu shows no kernels:\n{shown[-2000:]}")
-    head, _, *kernels = csv.reader(io.StringIO(shown[begin:]))
+    head, *lines = csv.reader(io.StringIO(shown[begin:]))
+    _, *kernels = (line for line in lines if len(line) == len(head))
 
     def number(kernel: list[str], metric: str) -> float:
-        return float(kernel[head.index(metric)].replace(",", ""))
+        value = kernel[head.index(metric)]
+        try:
+            return float(value.replace(",", ""))
+        except ValueError as error:
+            raise RuntimeError(f"ncu shows {value!r} as {metric}") from error
 
     return [
         {part: number(kernel, metric) for part, metric in SHARES.items()} | {"us": number(kernel, _TIME) / 1e3}
@@ -97,13 +105,10 @@ def parse(shown: str) -> list[dict[str, float]]:
 
 
 def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
-    """A layer's time after a pause, and when it has run for a while; the clock and the board's power then."""
+    """A layer's time when it has run for a while, and the clock and the board's power then."""
     case = next(case for case in PERFORMANCE if (case.tokens, case.name, case.routing) == (tokens, shape, "uniform"))
     inputs = case.make(device)
-    calls = []
-    for index in range(_CALLS_BEFORE + 1):
-        ids = (inputs.topk_ids + index * case.experts // (_CALLS_BEFORE + 1)) % case.experts
-        calls.append(partial(replace(inputs, topk_ids=ids).run, face))
+    calls = [partial(inputs.turned(index, _CALLS).run, face) for index in range(_CALLS)]
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -111,8 +116,6 @@ def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
-    torch.cuda.synchronize()
 
     def us(replays: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -123,15 +126,13 @@ def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3 / (replays * len(calls))
 
-    time.sleep(_SECONDS)
-    rested = us(1)
-    replays = math.ceil(_SECONDS * 1e6 / (rested * len(calls)))
-    with _watch() as board:
+    replays = math.ceil(_SECONDS * 1e6 / (us(3) * len(calls)))
+    with _watch(device) as board:
         us(replays)
-        tired = us(replays)
-    params: dict[str, Param] = {"tokens": tokens, "shape": shape, "rested_us": round(rested, 3)}
+        settled = us(replays)
+    params: dict[str, Param] = {"tokens": tokens, "shape": shape}
     params |= {"mhz": round(board.mhz), "watts": round(board.watts)}
-    return CaseResult("layer", params, round(tired, 3), 0.0, warm=False, floor_us=0.0)
+    return CaseResult("layer", params, round(settled, 3), 0.0, warm=False, floor_us=0.0)
 
 
 @dataclass
@@ -143,24 +144,31 @@ class _Board:
 
 
 @contextmanager
-def _watch() -> Iterator[_Board]:
-    query = ("nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "-lms", "20")
-    watcher = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+def _watch(device: torch.device) -> Iterator[_Board]:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "-lms", "20"]
+    if torch.cuda.device_count() > 1:
+        query.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
+    watcher = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     board = _Board()
     try:
         yield board
     finally:
         watcher.terminate()
-        shown, _ = watcher.communicate(timeout=30)
-    samples = [line.split(",") for line in shown.splitlines() if line.count(",") == 1]
+        try:
+            shown, _ = watcher.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            watcher.kill()
+            raise
+    samples = re.findall(r"^(\d+), ([\d.]+)$", shown, flags=re.MULTILINE)
+    if not samples:
+        raise RuntimeError(f"nvidia-smi shows neither clock nor power:\n{shown[-2000:]}")
     counted = samples[len(samples) // 2 :]
-    if counted:
-        board.mhz = sum(float(mhz) for mhz, _ in counted) / len(counted)
-        board.watts = sum(float(watts) for _, watts in counted) / len(counted)
+    board.mhz = sum(float(mhz) for mhz, _ in counted) / len(counted)
+    board.watts = sum(float(watts) for _, watts in counted) / len(counted)
 
 
 def to_markdown(results: Results) -> str:
-    """A column for each number of tokens; of the products' shares that of the first and that of the second."""
+    """A column for each number of tokens; of the products that of the first and that of the second."""
     columns = sorted({int(case.params["tokens"]) for case in results.cases})
     found = {(case.op, case.params["tokens"]): case for case in results.cases}
     products = {tokens: [found[name, tokens] for name in PRODUCTS] for tokens in columns}
@@ -169,7 +177,7 @@ def to_markdown(results: Results) -> str:
         [f"{part} busy", *(" / ".join(f"{case.params[part]:.0f}" for case in products[t]) + " %" for t in columns)]
         for part in SHARES
     ]
-    rows.append(["a layer after a pause, us", *(f"{float(case.params['rested_us']):.0f}" for case in layers)])
+    rows.append(["a product alone, us", *(" / ".join(f"{case.us:.0f}" for case in products[t]) for t in columns)])
     rows.append(["a layer again and again, us", *(f"{case.us:.0f}" for case in layers)])
     rows.append(["the clock then, MHz", *(str(case.params["mhz"]) for case in layers)])
     rows.append(["the board's power then, W", *(str(case.params["watts"]) for case in layers)])

@@ -42,13 +42,20 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
                 benchmark.verdict(case),
             ]
         )
-    later = Counter((case.commit, case.op) for case in results.cases if case.commit)
-    every = Counter(case.op for case in results.cases)
-    notes = [
-        f"Of commit {commit[:12]}: {op}{f', {count} of {every[op]} cases' if count < every[op] else ''}."
-        for (commit, op), count in sorted(later.items())
-    ]
-    return "\n\n".join([table(head, rows), *notes])
+    ops = dict.fromkeys(case.op for case in results.cases)
+    return "\n\n".join(filter(None, [table(head, rows), *(_timed_later(results, benchmark, op) for op in ops)]))
+
+
+def _timed_later(results: Results, benchmark: Benchmark, op: str) -> str:
+    """Which rows of an operator are of other commits than the file, in a sentence each; empty if none is."""
+    cases = [case for case in results.cases if case.op == op]
+    every = Counter(map(benchmark.row, cases))
+    sentences = []
+    for commit in sorted({case.commit for case in cases} - {""}):
+        count = Counter(benchmark.row(case) for case in cases if case.commit == commit)
+        rows = [row if count[row] == every[row] else f"{row} ({count[row]} of {every[row]})" for row in count]
+        sentences.append(f"Of commit {commit[:12]}: {op}" + (f", {', '.join(rows)}." if count != every else "."))
+    return " ".join(sentences)
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
@@ -78,7 +85,7 @@ def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
         f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
         f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds a call."
     )
-    return "\n\n".join([head, *tables]) if tables else ""
+    return "\n\n".join(filter(None, [head, *tables, _timed_later(results, benchmark, op)])) if tables else ""
 
 
 def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchmark) -> str:

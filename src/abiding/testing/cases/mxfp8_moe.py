@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -160,6 +160,11 @@ class LayerInputs:
     s2: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+
+    def turned(self, index: int, count: int) -> LayerInputs:
+        """The `index`-th of `count` calls whose experts are as far from each other's as they can be."""
+        experts = (self.topk_ids + index * self.case.experts // count) % self.case.experts
+        return replace(self, topk_ids=experts)
 
     def run(self, face: Any, **options: Any) -> Tensor:
         """Call `face.moe`, `face` being `abiding.mxfp8_moe` or its reference."""
