@@ -296,8 +296,3 @@ PERFORMANCE = [
     for heads, padded in ((16, None), (16, 64), (64, None), (128, None))
     for tokens in (1, 4, 16, 64, 256, 1024, 4096, 16384)
 ]
-
-HUGE = [
-    PrologueCase(150, 2, page_stride=(1 << 30) + 576, skipped=0.1),
-]
-"""Caches over 2 GiB, for machines that have the memory."""
