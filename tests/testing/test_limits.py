@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import abiding
 from abiding.testing.benchmarks import limits
@@ -47,6 +49,31 @@ def test_without_a_gpu_or_tools_nothing_is_measured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="ncu is not on the PATH"):
         limits.measure("minimax-m3-ep8", [1], tmp_path)
+
+
+def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """One that does what `script` does, in place of the driver's."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_clock_and_power_are_those_of_the_second_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = (
+        "printf '345, 70.25\\n1980, 600.5\\n'; printf '1500, 690.00\\n1410, 700\\n'; touch \"$0.done\"; exec sleep 60"
+    )
+    nvidia_smi(tmp_path, monkeypatch, script)
+    with limits._watch(torch.device("cpu")) as board:
+        while not (tmp_path / "nvidia-smi.done").exists():
+            time.sleep(0.01)
+    assert (board.mhz, board.watts) == (1455, 695)
+
+
+def test_a_silent_board_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "echo 'Field \"power.draw.instant\" is not valid'")
+    with pytest.raises(RuntimeError, match="neither clock nor power:\nField"), limits._watch(torch.device("cpu")):
+        time.sleep(0.5)
 
 
 def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
