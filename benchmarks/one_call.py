@@ -17,10 +17,9 @@ import argparse
 import torch
 
 from abiding import mla_prologue, mxfp8_moe
+from abiding.testing.benchmarks.limits import CALLS
 from abiding.testing.cases import mla_prologue as prologue_cases
 from abiding.testing.cases import mxfp8_moe as moe_cases
-
-CALLS = 4
 
 
 def prologue(tokens: int, heads: int) -> None:
@@ -34,9 +33,7 @@ def prologue(tokens: int, heads: int) -> None:
 
 def moe(tokens: int, shape: str) -> None:
     """A call has other experts than those before, as far as there are others."""
-    cases = moe_cases.PERFORMANCE
-    case = next(case for case in cases if (case.tokens, case.name, case.routing) == (tokens, shape, "uniform"))
-    inputs = case.make("cuda")
+    inputs = moe_cases.performance_case(shape, tokens).make("cuda")
     for call in range(CALLS):
         inputs.turned(call, CALLS).run(mxfp8_moe)
 

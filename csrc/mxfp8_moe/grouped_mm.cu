@@ -116,7 +116,10 @@ __global__ void __launch_bounds__(kThreads) grouped_mm_kernel(GroupedMmParams p)
   }
 }
 
-cudaError_t grouped_mm_portable(const GroupedMmParams& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t grouped_mm_portable(const GroupedMmParams& p, cudaStream_t stream) {
+  int multiprocessors = 0;
+  const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
+  if (status != cudaSuccess) return status;
   const Launch how{static_cast<unsigned>(multiprocessors) * 8, kThreads, TileTable::bytes(p.groups.count)};
   return launch(grouped_mm_kernel, how, stream, p);
 }
@@ -137,12 +140,10 @@ cudaError_t takes_interleaved(bool* it_does) {
 }
 
 cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream) {
-  bool on_hopper = false;
-  int multiprocessors = 0;
-  cudaError_t status = takes_interleaved(&on_hopper);
-  if (status == cudaSuccess) status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
-  if (status != cudaSuccess) return status;
-  return p.interleaved || on_hopper ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, multiprocessors, stream);
+  bool on_hopper = p.interleaved;
+  if (!on_hopper)
+    if (const cudaError_t status = takes_interleaved(&on_hopper); status != cudaSuccess) return status;
+  return on_hopper ? grouped_mm_sm90(p, stream) : grouped_mm_portable(p, stream);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -22,9 +22,9 @@ import abiding
 from abiding import mxfp8_moe as face
 from abiding.testing.benchmarks.base import say
 from abiding.testing.benchmarks.report import table
-from abiding.testing.cases.mxfp8_moe import PERFORMANCE
+from abiding.testing.cases.mxfp8_moe import performance_case
 from abiding.testing.results import CaseResult, Param, Results
-from abiding.testing.timing import Floors
+from abiding.testing.timing import Floors, graph_us
 
 GROUP = "mxfp8_moe_limits"
 MARKER = "limits:mxfp8_moe"
@@ -40,7 +40,7 @@ SHARES = {
 _TIME = "gpu__time_duration.sum"
 
 PRODUCTS = ("GEMM1", "GEMM2")
-_CALLS = 4
+CALLS = 4
 """Of the profiled program, the last of which counts."""
 _SECONDS = 0.5
 """Of calls one after the other, once until the clock has settled and once that count."""
@@ -75,7 +75,7 @@ def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None
 def profile(program: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
     """The shares of `SHARES` and the microseconds ("us") of the products in the program's last call."""
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
-    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str((_CALLS - 1) * len(PRODUCTS))]
+    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str((CALLS - 1) * len(PRODUCTS))]
     command += ["--metrics", ",".join((_TIME, *SHARES.values())), sys.executable, str(program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
@@ -106,33 +106,16 @@ def parse(shown: str) -> list[dict[str, float]]:
 
 def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
     """A layer's time when it has run for a while, and the clock and the board's power then."""
-    case = next(case for case in PERFORMANCE if (case.tokens, case.name, case.routing) == (tokens, shape, "uniform"))
-    inputs = case.make(device)
-    calls = [partial(inputs.turned(index, _CALLS).run, face) for index in range(_CALLS)]
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-
-    def us(replays: int) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3 / (replays * len(calls))
-
-    replays = math.ceil(_SECONDS * 1e6 / (us(3) * len(calls)))
-    with _watch(device) as board:
-        us(replays)
-        settled = us(replays)
+    inputs = performance_case(shape, tokens).make(device)
+    calls = [partial(inputs.turned(index, CALLS).run, face) for index in range(CALLS)]
+    with torch.cuda.device(device):
+        replays = math.ceil(_SECONDS * 1e6 / (graph_us(calls, nodes=CALLS).us * CALLS))
+        with _watch(device) as board:
+            graph_us(calls, nodes=CALLS, replays=replays)
+            settled = graph_us(calls, nodes=CALLS, replays=replays)
     params: dict[str, Param] = {"tokens": tokens, "shape": shape}
     params |= {"mhz": round(board.mhz), "watts": round(board.watts)}
-    return CaseResult("layer", params, round(settled, 3), 0.0, warm=False, floor_us=0.0)
+    return CaseResult.of("layer", params, settled, {}, warm=False, floor_us=0.0)
 
 
 @dataclass

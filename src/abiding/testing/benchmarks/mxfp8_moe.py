@@ -20,7 +20,7 @@ from abiding import mxfp8_moe as face
 from abiding.mxfp8_moe import Mode
 from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.benchmarks.humming import KINDS, Humming, HummingWeights
-from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs
+from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, turned
 from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing, call_us, graph_us, rotations
 
@@ -149,8 +149,7 @@ def _routings(case: LayerCase, product: Product, device: torch.device) -> list[R
     ids = case.route(rng)[0]
     first = Routed.of(ids, case.experts, product.k)
     count = rotations(int(first.bytes(product)), device)
-    step = max(1, case.experts // count)
-    rest = ((ids + index * step) % case.experts for index in range(1, count))
+    rest = (turned(ids, case.experts, index, count) for index in range(1, count))
     return [first, *(Routed.of(some, case.experts, product.k) for some in rest)]
 
 
@@ -223,13 +222,12 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
     parameters = 3 * case.hidden * case.intermediate
     moved = active * parameters * 33 / 32 + 4 * case.tokens * case.hidden
     count = rotations(int(moved), device)
-    step = max(1, case.experts // count)
     sets = [
         replace(
             layer,
             case=case,
             x=torch.randn(case.tokens, case.hidden, device=device).bfloat16(),
-            topk_ids=(ids + index * step) % case.experts,
+            topk_ids=turned(ids, case.experts, index, count),
             topk_weights=weights,
         )
         for index in range(count)

@@ -162,9 +162,8 @@ class LayerInputs:
     topk_weights: Tensor
 
     def turned(self, index: int, count: int) -> LayerInputs:
-        """The `index`-th of `count` calls whose experts are as far from each other's as they can be."""
-        experts = (self.topk_ids + index * self.case.experts // count) % self.case.experts
-        return replace(self, topk_ids=experts)
+        """With the experts that :func:`turned` gives the `index`-th of `count` calls."""
+        return replace(self, topk_ids=turned(self.topk_ids, self.case.experts, index, count))
 
     def run(self, face: Any, **options: Any) -> Tensor:
         """Call `face.moe`, `face` being `abiding.mxfp8_moe` or its reference."""
@@ -172,6 +171,11 @@ class LayerInputs:
         given = {"activation": self.case.activation, "mode": self.case.mode} | options
         result: Tensor = face.moe(*arguments, **given)
         return result
+
+
+def turned(ids: Tensor, experts: int, index: int, count: int) -> Tensor:
+    """Ids for the `index`-th of `count` calls: each has other experts than those before, as far as there are any."""
+    return (ids + index * max(1, experts // count)) % experts
 
 
 def expert_weights(
@@ -331,3 +335,8 @@ PERFORMANCE = [
     for routing, all_tokens in PERFORMANCE_TOKENS.items()
     for tokens in all_tokens
 ]
+
+
+def performance_case(shape: str, tokens: int) -> LayerCase:
+    """That of PERFORMANCE with uniform routing."""
+    return next(case for case in PERFORMANCE if (case.name, case.tokens, case.routing) == (shape, tokens, "uniform"))
