@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "all_reduce/kernels.h"
-#include "common/half.cuh"
+#include "common/vec16.cuh"
 #include "peer/device.cuh"
 
 namespace abiding::all_reduce {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
     from[r] = turn.even_place<uint4>(peer::kDirect, 0, r) + threadIdx.x;
     addresses |= reinterpret_cast<uintptr_t>(to[r]) | reinterpret_cast<uintptr_t>(from[r]);
   }
-  wait_for_earlier_grids(addresses);
+  pdl_wait(addresses);
   uint4 own{};
   if (busy) own = whole ? *input : message.load(i);
   turn.begin();
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
     uint4 words[kGroup<kRanks>];
     peer::load_awaited(words, 0, awaited, place);
     const uint4 sum = add_up<T, kRanks>(turn, peers, words, own, awaited, place);
-    launch_dependents();
+    pdl_launch_dependents();
     message.store(i, sum);
   }
   turn.end();
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
   constexpr int kBatch = kUnroll<kRanks, kAligned, false>;
   const int ranks = kRanks ? kRanks : peers.ranks;
   const Run run(packs, each);
-  wait_for_earlier_grids();
+  pdl_wait();
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   turn.begin();
   const auto in = [&](int k) { return k < run.count; };
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
                                     [&](int j, const uint4& sum) { message.store(run.begin + j, sum); });
   };
   for_packs<false, kBatch>(run, send, receive);
-  if (run.busy()) launch_dependents();
+  if (run.busy()) pdl_launch_dependents();
   turn.end();
 }
 
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
   const int ranks = kRanks ? kRanks : peers.ranks;
   const int64_t part = (packs + ranks - 1) / ranks;
   const Run run(part, each);
-  wait_for_earlier_grids();
+  pdl_wait();
   Turn turn(peers, peer::kDirect, peer::Op::kAllReduce);
   turn.begin();
   const auto in = [&](int owner, int64_t k) { return k < run.count && owner * part + run.begin + k < packs; };
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kOnce>, 1)
     }
   };
   for_packs<kOnce, kBatch>(run, send, reduce, receive);
-  if (run.busy()) launch_dependents();
+  if (run.busy()) pdl_launch_dependents();
   turn.end();
 }
 
@@ -327,8 +327,8 @@ cudaError_t launch_ranks(const Peers& peers, const AllReduceParams& p, Algorithm
   const int64_t packs = (p.numel * static_cast<int64_t>(sizeof(T)) + 15) / 16;
   const int64_t run = algorithm == Algorithm::kOneShot ? packs : (packs + peers.ranks - 1) / peers.ranks;
   const auto start = [&](auto one_shot, auto two_shot, const Shape& shape) {
-    return launch(algorithm == Algorithm::kOneShot ? one_shot : two_shot, Launch{shape.blocks, shape.threads}, stream,
-                  message, packs, shape.each, peers);
+    return launch(algorithm == Algorithm::kOneShot ? one_shot : two_shot, LaunchConfig{shape.blocks, shape.threads},
+                  stream, message, packs, shape.each, peers);
   };
   // Blocks and their runs are the same on ranks whose messages are not aligned alike.
   Shape shape = choose_shape(run, peers.blocks, kMaxThreads<kRanks, true>);
@@ -359,12 +359,8 @@ cudaError_t launch_type(const Peers& peers, const AllReduceParams& p, Algorithm 
 }  // namespace
 
 cudaError_t all_reduce(const Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream) {
-  switch (p.type) {
-    case Type::kFloat32: return launch_type<float>(peers, p, algorithm, stream);
-    case Type::kFloat16: return launch_type<__half>(peers, p, algorithm, stream);
-    case Type::kBfloat16: break;
-  }
-  return launch_type<__nv_bfloat16>(peers, p, algorithm, stream);
+  return dispatch_floating(p.dtype,
+                           [&](auto tag) { return launch_type<CudaType<decltype(tag)>>(peers, p, algorithm, stream); });
 }
 
 }  // namespace abiding::all_reduce

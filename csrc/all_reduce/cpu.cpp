@@ -19,7 +19,7 @@ struct Backend : CpuScope {
 
   static int64_t capacity(const Communicator&, Algorithm) { return INT64_MAX; }  // it takes its own rounds
   static void all_reduce(const Communicator& communicator, const AllReduceParams& p, Algorithm) {
-    peer::all_reduce(communicator.peers(), p.input, p.out, p.numel, p.type);
+    peer::all_reduce(communicator.peers(), p.input, p.out, p.numel, p.dtype);
   }
 };
 
@@ -73,7 +73,7 @@ std::tuple<int64_t, Tensor> allocate_shared_memory_and_handle(int64_t size) {
 int64_t open_mem_handle(const Tensor& mem_handle) {
   const char* op = "open_mem_handle";
   const Argument handle{op, "mem_handle", mem_handle};
-  handle.dtype({aoti_torch_dtype_uint8}).contiguous();
+  handle.dtype({DType::kUint8}).contiguous();
   check(mem_handle.numel() == peer::kHandleBytes, op, "mem_handle has shape ", handle.shape(), "; expected [",
         peer::kHandleBytes, "]");
   const auto* bytes = static_cast<const uint8_t*>(mem_handle.const_data_ptr());

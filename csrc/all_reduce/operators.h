@@ -22,13 +22,13 @@ struct Operators {
           " is on; expected the same");
     peer::check_running(op, communicator);
     if (p.numel == 0) return;
-    const int64_t bytes = p.numel * peer::size_of(p.type);
+    const int64_t bytes = p.numel * size_of(p.dtype);
     const Algorithm algorithm = choose_algorithm(communicator.ranks, bytes, communicator.one_shot_bytes);
-    const int64_t most = backend.capacity(communicator, algorithm) / peer::size_of(p.type);
+    const int64_t most = backend.capacity(communicator, algorithm) / size_of(p.dtype);
     for (int64_t done = 0; done < p.numel; done += most) {
       AllReduceParams part = p;
-      part.input = static_cast<const char*>(p.input) + done * peer::size_of(p.type);
-      part.out = static_cast<char*>(p.out) + done * peer::size_of(p.type);
+      part.input = static_cast<const char*>(p.input) + done * size_of(p.dtype);
+      part.out = static_cast<char*>(p.out) + done * size_of(p.dtype);
       part.numel = std::min(most, p.numel - done);
       backend.all_reduce(communicator, part, algorithm);
     }

@@ -18,7 +18,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 // `name` is what the operator calls its input.
 inline AllReduceParams check_message(const char* op, const char* name, const Tensor& input, const Tensor& output) {
   const Argument in{op, name, input}, out{op, "out", output};
-  in.dtype({aoti_torch_dtype_float32, aoti_torch_dtype_float16, aoti_torch_dtype_bfloat16});
+  in.dtype({DType::kFloat32, DType::kFloat16, DType::kBfloat16});
   out.same_dtype(in).same_device(in);
   in.dense();
   out.dense();
@@ -29,10 +29,7 @@ inline AllReduceParams check_message(const char* op, const char* name, const Ten
   const int64_t bytes = input.numel() * static_cast<int64_t>(input.element_size());
   check(from == to || from + bytes <= to || to + bytes <= from, op, "out overlaps ", name,
         "; expected memory of its own, or exactly that of ", name);
-  const Type type = in.is(aoti_torch_dtype_float32)   ? Type::kFloat32
-                    : in.is(aoti_torch_dtype_float16) ? Type::kFloat16
-                                                      : Type::kBfloat16;
-  return {from, output.mutable_data_ptr(), input.numel(), type};
+  return {from, output.mutable_data_ptr(), input.numel(), in.dtype()};
 }
 
 }  // namespace abiding::all_reduce

@@ -1,17 +1,16 @@
 // What the checks hand to a kernel. No torch here.
 #pragma once
 
+#include "common/dtypes.h"
 #include "peer/protocol.h"
 
 namespace abiding::all_reduce {
-
-using peer::Type;
 
 struct AllReduceParams {
   const void* input;
   void* out;  // may be `input`
   int64_t numel;
-  Type type;
+  DType dtype;
 };
 
 // Every rank sends the whole message to every other, or each rank adds up one part and sends the sum back: (N - 1) * S bytes

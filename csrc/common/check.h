@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/dtypes.h"
 #include "common/indices.h"
 
 namespace abiding {
@@ -37,23 +38,31 @@ inline void check_eps(const char* op, double eps) {
   check(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, "; expected a finite number, not negative");
 }
 
-using DType = int32_t (*)();  // one of the aoti_torch_dtype_* functions, which are the stable names of dtypes
-
-inline const char* dtype_name(int32_t code) {
-  static const struct {
-    DType dtype;
-    const char* name;
-  } names[] = {
-      {aoti_torch_dtype_bfloat16, "bfloat16"}, {aoti_torch_dtype_float16, "float16"},
-      {aoti_torch_dtype_float32, "float32"},   {aoti_torch_dtype_float64, "float64"},
-      {aoti_torch_dtype_uint8, "uint8"},       {aoti_torch_dtype_float8_e4m3fn, "float8_e4m3fn"},
-      {aoti_torch_dtype_int8, "int8"},         {aoti_torch_dtype_int16, "int16"},
-      {aoti_torch_dtype_int32, "int32"},       {aoti_torch_dtype_int64, "int64"},
-      {aoti_torch_dtype_bool, "bool"},         {aoti_torch_dtype_float8_e5m2, "float8_e5m2"},
+// Torch's code of a dtype as ours. The aoti_torch_dtype_* functions are the stable names of the codes.
+inline DType dtype_from_torch(int32_t code) {
+  struct Table {
+    DType dtypes[64];
+    Table() {
+      std::fill(std::begin(dtypes), std::end(dtypes), DType::kOther);
+      const auto set = [this](int32_t torch_code, DType dtype) {
+        if (0 <= torch_code && torch_code < 64) dtypes[torch_code] = dtype;
+      };
+      set(aoti_torch_dtype_bfloat16(), DType::kBfloat16);
+      set(aoti_torch_dtype_float16(), DType::kFloat16);
+      set(aoti_torch_dtype_float32(), DType::kFloat32);
+      set(aoti_torch_dtype_float64(), DType::kFloat64);
+      set(aoti_torch_dtype_float8_e4m3fn(), DType::kFloat8E4m3);
+      set(aoti_torch_dtype_float8_e5m2(), DType::kFloat8E5m2);
+      set(aoti_torch_dtype_uint8(), DType::kUint8);
+      set(aoti_torch_dtype_int8(), DType::kInt8);
+      set(aoti_torch_dtype_int16(), DType::kInt16);
+      set(aoti_torch_dtype_int32(), DType::kInt32);
+      set(aoti_torch_dtype_int64(), DType::kInt64);
+      set(aoti_torch_dtype_bool(), DType::kBool);
+    }
   };
-  for (const auto& entry : names)
-    if (entry.dtype() == code) return entry.name;
-  return "another dtype";
+  static const Table table;
+  return 0 <= code && code < 64 ? table.dtypes[code] : DType::kOther;
 }
 
 inline std::ostream& write(std::ostream& text, const torch::headeronly::IntHeaderOnlyArrayRef& values) {
@@ -67,19 +76,21 @@ class Argument {
  public:
   Argument(const char* op, const char* name, const Tensor& tensor) : op_(op), name_(name), tensor_(tensor) {
     check(tensor.defined(), op, name, " is undefined; expected a tensor");
-    aoti_torch_get_dtype(tensor.get(), &dtype_);
+    int32_t code = -1;
+    aoti_torch_get_dtype(tensor.get(), &code);
+    dtype_ = dtype_from_torch(code);
   }
 
   const Argument& dtype(std::initializer_list<DType> accepted) const {
     for (DType candidate : accepted)
-      if (candidate() == dtype_) return *this;
+      if (candidate == dtype_) return *this;
     std::string names;
-    for (DType candidate : accepted) names += (names.empty() ? "" : " or ") + std::string(dtype_name(candidate()));
-    fail(op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ", names);
+    for (DType candidate : accepted) names += (names.empty() ? "" : " or ") + std::string(traits_of(candidate).name);
+    fail(op_, name_, " has dtype ", traits_of(dtype_).name, "; expected dtype ", names);
   }
   const Argument& same_dtype(const Argument& other) const {
     if (dtype_ != other.dtype_)
-      fail(op_, name_, " has dtype ", dtype_name(dtype_), "; expected dtype ", dtype_name(other.dtype_), " as ",
+      fail(op_, name_, " has dtype ", traits_of(dtype_).name, "; expected dtype ", traits_of(other.dtype_).name, " as ",
            other.name_);
     return *this;
   }
@@ -111,7 +122,7 @@ class Argument {
           "; expected stride 1 in the last dimension");
     for (int64_t d = 0; d < last; ++d)
       check(tensor_.size(d) <= 1 || tensor_.stride(d) % step == 0, op_, name_, " has strides ", strides(),
-            "; expected multiples of ", step, " elements, so that rows stay aligned");
+            "; expected multiples of ", step, " elements, so that rows opaque aligned");
     return *this;
   }
   // No two indices share an element: each outer stride steps over all that lies inside it.
@@ -142,7 +153,7 @@ class Argument {
 
   const Tensor& tensor() const { return tensor_; }
   const char* name() const { return name_; }
-  bool is(DType dtype) const { return dtype() == dtype_; }
+  DType dtype() const { return dtype_; }
   // For messages. They become text only when one is written: a call that is fine has no time for that.
   struct Shape {
     const Tensor& tensor;
@@ -183,7 +194,7 @@ class Argument {
   const char* op_;
   const char* name_;
   const Tensor& tensor_;
-  int32_t dtype_ = 0;
+  DType dtype_ = DType::kOther;
 };
 
 // The debug check of index values; `scope` is the backend's, which can read them.

@@ -1,13 +1,40 @@
-// The CPU side of an operator call; its CUDA twin in shape is common/cuda.h.
+// The CPU backend of an operator call; common/cuda.h has the same interface for CUDA.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include "common/check.h"
 
 namespace abiding {
 
+// The C++ type of a dtype on the CPU.
+template <DType kDType>
+struct HostTypeOf;
+template <>
+struct HostTypeOf<DType::kBfloat16> {
+  using type = torch::headeronly::BFloat16;
+};
+template <>
+struct HostTypeOf<DType::kFloat16> {
+  using type = torch::headeronly::Half;
+};
+template <>
+struct HostTypeOf<DType::kFloat32> {
+  using type = float;
+};
+template <class Tag>  // a DTypeTag
+using HostType = typename HostTypeOf<Tag::value>::type;
+
 class CpuScope {
  public:
   explicit CpuScope(const Tensor&) {}
+
+  // Runs the implementation of a params.h struct: the overload of run_cpu() beside it, with what the call needs besides.
+  template <class Params, class... Arguments>
+  void run(const Params& params, const Arguments&... arguments) const {
+    run_cpu(params, arguments...);
+  }
 
   BadIndex find_bad(const IndexRule& rule) const {
     for (int64_t i = 0; i < rule.indices.size; ++i)

@@ -1,4 +1,4 @@
-// The CUDA side of an operator call: the tensor's device made current, its stream, launch errors raised.
+// The CUDA backend of an operator call: makes the tensor's device current, finds its stream, raises launch errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,6 +21,12 @@ class CudaScope {
   }
 
   cudaStream_t stream() const { return stream_; }
+
+  // Launches the kernels of a params.h struct: the overload of run_cuda() beside it, with what the call needs besides.
+  template <class Params, class... Arguments>
+  void run(const Params& params, const Arguments&... arguments) const {
+    STD_CUDA_CHECK(run_cuda(params, arguments..., stream_));
+  }
 
   static void raise_on_error(cudaError_t status) { STD_CUDA_CHECK(status); }
 

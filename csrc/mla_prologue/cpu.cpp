@@ -129,10 +129,10 @@ void gather(const GatherParams& p) {
 struct Backend : CpuScope {
   using CpuScope::CpuScope;
   void prologue(const PrologueParams& p) const {
-    p.half == Half::kBfloat16 ? mla_prologue::prologue<BFloat16>(p) : mla_prologue::prologue<Float16>(p);
+    dispatch_16_bit(p.dtype, [&](auto tag) { mla_prologue::prologue<HostType<decltype(tag)>>(p); });
   }
   void gather(const GatherParams& p) const {
-    p.half == Half::kBfloat16 ? mla_prologue::gather<BFloat16>(p) : mla_prologue::gather<Float16>(p);
+    dispatch_16_bit(p.dtype, [&](auto tag) { mla_prologue::gather<HostType<decltype(tag)>>(p); });
   }
 };
 

@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
-#include "common/half.cuh"
 #include "common/launch.cuh"
+#include "common/vec16.cuh"
 #include "mla_prologue/kernels.h"
 
 namespace abiding::mla_prologue {
@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(32 * kWarps) gather_kernel(const __grid_consta
   const int lane = threadIdx.x % 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (i >= p.rows) return;
-  wait_for_earlier_grids();
-  launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
   const int64_t slot = p.slots[i];
   uint4 halves[2] = {};
   if (slot >= 0 && slot < p.pages * p.block_size) {
@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(32 * kWarps) gather_kernel(const __grid_consta
 
 template <class T>
 cudaError_t launch_gather(const GatherParams& p, cudaStream_t stream) {
-  return launch(gather_kernel<T>, Launch{static_cast<unsigned>((p.rows + kWarps - 1) / kWarps), 32 * kWarps}, stream,
-                p);
+  return launch(gather_kernel<T>, LaunchConfig{static_cast<unsigned>((p.rows + kWarps - 1) / kWarps), 32 * kWarps},
+                stream, p);
 }
 
 }  // namespace
 
 cudaError_t gather(const GatherParams& p, cudaStream_t stream) {
-  return p.half == Half::kBfloat16 ? launch_gather<__nv_bfloat16>(p, stream) : launch_gather<__half>(p, stream);
+  return dispatch_16_bit(p.dtype, [&](auto tag) { return launch_gather<CudaType<decltype(tag)>>(p, stream); });
 }
 
 }  // namespace abiding::mla_prologue

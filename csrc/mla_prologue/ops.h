@@ -16,15 +16,15 @@ constexpr int64_t kRowStep = 8;          // rows are moved 16 bytes at a time: s
 constexpr int64_t kMaxRows = 1LL << 31;  // rows of one call, so that a kernel may count them in 32 bits
 
 inline Indices check_indices(const Argument& indices, const Argument& device) {
-  indices.dtype({aoti_torch_dtype_int64, aoti_torch_dtype_int32}).rank(1).contiguous().same_device(device);
-  return {indices.tensor().const_data_ptr(), indices.tensor().size(0), indices.is(aoti_torch_dtype_int64)};
+  indices.dtype({DType::kInt64, DType::kInt32}).rank(1).contiguous().same_device(device);
+  return {indices.tensor().const_data_ptr(), indices.tensor().size(0), indices.dtype() == DType::kInt64};
 }
 
 // Pages of the 584-byte record. Only the page stride is free: pages of several layers may be packed in one allocation.
 inline void check_record_pages(const char* op, const Argument& cache, int64_t block_size) {
   check(block_size >= 1 && block_size <= 1LL << 40, op, "cache_block_size is ", block_size,
         "; expected a number of tokens from 1 to 2^40");
-  cache.dtype({aoti_torch_dtype_uint8}).aligned(8);
+  cache.dtype({DType::kUint8}).aligned(8);
   const Tensor& pages = cache.tensor();
   check(pages.dim() >= 2, op, "k_cache has shape ", cache.shape(), "; expected [pages, bytes of a page]");
   int64_t inner = 1;
@@ -87,15 +87,11 @@ inline void check_query(const char* op, const Argument& q, const Argument& out, 
 // All that the KV side needs, on the device of `kv`.
 inline void check_kv(const char* op, const Argument& kv, const Argument& cache, const Argument& slots,
                      const Argument& positions, const Argument& cos_sin, int64_t block_size, PrologueParams& params) {
-  kv.dtype({aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16})
-      .rank(2)
-      .size(1, kHeadDim)
-      .dense_rows(kRowStep)
-      .aligned(16);
+  kv.dtype({DType::kBfloat16, DType::kFloat16}).rank(2).size(1, kHeadDim).dense_rows(kRowStep).aligned(16);
   cache.same_device(kv);
-  cos_sin.dtype({aoti_torch_dtype_float32}).rank(2).size(1, kRopeDim).contiguous().aligned(16).same_device(kv);
+  cos_sin.dtype({DType::kFloat32}).rank(2).size(1, kRopeDim).contiguous().aligned(16).same_device(kv);
   params.tokens = kv.tensor().size(0);
-  params.half = kv.is(aoti_torch_dtype_bfloat16) ? Half::kBfloat16 : Half::kFloat16;
+  params.dtype = kv.dtype();
   params.kv = kv.tensor().const_data_ptr();
   params.kv_stride = kv.tensor().stride(0);
   params.slots = check_indices(slots, kv);
@@ -116,7 +112,7 @@ inline void check_kv(const char* op, const Argument& kv, const Argument& cache, 
 // The output of the operator that returns one; its size is known to be good before memory is asked for.
 inline Tensor allocate_out(const Tensor& q, int64_t padded_heads) {
   const Argument q_in{kQuantInsert, "q_in", q};
-  q_in.dtype({aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16}).rank(3).size(2, kHeadDim);
+  q_in.dtype({DType::kBfloat16, DType::kFloat16}).rank(3).size(2, kHeadDim);
   check(padded_heads >= q.size(1) && padded_heads < kMaxRows, kQuantInsert, "q_head_padded is ", padded_heads,
         "; expected at least the ", q.size(1), " heads of q and less than 2^31");
   return new_empty(kQuantInsert, q, {q.size(0), padded_heads, int64_t{kHeadDim}});
@@ -128,7 +124,7 @@ inline PrologueParams check_quant_insert(const Tensor& q, const Tensor& kv, cons
   const char* op = kQuantInsert;
   const Argument q_in{op, "q_in", q}, kv_in{op, "kv", kv}, k_cache{op, "k_cache", cache}, result{op, "out", out};
   PrologueParams params{};
-  q_in.dtype({aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  q_in.dtype({DType::kBfloat16, DType::kFloat16});
   result.same_dtype(q_in);
   check_query(op, q_in, result, params);
   kv_in.same_dtype(q_in).same_device(q_in).rank(2).size(0, q.size(0), ", the tokens of q_in");
@@ -151,7 +147,7 @@ inline PrologueParams check_bf16_insert(const Tensor& q, const Tensor& kv, const
   const char* op = kBf16Insert;
   const Argument q_in{op, "q", q}, kv_in{op, "kv", kv}, k_cache{op, "k_cache", cache};
   PrologueParams params{};
-  q_in.dtype({aoti_torch_dtype_bfloat16}).rank(3).no_overlap();
+  q_in.dtype({DType::kBfloat16}).rank(3).no_overlap();
   check_query(op, q_in, q_in, params);
   kv_in.same_dtype(q_in).same_device(q_in).rank(2).size(0, q.size(0), ", the tokens of q");
   check_row_cache(op, k_cache.same_dtype(q_in), block_size, 2);
@@ -173,17 +169,17 @@ inline PrologueParams check_fp8_insert(const Tensor& q, const Tensor& kv, const 
   const char* op = kFp8Insert;
   const Argument q_in{op, "q", q}, kv_in{op, "kv", kv}, k_cache{op, "k_cache", cache}, result{op, "q_fp8", q_fp8};
   PrologueParams params{};
-  q_in.dtype({aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16}).rank(3);
-  result.dtype({aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8}).rank(3).size(1, q.size(1), ", the heads of q");
+  q_in.dtype({DType::kBfloat16, DType::kFloat16}).rank(3);
+  result.dtype({DType::kFloat8E4m3, DType::kUint8}).rank(3).size(1, q.size(1), ", the heads of q");
   check_query(op, q_in, result, params);
   kv_in.same_dtype(q_in).same_device(q_in).rank(2).size(0, q.size(0), ", the tokens of q");
-  check_row_cache(op, k_cache.dtype({aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8}), block_size, 1);
+  check_row_cache(op, k_cache.dtype({DType::kFloat8E4m3, DType::kUint8}), block_size, 1);
   check_kv(op, kv_in, k_cache, {op, "slot_mapping", slots}, {op, "position_ids", positions},
            {op, "cos_sin_cache", cos_sin}, block_size, params);
   check_eps(op, eps);
   const auto scale = [&](const char* name, const Tensor& value) {
     const Argument argument{op, name, value};
-    argument.dtype({aoti_torch_dtype_float32}).same_device(q_in);
+    argument.dtype({DType::kFloat32}).same_device(q_in);
     check(value.numel() == 1, op, name, " has shape ", argument.shape(), "; expected one element");
     return static_cast<const float*>(value.const_data_ptr());
   };
@@ -214,7 +210,7 @@ inline GatherParams check_gather(const Tensor& cache, const Tensor& slots, int64
   const char* op = kGather;
   const Argument k_cache{op, "k_cache", cache}, result{op, "out", out}, slot_mapping{op, "slot_mapping", slots};
   check_record_pages(op, k_cache, block_size);
-  result.dtype({aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16}).rank(2).same_device(k_cache);
+  result.dtype({DType::kBfloat16, DType::kFloat16}).rank(2).same_device(k_cache);
   const Indices indices = check_indices(slot_mapping, k_cache);
   result.size(0, indices.size, ", one for each slot").size(1, kHeadDim).dense_rows(kRowStep).no_overlap().aligned(16);
   check(indices.size < kMaxRows, op, "slot_mapping has shape ", slot_mapping.shape(), "; expected fewer than 2^31");
@@ -226,7 +222,7 @@ inline GatherParams check_gather(const Tensor& cache, const Tensor& slots, int64
           indices,
           out.mutable_data_ptr(),
           out.stride(0),
-          result.is(aoti_torch_dtype_bfloat16) ? Half::kBfloat16 : Half::kFloat16};
+          result.dtype()};
 }
 
 // What ABIDING_CHECK_INDICES=1 adds: a negative slot means "skip", everything else must lie inside.

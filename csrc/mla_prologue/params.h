@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/dtypes.h"
 #include "common/indices.h"
 #include "common/numerics.h"
 
@@ -14,8 +15,6 @@ constexpr int kTokenBytes = kNopeDim + 2 * kRopeDim;      // 448 e4m3 values, th
 constexpr int kScaleBytes = kQuantBlocks + 1;             // 7 UE8M0 codes and a zero
 constexpr int kPayloadBytes = kTokenBytes + kScaleBytes;  // a token's share of a page
 constexpr int kMinExponent = -22;                         // the scale of amax <= 1e-4
-
-enum class Half { kBfloat16, kFloat16 };
 
 // How a KV row is stored, and with it how Q is: kMla is DeepSeek V4's 584-byte record, the others are whole rows.
 enum class CacheFormat { kMla, kBfloat16, kE4m3 };
@@ -38,7 +37,7 @@ struct PrologueParams {
   const float *kv_scale, *q_scale_inv;  // format kE4m3
   float eps;
   bool apply_q_norm, apply_q_rope, zero_padding;
-  Half half;
+  DType dtype;
   CacheFormat format;
 
   ABIDING_HD bool position_ok(int64_t position) const { return 0 <= position && position < max_position; }
@@ -55,7 +54,7 @@ struct GatherParams {
   Indices slots;
   void* out;
   int64_t out_stride;
-  Half half;
+  DType dtype;
 };
 
 // Where a page keeps token `slot`: values at `data`, scale codes at `scales`.

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "common/half.cuh"
 #include "common/launch.cuh"
+#include "common/vec16.cuh"
 #include "mla_prologue/kernels.h"
 
 namespace abiding::mla_prologue {
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) prologue_kernel(const __grid_c
   const unsigned rows = rows_per_token(p), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const int64_t token = warp / rows, head = static_cast<int64_t>(warp % rows) - 1;
   if (token >= p.tokens) return;
-  wait_for_earlier_grids();
-  launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
   if (head < 0) {
     insert_row<T, kFormat>(p, token, lane);
   } else if (head < p.heads) {
@@ -200,8 +200,8 @@ cudaError_t launch_format(const PrologueParams& p, cudaStream_t stream) {
   const int64_t rows = p.tokens * rows_per_token(p);
   const int warps = warps_per_block(rows);
   return launch(prologue_kernel<T, kFormat>,
-                Launch{static_cast<unsigned>((rows + warps - 1) / warps), static_cast<unsigned>(32 * warps)}, stream,
-                p);
+                LaunchConfig{static_cast<unsigned>((rows + warps - 1) / warps), static_cast<unsigned>(32 * warps)},
+                stream, p);
 }
 
 template <class T>
@@ -217,7 +217,7 @@ cudaError_t launch_half(const PrologueParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t prologue(const PrologueParams& p, cudaStream_t stream) {
-  return p.half == Half::kBfloat16 ? launch_half<__nv_bfloat16>(p, stream) : launch_half<__half>(p, stream);
+  return dispatch_16_bit(p.dtype, [&](auto tag) { return launch_half<CudaType<decltype(tag)>>(p, stream); });
 }
 
 }  // namespace abiding::mla_prologue

@@ -141,9 +141,9 @@ float dot(const float* a, const float* b, int64_t k) {
 }
 
 void store(const GroupedMmParams& p, int64_t at, float value) {
-  if (p.out_type == Real::kFloat32)
+  if (p.out_dtype == DType::kFloat32)
     static_cast<float*>(p.out)[at] = value;
-  else if (p.out_type == Real::kBfloat16)
+  else if (p.out_dtype == DType::kBfloat16)
     static_cast<uint16_t*>(p.out)[at] = to_bfloat16(value);
   else
     static_cast<Float16*>(p.out)[at] = static_cast<Float16>(value);
@@ -241,10 +241,10 @@ void combine_rows(const CombineParams& p) {
 struct Backend : CpuScope {
   using CpuScope::CpuScope;
   void quantize(const QuantizeParams& p) const {
-    p.half == Half::kBfloat16 ? mxfp8_moe::quantize<BFloat16>(p) : mxfp8_moe::quantize<Float16>(p);
+    dispatch_16_bit(p.dtype, [&](auto tag) { mxfp8_moe::quantize<HostType<decltype(tag)>>(p); });
   }
   void round(const RoundParams& p) const {
-    p.half == Half::kBfloat16 ? mxfp8_moe::round<BFloat16>(p) : mxfp8_moe::round<Float16>(p);
+    dispatch_16_bit(p.dtype, [&](auto tag) { mxfp8_moe::round<HostType<decltype(tag)>>(p); });
   }
   void dequantize(const DequantizeParams& p) const { dequantize_rows(p); }
   void grouped_mm(const GroupedMmParams& p) const { grouped_product(p); }

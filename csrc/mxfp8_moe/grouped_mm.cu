@@ -1,7 +1,7 @@
 // The grouped product: which kernel a device gets, and the one for devices that are not Hopper. There a block multiplies
 // 64 tokens with 64 weight rows; both pass through shared memory as bf16, 32 of K at a time.
-#include "common/half.cuh"
 #include "common/launch.cuh"
+#include "common/vec16.cuh"
 #include "mxfp8_moe/dequantize.cuh"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/tiles.cuh"
@@ -31,10 +31,10 @@ __device__ __forceinline__ uint32_t load_pair(const __nv_bfloat16* at) {
 }
 
 __device__ __forceinline__ void store_value(const GroupedMmParams& p, int64_t at, float value) {
-  switch (p.out_type) {
-    case Real::kBfloat16: static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(value); break;
-    case Real::kFloat16: static_cast<__half*>(p.out)[at] = __float2half_rn(value); break;
-    case Real::kFloat32: static_cast<float*>(p.out)[at] = value; break;
+  switch (p.out_dtype) {
+    case DType::kBfloat16: static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(value); break;
+    case DType::kFloat16: static_cast<__half*>(p.out)[at] = __float2half_rn(value); break;
+    case DType::kFloat32: static_cast<float*>(p.out)[at] = value; break;
   }
 }
 
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) grouped_mm_kernel(GroupedMmParams p)
   extern __shared__ int memory[];
   __shared__ __align__(16) __nv_bfloat16 tokens[kTokens][kPitch], weights[kRows][kPitch];
   TileTable table(memory, p.groups.count);
-  wait_for_earlier_grids();
-  launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
   table.build<kThreads>(p.groups, kTokens);
   const int row_tiles = static_cast<int>((p.n + kRows - 1) / kRows);
   const int64_t columns = scale_columns(p.k), expert_scales = round_up(p.n, kTileRows) * columns;
@@ -120,7 +120,7 @@ cudaError_t grouped_mm_portable(const GroupedMmParams& p, cudaStream_t stream) {
   int multiprocessors = 0;
   const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status != cudaSuccess) return status;
-  const Launch how{static_cast<unsigned>(multiprocessors) * 8, kThreads, TileTable::bytes(p.groups.count)};
+  const LaunchConfig how{static_cast<unsigned>(multiprocessors) * 8, kThreads, TileTable::bytes(p.groups.count)};
   return launch(grouped_mm_kernel, how, stream, p);
 }
 

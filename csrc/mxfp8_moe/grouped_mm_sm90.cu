@@ -1,12 +1,12 @@
 // The grouped product on Hopper. Weights are what a warpgroup multiplies from registers: it reads their bytes from shared
-// memory, makes bf16 of them with their scales in it, and multiplies tokens, which stay in shared memory. So a tile is 128 or
+// memory, makes bf16 of them with their scales in it, and multiplies tokens, which opaque in shared memory. So a tile is 128 or
 // 256 weight rows x N tokens, N as wide as the tokens of an expert ask for.
 //
 // A block is a warpgroup that copies tiles, and two or four that own 64 weight rows each. It takes tiles until none is left.
 // What the latter do between two multiplications is what tiles of many tokens wait for, so the former makes scales for them.
-#include "common/half.cuh"
-#include "common/hopper.cuh"
 #include "common/launch.cuh"
+#include "common/sm90.cuh"
+#include "common/vec16.cuh"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/plan.h"
 #include "mxfp8_moe/tiles.cuh"
@@ -15,7 +15,7 @@
 namespace abiding::mxfp8_moe {
 namespace {
 
-using namespace hopper;
+using namespace sm90;
 
 // kPairs: two blocks of a cluster take neighbouring weight rows and copy half of the tokens each, to both.
 // kSplit: the blocks of a cluster take parts of K, and add up in their order.
@@ -295,15 +295,14 @@ struct Block {
   // Begins a stage: all of its bytes are expected from here on.
   __device__ __forceinline__ void copy_weights(const Work& w, int stage, int k) const {
     const uint32_t barrier = full(stage);
-    arrive_expecting(barrier, C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128);
-    copy_3d(weight_at(stage), weights, k, w.row_tile * C::kRows, w.tile.expert, barrier);
+    mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kScaleBytes + C::kDepth / 64 * w.tile.width * 128);
+    tma_load_3d(weight_at(stage), weights, k, w.row_tile * C::kRows, w.tile.expert, barrier);
 #pragma unroll
     for (int i = 0; i < C::kScaleTiles; ++i) {
       // A pair's second block may have no weight rows: then it reads scales that exist.
       const int row = w.row_tile * C::kRows + i * kTileRows;
       const int64_t from = w.tile.expert * a.scale_expert_bytes + (row < a.p.n ? row * a.scale_columns : 0);
-      copy_bytes(scale_at(stage) + i * kTileBytes, a.p.weight_scales + from + k / 128 * kTileBytes, kTileBytes,
-                 barrier);
+      bulk_load(scale_at(stage) + i * kTileBytes, a.p.weight_scales + from + k / 128 * kTileBytes, kTileBytes, barrier);
     }
   }
   __device__ __forceinline__ void copy_tokens(const Work& w, int stage, int k) const {
@@ -313,10 +312,11 @@ struct Block {
       const uint32_t to = token_at(stage) + i * C::kTokenBytes;
       if constexpr (C::kCluster == Cluster::kPairs) {
         for (int box = rank; box < boxes; box += 2)
-          copy_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, full(stage), 3);
+          tma_load_2d_multicast(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, full(stage),
+                                3);
       } else {
         for (int box = 0; box < boxes; ++box)
-          copy_2d(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, full(stage));
+          tma_load_2d(to + box * C::kBox * 128, tokens, k + i * 64, w.tile.begin + box * C::kBox, full(stage));
       }
     }
   }
@@ -331,11 +331,11 @@ struct Block {
       early = min(w.count, kEarlyStages);
       for (int i = 0; leader && i < early; ++i) copy_weights(w, i, (w.first + i) * C::kDepth);
     }
-    wait_for_earlier_grids();
+    pdl_wait();
     for (int index = first_tile(); index < tile_count(); index += tile_step()) {
       const Work w = work(index);
       for (int i = w.first; i < w.first + w.count; ++i) {
-        wait(empty(at.stage), at.parity ^ 1);
+        mbarrier_wait(empty(at.stage), at.parity ^ 1);
         if (leader) {
           if (early == 0) copy_weights(w, at.stage, i * C::kDepth);
           copy_tokens(w, at.stage, i * C::kDepth);
@@ -344,8 +344,8 @@ struct Block {
         at.advance();
       }
     }
-    // Until all copies have landed and all arrivals have come, this block's memory must stay.
-    for (int i = 0; i < C::kStages; ++i, at.advance()) wait(empty(at.stage), at.parity ^ 1);
+    // Until all copies have landed and all arrivals have come, this block's memory must opaque.
+    for (int i = 0; i < C::kStages; ++i, at.advance()) mbarrier_wait(empty(at.stage), at.parity ^ 1);
   }
 
   // A warp for 128 weight rows: two scales in place of a row's four codes, for whichever half of their 128 of K the stage has.
@@ -353,7 +353,7 @@ struct Block {
     Position<C::kStages> at;
     for (int index = first_tile(); index < tile_count(); index += tile_step())
       for (int i = 0; i < a.depth; ++i, at.advance()) {
-        wait(full(at.stage), at.parity);
+        mbarrier_wait(full(at.stage), at.parity);
         const uint32_t line = scale_at(at.stage) + warp * kTileBytes + threadIdx.x % 32 * 16;
         uint32_t words[4];
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -367,17 +367,17 @@ struct Block {
         asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(line), "r"(words[0]), "r"(words[1]),
                      "r"(words[2]), "r"(words[3])
                      : "memory");
-        fence_copies();
-        arrive(ready(at.stage));
+        fence_proxy_async();
+        mbarrier_arrive(ready(at.stage));
       }
   }
 
   __device__ __forceinline__ void release(int stage) const {
     if (threadIdx.x % 32 != 0) return;
     if constexpr (C::kCluster == Cluster::kPairs) {
-      arrive_remote(other_empty + 8 * stage);
+      mbarrier_arrive_remote(other_empty + 8 * stage);
     }
-    arrive(empty(stage));
+    mbarrier_arrive(empty(stage));
   }
 
   // Adds the product of half a stage.
@@ -416,7 +416,7 @@ struct Block {
       return;
     }
     uint32_t even[4 * C::kSteps], odd[4 * C::kSteps];
-    wait(ready(at.stage), at.parity);
+    mbarrier_wait(ready(at.stage), at.parity);
     Scales<C> scales = scales_of(at.stage, w.first);
     load(even, scales, at.stage, 0);
     multiply_half<N>(d, even, at.stage, 0, true);
@@ -425,7 +425,7 @@ struct Block {
     for (int i = 1; i < w.count; ++i) {
       const int stage = at.stage;
       at.advance();
-      wait(ready(at.stage), at.parity);
+      mbarrier_wait(ready(at.stage), at.parity);
       scales = scales_of(at.stage, w.first + i);
       wgmma_wait<1>();
       load(even, scales, at.stage, 0);
@@ -445,13 +445,13 @@ struct Block {
   __device__ __forceinline__ void add_parts(float (&d)[N / 2], int turn) const {
     const int thread = threadIdx.x, share = N / 2 / a.splits;
     const uint32_t buffer = exchange_at(turn % 2);
-    if (thread == 0) arrive_expecting(exchanged(turn % 2), a.splits * share * C::kConsumerThreads * 4);
+    if (thread == 0) mbarrier_arrive_expect_tx(exchanged(turn % 2), a.splits * share * C::kConsumerThreads * 4);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
       const uint32_t at = buffer + ((rank * share + i % share) * C::kConsumerThreads + thread) * 4;
-      send(in_block(at, i / share), d[i], in_block(exchanged(turn % 2), i / share));
+      st_async(mapa(at, i / share), d[i], mapa(exchanged(turn % 2), i / share));
     }
-    wait(exchanged(turn % 2), turn / 2 % 2);
+    mbarrier_wait(exchanged(turn % 2), turn / 2 % 2);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
       if (i / share != static_cast<int>(rank)) continue;
@@ -477,9 +477,9 @@ struct Block {
       const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
       if (token >= tile.tokens) continue;
       const int64_t at = (tile.begin + token) * a.p.out_stride + row0 + lane / 4 + i / 2 % 2 * 8;
-      if (a.p.out_type == Real::kBfloat16) static_cast<__nv_bfloat16*>(a.p.out)[at] = __float2bfloat16_rn(d[i]);
-      if (a.p.out_type == Real::kFloat16) static_cast<__half*>(a.p.out)[at] = __float2half_rn(d[i]);
-      if (a.p.out_type == Real::kFloat32) static_cast<float*>(a.p.out)[at] = d[i];
+      if (a.p.out_dtype == DType::kBfloat16) static_cast<__nv_bfloat16*>(a.p.out)[at] = __float2bfloat16_rn(d[i]);
+      if (a.p.out_dtype == DType::kFloat16) static_cast<__half*>(a.p.out)[at] = __float2half_rn(d[i]);
+      if (a.p.out_dtype == DType::kFloat32) static_cast<float*>(a.p.out)[at] = d[i];
     }
   }
 
@@ -494,10 +494,10 @@ struct Block {
       store_part<N>(d, w.tile, row);
     } else {
       const uint32_t staging = base + Layout<C>::kStaging + warp * C::kStagingBytes;
-      switch (a.p.out_type) {
-        case Real::kBfloat16: return store_tile<__nv_bfloat16, N>(d, staging, a.p, w.tile, row);
-        case Real::kFloat16: return store_tile<__half, N>(d, staging, a.p, w.tile, row);
-        case Real::kFloat32: return store_tile<float, N>(d, staging, a.p, w.tile, row);
+      switch (a.p.out_dtype) {
+        case DType::kBfloat16: return store_tile<__nv_bfloat16, N>(d, staging, a.p, w.tile, row);
+        case DType::kFloat16: return store_tile<__half, N>(d, staging, a.p, w.tile, row);
+        case DType::kFloat32: return store_tile<float, N>(d, staging, a.p, w.tile, row);
       }
     }
   }
@@ -527,36 +527,36 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     grouped_mm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap weights,
                       const __grid_constant__ CUtensorMap tokens) {
   extern __shared__ uint8_t dynamic[];
-  uint8_t* memory = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
+  uint8_t* memory = dynamic + (1024 - smem_address(dynamic) % 1024) % 1024;
   TileTable table(memory + Layout<C>::kTable, a.p.groups.count);
-  const uint32_t base = shared_address(memory), rank = C::kCluster == Cluster::kAlone ? 0 : cluster_rank();
+  const uint32_t base = smem_address(memory), rank = C::kCluster == Cluster::kAlone ? 0 : cta_rank_in_cluster();
   const uint32_t other_empty =
-      C::kCluster == Cluster::kPairs ? in_block(base + Layout<C>::kBarriers + C::kStages * 8, rank ^ 1) : 0;
+      C::kCluster == Cluster::kPairs ? mapa(base + Layout<C>::kBarriers + C::kStages * 8, rank ^ 1) : 0;
   const Block<C> block{a, &weights, &tokens, table, base, rank, other_empty};
   if (threadIdx.x == 0) {
-    prefetch_map(&weights);
-    prefetch_map(&tokens);
+    prefetch_tma_desc(&weights);
+    prefetch_tma_desc(&tokens);
     for (int i = 0; i < C::kStages; ++i) {
-      barrier_init(block.full(i), 1);
-      barrier_init(block.empty(i), C::kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
-      if (C::kReady) barrier_init(block.ready(i), 32 * C::kScaleTiles);
+      mbarrier_init(block.full(i), 1);
+      mbarrier_init(block.empty(i), C::kConsumerThreads / 32 * (C::kCluster == Cluster::kPairs ? 2 : 1));
+      if (C::kReady) mbarrier_init(block.ready(i), 32 * C::kScaleTiles);
     }
-    for (int i = 0; i < C::kExchanges; ++i) barrier_init(block.exchanged(i), 1);
-    barrier_init_done();
+    for (int i = 0; i < C::kExchanges; ++i) mbarrier_init(block.exchanged(i), 1);
+    fence_mbarrier_init();
   }
-  if (!a.p.settled) wait_for_earlier_grids();
+  if (!a.p.settled) pdl_wait();
   table.build<C::kThreads>(a.p.groups, C::kTokens);
   if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   if (threadIdx.x >= C::kConsumerThreads) {
-    release_registers<C::kProducerRegisters>();
+    warpgroup_reg_dealloc<C::kProducerRegisters>();
     const int warp = (threadIdx.x - C::kConsumerThreads) / 32;
     if (warp == 0) block.produce();
     if (C::kReady && warp > 0 && warp <= C::kScaleTiles) block.make_scales(warp - 1);
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   } else {
-    take_registers<C::kConsumerRegisters>();
-    wait_for_earlier_grids();
-    launch_dependents();  // not sooner: the kernel behind the next one may count on what this one waited for
+    warpgroup_reg_alloc<C::kConsumerRegisters>();
+    pdl_wait();
+    pdl_launch_dependents();  // not sooner: the kernel behind the next one may count on what this one waited for
     block.consume();
     if constexpr (C::kCluster != Cluster::kAlone) cluster_sync();
   }
@@ -591,14 +591,15 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
                                        static_cast<cuuint64_t>(p.weight_expert_stride)};
   const cuuint32_t weight_box[] = {C::kDepth, C::kRows, 1};
-  cudaError_t status = make_map(&weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides,
-                                weight_box, C::kDepth == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  cudaError_t status =
+      make_tma_desc(&weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides, weight_box,
+                    C::kDepth == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   if (status != cudaSuccess) return status;
   const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
   const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * 2};
   const cuuint32_t token_box[] = {64, C::kBox};
-  status = make_map(&tokens, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a, token_sizes, token_strides, token_box,
-                    CU_TENSOR_MAP_SWIZZLE_128B);
+  status = make_tma_desc(&tokens, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a, token_sizes, token_strides, token_box,
+                         CU_TENSOR_MAP_SWIZZLE_128B);
   if (status != cudaSuccess) return status;
 
   Arguments a{};
@@ -635,8 +636,8 @@ cudaError_t start(const GroupedMmParams& p, int splits, cudaStream_t stream) {
   if (cluster > 1) status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
   if (status != cudaSuccess) return status;
   return abiding::launch(grouped_mm_kernel<C>,
-                         Launch{static_cast<unsigned>(clusters) * cluster, C::kThreads, bytes, cluster}, stream, a,
-                         weights, tokens);
+                         LaunchConfig{static_cast<unsigned>(clusters) * cluster, C::kThreads, bytes, cluster}, stream,
+                         a, weights, tokens);
 }
 
 template <bool kInterleaved>

@@ -14,11 +14,11 @@ constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 // then gives its own their rows in the order of the pairs.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
-  launch_dependents();
+  pdl_launch_dependents();
   const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int begin = warp * range, end = min(begin + range, static_cast<int>(p.tokens * p.top_k));
   const void* ids = p.ids.address(begin + lane);
-  wait_for_earlier_grids(ids);
+  pdl_wait(ids);
   int before = 0, mine = 0;
   for (int from = begin + lane; from < end; from += 32 * kRouteUnroll) {
     int64_t id[kRouteUnroll];
@@ -72,10 +72,10 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
 constexpr int kPairs = 8;
 
 // A column of the grid has a token, and each of its blocks some of the token's columns, eight to a thread.
-Launch launch_of(int64_t tokens, int64_t k) {
-  Launch how{static_cast<unsigned>(tokens), kThreads};
-  how.grid_rows = static_cast<unsigned>((k / 8 + kThreads - 1) / kThreads);
-  return how;
+LaunchConfig launch_of(int64_t tokens, int64_t k) {
+  LaunchConfig config{static_cast<unsigned>(tokens), kThreads};
+  config.grid_y = static_cast<unsigned>((k / 8 + kThreads - 1) / kThreads);
+  return config;
 }
 __device__ __forceinline__ int octet_of_thread() { return static_cast<int>(blockIdx.y * kThreads + threadIdx.x); }
 
@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   const uint4* from =
       reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride) + octet;
   const int32_t* rows_of_token = p.rows + token * p.top_k;
-  wait_for_earlier_grids(from, rows_of_token);
-  launch_dependents();           // not sooner: the product behind this reads what route() wrote before it waits itself
+  pdl_wait(from, rows_of_token);
+  pdl_launch_dependents();       // not sooner: the product behind this reads what route() wrote before it waits itself
   if (octet >= p.k / 8) return;  // blocks of 32 elements are inside or outside as a whole
   uint4 packed = *from;
   bool is_ready = false;
@@ -119,7 +119,7 @@ __device__ __forceinline__ uint4 activate_octet(uint4 gates, const uint4& ups, b
 
 template <Activation kActivation>
 __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constant__ ActivateParams p) {
-  launch_dependents();
+  pdl_launch_dependents();
   const unsigned width = static_cast<unsigned>(p.width / 8), step = gridDim.x * kThreads;
   const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * kThreads + threadIdx.x;
   int64_t row = start / width;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constan
   const auto load = [&](const uint4* at) { gates = *at, ups = kParts == 2 ? at[width] : uint4{}; };
   const uint4* first = from();
   uintptr_t steps = step_rows | step_columns;
-  wait_for_earlier_grids(first, steps);
+  pdl_wait(first, steps);
   if (row < p.rows) load(first);  // whether it is in use is on its way too
   const int total = *p.total;
   // The four lanes of a block of 32 elements have the same row.
@@ -145,13 +145,13 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constan
 }
 
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineParams p) {
-  launch_dependents();
+  pdl_launch_dependents();
   const int64_t token = blockIdx.x;
   const int octet = octet_of_thread();
   const int32_t* rows_of_token = p.rows + token * p.top_k;
   const float* weights_of_token = p.weights + token * p.weights_stride;
   const uint4* column = static_cast<const uint4*>(p.input) + octet;
-  wait_for_earlier_grids(rows_of_token, weights_of_token, column);
+  pdl_wait(rows_of_token, weights_of_token, column);
   if (octet >= p.k / 8) return;
   float sums[8] = {};
   for (int left = static_cast<int>(p.top_k); left > 0;
@@ -186,7 +186,7 @@ cudaError_t route(const RouteParams& p, cudaStream_t stream) {
   const int64_t pairs = p.tokens * p.top_k;
   const unsigned threads = pairs <= 256 ? 64 : kRouteThreads, warps = threads / 32;
   const auto range = static_cast<int>(round_up((pairs + warps - 1) / warps, 32));
-  return launch(route_kernel, Launch{static_cast<unsigned>(p.experts), threads}, stream, p, range);
+  return launch(route_kernel, LaunchConfig{static_cast<unsigned>(p.experts), threads}, stream, p, range);
 }
 
 cudaError_t gather(const GatherParams& p, cudaStream_t stream) {
@@ -195,7 +195,7 @@ cudaError_t gather(const GatherParams& p, cudaStream_t stream) {
 
 cudaError_t activate(const ActivateParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.rows * (p.width / 8) + kThreads - 1) / kThreads;
-  const Launch config{static_cast<unsigned>(blocks < 4096 ? blocks : 4096), kThreads};
+  const LaunchConfig config{static_cast<unsigned>(blocks < 4096 ? blocks : 4096), kThreads};
   switch (p.activation) {
     case Activation::kSilu: return launch(activate_kernel<Activation::kSilu>, config, stream, p);
     case Activation::kSwigluOai: return launch(activate_kernel<Activation::kSwigluOai>, config, stream, p);

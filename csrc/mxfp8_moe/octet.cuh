@@ -1,7 +1,7 @@
 // The quantiser on eight elements a lane; four neighbouring lanes have a block of 32 and find its maximum together.
 #pragma once
 
-#include "common/half.cuh"
+#include "common/vec16.cuh"
 #include "mxfp8_moe/dequantize.cuh"
 
 namespace abiding::mxfp8_moe {

@@ -29,10 +29,6 @@ inline void check_width(const char* op, const char* name, int64_t k, const char*
 
 inline int64_t row_stride(const Tensor& rows) { return rows.size(0) > 1 ? rows.stride(0) : rows.size(1); }
 
-inline Half half_of(const Argument& rows) {
-  return rows.is(aoti_torch_dtype_bfloat16) ? Half::kBfloat16 : Half::kFloat16;
-}
-
 // Rows [rows, k] of blocks, read or written in place.
 inline const Argument& check_rows(const char* op, const Argument& rows, std::initializer_list<DType> dtypes) {
   const Tensor& tensor = rows.dtype(dtypes).rank(2).tensor();
@@ -72,7 +68,7 @@ inline void check_apart(const char* op, const Argument& out, const Argument& inp
 
 // Scale codes in tiles: their shape means nothing, so any will do over memory without gaps.
 inline uint8_t* check_scales(const Argument& scales, const Argument& device, const char* op) {
-  const Tensor& tensor = scales.dtype({aoti_torch_dtype_uint8}).same_device(device).tensor();
+  const Tensor& tensor = scales.dtype({DType::kUint8}).same_device(device).tensor();
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
   check(tensor.numel() == 0 || last == tensor.numel() - 1, op, scales.name(), " has shape ", scales.shape(),
@@ -88,7 +84,7 @@ inline ScaleRows scale_rows(const Tensor& scales, int64_t k) {
 
 inline const int32_t* check_offsets(const Argument& offsets, const Argument& device) {
   return static_cast<const int32_t*>(
-      offsets.dtype({aoti_torch_dtype_int32}).rank(1).contiguous().same_device(device).tensor().const_data_ptr());
+      offsets.dtype({DType::kInt32}).rank(1).contiguous().same_device(device).tensor().const_data_ptr());
 }
 
 // The face's two forms, or none.
@@ -114,7 +110,7 @@ inline Groups check_problems(const char* op, const Argument& rows, const Tensor&
                              const Tensor& expert_offsets, const Tensor& blockscale_offsets) {
   const Argument problems{op, "problem_sizes", problem_sizes}, starts{op, "expert_offsets", expert_offsets},
       scale_starts{op, "blockscale_offsets", blockscale_offsets};
-  problems.dtype({aoti_torch_dtype_int32}).rank(2).size(1, 3).contiguous().same_device(rows);
+  problems.dtype({DType::kInt32}).rank(2).size(1, 3).contiguous().same_device(rows);
   Groups groups{};
   groups.count = problem_sizes.size(0);
   groups.rows = rows.tensor().size(0);
@@ -137,7 +133,7 @@ struct Weight {
 
 inline Weight check_weight(const char* op, const Argument& weight, const Argument& scales, int64_t count, int n_dim,
                            int k_dim, const Argument& device) {
-  const Tensor& tensor = weight.dtype({aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8})
+  const Tensor& tensor = weight.dtype({DType::kFloat8E4m3, DType::kUint8})
                              .rank(3)
                              .size(0, count, ", the number of experts")
                              .same_device(device)
@@ -165,7 +161,7 @@ inline Weight check_weight(const char* op, const Argument& weight, const Argumen
 inline QuantizeParams check_quantize(const char* op, const Argument& input, const Argument& data,
                                      const Argument& scales, const Groups& groups) {
   const int64_t k = input.tensor().size(1);
-  check_result(op, data, {aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8}, groups.rows, k, input);
+  check_result(op, data, {DType::kFloat8E4m3, DType::kUint8}, groups.rows, k, input);
   check_apart(op, data, input);
   QuantizeParams p{};
   p.scales = check_scales(scales, input, op);
@@ -174,7 +170,7 @@ inline QuantizeParams check_quantize(const char* op, const Argument& input, cons
   p.k = k;
   p.input = input.tensor().const_data_ptr();
   p.input_stride = row_stride(input.tensor());
-  p.half = half_of(input);
+  p.dtype = input.dtype();
   p.data = static_cast<uint8_t*>(data.tensor().mutable_data_ptr());
   p.data_stride = row_stride(data.tensor());
   return p;
@@ -183,7 +179,7 @@ inline QuantizeParams check_quantize(const char* op, const Argument& input, cons
 inline QuantizeParams check_quantize(const Tensor& input, const std::optional<Tensor>& offsets, bool ends,
                                      const Tensor& data, const Tensor& scales) {
   const Argument rows{kQuantize, "input", input};
-  check_rows(kQuantize, rows, {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  check_rows(kQuantize, rows, {DType::kBfloat16, DType::kFloat16});
   QuantizeParams p = check_quantize(kQuantize, rows, {kQuantize, "data", data}, {kQuantize, "scales", scales},
                                     check_groups(kQuantize, rows, offsets, ends));
   p.clear_rest = true;
@@ -195,18 +191,18 @@ inline QuantizeParams check_experts_quant(const Tensor& input, const Tensor& pro
                                           const Tensor& quant_output, const Tensor& scale_factor) {
   const char* op = kExpertsQuant;
   const Argument rows{op, "input", input};
-  check_rows(op, rows, {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  check_rows(op, rows, {DType::kBfloat16, DType::kFloat16});
   return check_quantize(op, rows, {op, "quant_output", quant_output}, {op, "scale_factor", scale_factor},
                         check_problems(op, rows, problem_sizes, expert_offsets, blockscale_offsets));
 }
 
 inline RoundParams check_round(const Tensor& input, const Tensor& out) {
   const Argument rows{kRound, "input", input}, result{kRound, "out", out};
-  check_rows(kRound, rows, {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
-  check_result(kRound, result, {aoti_torch_dtype_bfloat16}, input.size(0), input.size(1), rows);
+  check_rows(kRound, rows, {DType::kBfloat16, DType::kFloat16});
+  check_result(kRound, result, {DType::kBfloat16}, input.size(0), input.size(1), rows);
   check_apart(kRound, result, rows);
   return {input.size(0), input.size(1),          input.const_data_ptr(), row_stride(input),
-          half_of(rows), out.mutable_data_ptr(), row_stride(out)};
+          rows.dtype(),  out.mutable_data_ptr(), row_stride(out)};
 }
 
 // A grouped product, and what makes its activations first where those are e4m3: `dequantize.out` is still to be given.
@@ -226,9 +222,6 @@ inline GroupedMm check_product(const char* op, const Argument& a, const std::opt
   check_apart(op, out, a);
   GroupedMm mm{};
   mm.quantized = a_scales.has_value();
-  const Real out_type = out.is(aoti_torch_dtype_float32)   ? Real::kFloat32
-                        : out.is(aoti_torch_dtype_float16) ? Real::kFloat16
-                                                           : Real::kBfloat16;
   mm.product = {groups,
                 weight.n,
                 k,
@@ -240,7 +233,7 @@ inline GroupedMm check_product(const char* op, const Argument& a, const std::opt
                 weight.scales,
                 out.tensor().mutable_data_ptr(),
                 row_stride(out.tensor()),
-                out_type,
+                out.dtype(),
                 mm.quantized};  // behind dequantize()
   if (!mm.quantized) return mm;
   const uint8_t* codes = check_scales(*a_scales, a, op);
@@ -261,15 +254,15 @@ inline GroupedMm check_grouped_mm(const Tensor& a, const std::optional<Tensor>& 
   const char* op = kGroupedMm;
   const Argument rows{op, "a", a};
   if (a_scales)
-    check_rows(op, rows, {aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8});
+    check_rows(op, rows, {DType::kFloat8E4m3, DType::kUint8});
   else
-    check_rows(op, rows, {aoti_torch_dtype_bfloat16});
+    check_rows(op, rows, {DType::kBfloat16});
   const Groups groups = check_groups(op, rows, offsets, ends);
   const Weight experts =
       check_weight(op, {op, "weight", weight}, {op, "weight_scales", weight_scales}, groups.count, 1, 2, rows);
   const auto scales = a_scales ? std::optional<Argument>({op, "a_scales", *a_scales}) : std::nullopt;
   return check_product(op, rows, scales, groups, experts, {op, "out", out},
-                       {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16, aoti_torch_dtype_float32});
+                       {DType::kBfloat16, DType::kFloat16, DType::kFloat32});
 }
 
 inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& sfa, const Tensor& sfb,
@@ -277,11 +270,10 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
                                       const Tensor& blockscale_offsets) {
   const char* op = kRawGroupedMm;
   const Argument rows{op, "a", a}, scales{op, "sfa", sfa};
-  check_rows(op, rows, {aoti_torch_dtype_float8_e4m3fn, aoti_torch_dtype_uint8});
+  check_rows(op, rows, {DType::kFloat8E4m3, DType::kUint8});
   const Groups groups = check_problems(op, rows, problem_sizes, expert_offsets, blockscale_offsets);
   const Weight experts = check_weight(op, {op, "b", b}, {op, "sfb", sfb}, groups.count, 2, 1, rows);
-  return check_product(op, rows, scales, groups, experts, {op, "out", out},
-                       {aoti_torch_dtype_bfloat16, aoti_torch_dtype_float16});
+  return check_product(op, rows, scales, groups, experts, {op, "out", out}, {DType::kBfloat16, DType::kFloat16});
 }
 
 // Where a layer keeps what its kernels hand on, in bytes from the start of the workspace. Sized for every pair of a token
@@ -359,7 +351,7 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   const char* op = kMoe;
   const Argument rows{op, "x", x}, up{op, "w13", w13}, down{op, "w2", w2}, ids{op, "topk_ids", topk_ids},
       weights{op, "topk_weights", topk_weights}, result{op, "out", out};
-  check_rows(op, rows, {aoti_torch_dtype_bfloat16});
+  check_rows(op, rows, {DType::kBfloat16});
   check(0 <= activation && activation <= 2, op, "activation is ", activation, "; expected 0, 1 or 2");
   up.rank(3);
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = w13.size(0);
@@ -374,33 +366,33 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
           kind == Activation::kNone ? ", the columns of w2" : ", twice the columns of w2");
   down.size(1, hidden, ", the columns of x");
 
-  ids.dtype({aoti_torch_dtype_int32, aoti_torch_dtype_int64}).rank(2).contiguous().same_device(rows);
+  ids.dtype({DType::kInt32, DType::kInt64}).rank(2).contiguous().same_device(rows);
   ids.size(0, tokens, ", the rows of x");
   const int64_t top_k = topk_ids.size(1);
   check(1 <= top_k && top_k <= kMaxTopK, op, "topk_ids has shape ", ids.shape(), "; expected 1 to ", kMaxTopK,
         " experts for a token");
   check(tokens * top_k < kMaxRows, op, "topk_ids has shape ", ids.shape(), "; expected fewer than 2^31 pairs");
-  weights.dtype({aoti_torch_dtype_float32}).rank(2).size(0, tokens, ", the rows of x").size(1, top_k, " as topk_ids");
+  weights.dtype({DType::kFloat32}).rank(2).size(0, tokens, ", the rows of x").size(1, top_k, " as topk_ids");
   weights.dense_rows(1).same_device(rows);
-  check_result(op, result, {aoti_torch_dtype_bfloat16}, tokens, hidden, rows);
+  check_result(op, result, {DType::kBfloat16}, tokens, hidden, rows);
   check_apart(op, result, rows);
 
   Moe moe{};
   moe.layout = workspace_layout(tokens, top_k, experts, hidden, intermediate);
   if (workspace) {
     const Argument space{op, "workspace", *workspace};
-    space.dtype({aoti_torch_dtype_uint8}).rank(1).contiguous().aligned(kAlignment).same_device(rows);
+    space.dtype({DType::kUint8}).rank(1).contiguous().aligned(kAlignment).same_device(rows);
     check(workspace->size(0) >= moe.layout.bytes, op, "workspace has shape ", space.shape(), "; expected at least [",
           moe.layout.bytes, "] for ", tokens, " tokens");
   }
   const int64_t pairs = tokens * top_k;
   const Groups groups{experts, pairs, Offsets::kStarts, nullptr, nullptr, nullptr};
-  const Indices pair_ids{topk_ids.const_data_ptr(), pairs, ids.is(aoti_torch_dtype_int64)};
+  const Indices pair_ids{topk_ids.const_data_ptr(), pairs, ids.dtype() == DType::kInt64};
   moe.route = {pair_ids, tokens, top_k, experts, nullptr, nullptr};
   moe.gather = {tokens, top_k, hidden, nullptr, x.const_data_ptr(), row_stride(x), w8a8, nullptr};
   const auto product = [&groups](const Weight& w) {
-    return GroupedMmParams{groups,   w.n,     w.k, nullptr,         w.k, w.data, w.expert_stride, w.stride,
-                           w.scales, nullptr, w.n, Real::kBfloat16, true};
+    return GroupedMmParams{groups,   w.n,     w.k, nullptr,          w.k, w.data, w.expert_stride, w.stride,
+                           w.scales, nullptr, w.n, DType::kBfloat16, true};
   };
   moe.up = product(first);
   moe.activate = {pairs, nullptr, intermediate, nullptr, kind, w8a8, nullptr};

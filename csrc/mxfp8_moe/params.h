@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/dtypes.h"
 #include "common/indices.h"
 #include "common/numerics.h"
 
@@ -24,9 +25,6 @@ ABIDING_HD constexpr int64_t scale_at(int64_t row, int64_t block, int64_t column
   return (row / kTileRows * (columns / kTileBlocks) + block / kTileBlocks) * kTileBytes + row % 32 * 16 +
          row % kTileRows / 32 * 4 + block % kTileBlocks;
 }
-
-enum class Half { kBfloat16, kFloat16 };
-enum class Real { kBfloat16, kFloat16, kFloat32 };
 
 // A row range; empty where the device's numbers lead outside of the tensors.
 struct Span {
@@ -73,7 +71,7 @@ struct QuantizeParams {
   int64_t k;
   const void* input;  // [rows, k]
   int64_t input_stride;
-  Half half;
+  DType dtype;    // of input
   uint8_t* data;  // [rows, k] e4m3
   int64_t data_stride;
   uint8_t* scales;  // a group's tiles are written whole, with zeros where it has no block
@@ -85,7 +83,7 @@ struct RoundParams {
   int64_t rows, k;
   const void* input;
   int64_t input_stride;
-  Half half;
+  DType dtype;  // of input
   void* out;
   int64_t out_stride;
 };
@@ -117,7 +115,7 @@ struct GroupedMmParams {
   const uint8_t* weight_scales;  // per expert round_up(n, 128) x scale_columns(k), in tiles
   void* out;                     // [rows, n]
   int64_t out_stride;
-  Real out_type;
+  DType out_dtype;
   // What wrote groups and weights has ended when this kernel starts, though the kernel before it may still run.
   bool settled;
   bool interleaved = false;  // a's rows

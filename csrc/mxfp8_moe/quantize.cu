@@ -13,8 +13,8 @@ constexpr int kTileColumns = kTileBlocks * kBlock, kOctetsPerRow = kTileColumns 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) round_kernel(RoundParams p) {
-  wait_for_earlier_grids();
-  launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
   const int64_t row_octets = p.k / 8, octets = p.rows * row_octets;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t from = int64_t{blockIdx.x} * kThreads + threadIdx.x; from < octets; from += kUnroll * step) {
@@ -64,8 +64,8 @@ template <class T, bool kLone>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
   extern __shared__ int memory[];
   TileTable table(memory, p.groups.count);
-  wait_for_earlier_grids();
-  launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
   if constexpr (!kLone) table.build<kThreads>(p.groups, kTileRows);
   const Span lone = kLone ? p.groups.span(0) : Span{};
   const int column = blockIdx.x, tile_columns = gridDim.x;
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p) {
   extern __shared__ int memory[];
   TileTable table(memory, p.groups.count);
-  wait_for_earlier_grids();
-  launch_dependents();
+  pdl_wait();
+  pdl_launch_dependents();
   table.build<kThreads>(p.groups, kTileRows);
   const int tile_columns = static_cast<int>(p.scale_rows.columns / kTileBlocks);
   const int64_t tiles = int64_t{table.first[p.groups.count]} * tile_columns;
@@ -168,9 +168,9 @@ cudaError_t quantize(const QuantizeParams& p, cudaStream_t stream) {
   if (const cudaError_t status = choose_grid(units, &blocks); status != cudaSuccess) return status;
   const unsigned columns = static_cast<unsigned>(p.scale_rows.columns / kTileBlocks);
   if (columns == 0) return cudaSuccess;
-  const Launch config{columns, kThreads, TileTable::bytes(p.groups.count), 1, (blocks + columns - 1) / columns};
+  const LaunchConfig config{columns, kThreads, TileTable::bytes(p.groups.count), 1, (blocks + columns - 1) / columns};
   const bool lone = p.groups.count == 1;
-  if (p.half == Half::kBfloat16)
+  if (p.dtype == DType::kBfloat16)
     return launch(lone ? quantize_kernel<__nv_bfloat16, true> : quantize_kernel<__nv_bfloat16, false>, config, stream,
                   p);
   return launch(lone ? quantize_kernel<__half, true> : quantize_kernel<__half, false>, config, stream, p);
@@ -180,7 +180,7 @@ cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream) {
   unsigned grid = 0;
   if (const cudaError_t status = choose_grid(most_tiles(p.groups, p.scale_rows, false), &grid); status != cudaSuccess)
     return status;
-  return launch(dequantize_kernel, Launch{grid, kThreads, TileTable::bytes(p.groups.count)}, stream, p);
+  return launch(dequantize_kernel, LaunchConfig{grid, kThreads, TileTable::bytes(p.groups.count)}, stream, p);
 }
 
 cudaError_t round(const RoundParams& given, cudaStream_t stream) {
@@ -193,8 +193,8 @@ cudaError_t round(const RoundParams& given, cudaStream_t stream) {
   const int64_t octets = p.rows * (p.k / 8);
   if (const cudaError_t status = choose_grid((octets + kThreads - 1) / kThreads, &grid); status != cudaSuccess)
     return status;
-  return p.half == Half::kBfloat16 ? launch(round_kernel<__nv_bfloat16>, Launch{grid, kThreads}, stream, p)
-                                   : launch(round_kernel<__half>, Launch{grid, kThreads}, stream, p);
+  return p.dtype == DType::kBfloat16 ? launch(round_kernel<__nv_bfloat16>, LaunchConfig{grid, kThreads}, stream, p)
+                                     : launch(round_kernel<__half>, LaunchConfig{grid, kThreads}, stream, p);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "common/dtypes.h"
 #include "peer/protocol.h"
 #include "peer/sums.h"
 
@@ -264,30 +265,24 @@ bool all_reduce(HostTurn<Access>& turn, const Peers& peers, int64_t share, const
 // The sum over ranks, in rank order, the same bits everywhere; `out` may be `input`. False: `out` is all NaN, and the record
 // says why.
 template <class Access = HostAccess>
-bool all_reduce(const Peers& peers, Channel channel, Op op, const void* input, void* out, int64_t numel, Type type) {
+bool all_reduce(const Peers& peers, Channel channel, Op op, const void* input, void* out, int64_t numel, DType dtype) {
   if (numel == 0) return true;
   HostTurn<Access> turn(peers, channel, op);
-  const int64_t share = share_bytes(channel, peers.ranks, 1), bytes = numel * size_of(type);
-  const auto run = [&](auto t) {
-    using T = decltype(t);
+  const int64_t share = share_bytes(channel, peers.ranks, 1), bytes = numel * size_of(dtype);
+  return dispatch_floating(dtype, [&](auto tag) {
+    using T = SumFormat<decltype(tag)>;
     return all_reduce(turn, peers, share,
                       HostMessage<T>{static_cast<const uint8_t*>(input), static_cast<uint8_t*>(out), numel, bytes});
-  };
-  switch (type) {
-    case Type::kFloat32: return run(Float32{});
-    case Type::kFloat16: return run(Float16{});
-    case Type::kBfloat16: break;
-  }
-  return run(Bfloat16{});
+  });
 }
 
-inline bool all_reduce(const Peers& peers, const void* input, void* out, int64_t numel, Type type) {
-  return all_reduce(peers, kDirect, Op::kAllReduce, input, out, numel, type);
+inline bool all_reduce(const Peers& peers, const void* input, void* out, int64_t numel, DType dtype) {
+  return all_reduce(peers, kDirect, Op::kAllReduce, input, out, numel, dtype);
 }
 
 // The same for a few numbers a token, on a channel of their own.
 inline bool sum_scalars(const Peers& peers, Op op, const float* values, float* sums, int64_t count) {
-  return all_reduce(peers, kScalars, op, values, sums, count, Type::kFloat32);
+  return all_reduce(peers, kScalars, op, values, sums, count, DType::kFloat32);
 }
 
 }  // namespace abiding::peer

@@ -52,10 +52,6 @@ ABIDING_HD int64_t share_at(Channel channel, uint32_t epoch, int share, int64_t 
   return channel_at(channel) + (epoch % kSlots) * slot_bytes(channel) + share * bytes;
 }
 
-// The dtypes that collectives work on.
-enum class Type { kFloat32, kFloat16, kBfloat16 };
-ABIDING_HD constexpr int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
 // Which operator a rank was in.
 enum class Op : uint32_t { kAllReduce, kRmsNorm, kQkNorm };
 

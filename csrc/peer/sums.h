@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/dtypes.h"
 #include "common/numerics.h"
 #include "peer/protocol.h"
 
@@ -50,6 +51,11 @@ struct Float32 {
     return static_cast<int32_t>(bits & 0x7FFFFFFF) > 0x7F800000 ? kNan : bits;
   }
 };
+
+// Which of these a dtype is.
+template <class Tag>  // a DTypeTag
+using SumFormat = std::conditional_t<Tag::value == DType::kFloat32, Float32,
+                                     std::conditional_t<Tag::value == DType::kFloat16, Float16, Bfloat16>>;
 
 // The sums of as many words as the first cache likes; a word is one Float32, or two halves.
 constexpr int kChunkWords = 128;

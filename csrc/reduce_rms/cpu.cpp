@@ -14,17 +14,6 @@ namespace {
 
 using peer::HostAccess;
 
-// Calls body(T{}) with the C++ type of a dtype.
-template <class Body>
-void with_type(Type type, Body body) {
-  switch (type) {
-    case Type::kFloat32: return body(float{});
-    case Type::kFloat16: return body(torch::headeronly::Half{});
-    case Type::kBfloat16: break;
-  }
-  body(torch::headeronly::BFloat16{});
-}
-
 // The sums of squares of each token's parts, of this rank's columns.
 template <class T>
 std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
@@ -109,17 +98,19 @@ struct Backend : CpuScope {
   static const peer::Memory* memory() { return &peer::cpu_memory(); }
   static void reduce_rms(const Communicator& communicator, const ReduceRmsParams& p) {
     const peer::Op op = p.part_count == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm;
-    with_type(p.type, [&](auto t) {
-      std::vector<float> sums = sums_of_squares<decltype(t)>(p);
+    dispatch_floating(p.dtype, [&](auto tag) {
+      using T = HostType<decltype(tag)>;
+      std::vector<float> sums = sums_of_squares<T>(p);
       peer::sum_scalars(communicator.peers(), op, sums.data(), sums.data(), static_cast<int64_t>(sums.size()));
-      normalise<decltype(t)>(p, communicator.ranks, sums);
+      normalise<T>(p, communicator.ranks, sums);
     });
   }
   static void reduce_rms(const TableParams& table, const ReduceRmsParams& p) {
-    with_type(p.type, [&](auto t) {
-      std::vector<float> sums = sums_of_squares<decltype(t)>(p);
+    dispatch_floating(p.dtype, [&](auto tag) {
+      using T = HostType<decltype(tag)>;
+      std::vector<float> sums = sums_of_squares<T>(p);
       sum_over_table(table, sums, p.part_count);
-      normalise<decltype(t)>(p, table.ranks, sums);
+      normalise<T>(p, table.ranks, sums);
     });
   }
 };

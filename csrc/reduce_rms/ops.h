@@ -6,19 +6,13 @@
 
 namespace abiding::reduce_rms {
 
-inline Type type_of(const Argument& argument) {
-  return argument.is(aoti_torch_dtype_float32)   ? Type::kFloat32
-         : argument.is(aoti_torch_dtype_float16) ? Type::kFloat16
-                                                 : Type::kBfloat16;
-}
-
 inline void check_rank(const char* op, int64_t rank, int64_t nranks) {
   check(1 <= nranks && nranks <= peer::kMaxRanks, op, "nranks is ", nranks, "; expected 1 to ", peer::kMaxRanks);
   check(0 <= rank && rank < nranks, op, "rank is ", rank, "; expected 0 or more and less than ", nranks);
 }
 
 inline void check_rows(const Argument& rows) {
-  rows.dtype({aoti_torch_dtype_float32, aoti_torch_dtype_float16, aoti_torch_dtype_bfloat16}).rank(2).dense_rows(1);
+  rows.dtype({DType::kFloat32, DType::kFloat16, DType::kBfloat16}).rank(2).dense_rows(1);
 }
 
 inline void check_weight(const Argument& weight, const Argument& rows) {
@@ -35,13 +29,13 @@ inline ReduceRmsParams params(const Argument& argument, const Tensor& rows, doub
   p.input_stride = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
   p.tokens = rows.size(0);
   p.eps = static_cast<float>(eps);
-  p.type = type_of(argument);
+  p.dtype = argument.dtype();
   return p;
 }
 
 inline void check_table(const char* op, const Tensor& workspace, const Argument& rows, int64_t nranks) {
   const Argument table{op, "workspace", workspace};
-  table.dtype({aoti_torch_dtype_int64}).rank(1).contiguous().same_device(rows);
+  table.dtype({DType::kInt64}).rank(1).contiguous().same_device(rows);
   check(workspace.size(0) >= 3 * nranks + 2, op, "workspace has shape ", table.shape(), "; expected at least [",
         3 * nranks + 2, "] for ", nranks, " ranks");
 }

@@ -1,11 +1,10 @@
 // What the checks hand to a kernel. No torch here.
 #pragma once
 
+#include "common/dtypes.h"
 #include "peer/protocol.h"
 
 namespace abiding::reduce_rms {
-
-using peer::Type;
 
 // One or two tensors that are normalised over their full width, of which each rank holds `width` columns.
 constexpr int kMaxParts = 2;
@@ -23,7 +22,7 @@ struct ReduceRmsParams {
   int64_t tokens;
   int packs[kMaxParts];  // of each part's columns, as a kernel moves them; filled in where it is launched
   float eps;
-  Type type;
+  DType dtype;
   int part_count;
   alignas(16) Part parts[kMaxParts];
 };

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "common/half.cuh"
+#include "common/vec16.cuh"
 #include "reduce_rms/kernels.h"
 #include "reduce_rms/links.cuh"
 
@@ -159,7 +159,7 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& li
     __syncwarp();
     // The other ranks' same blocks run, so what other teams of this one wait for will come, and the next kernel may have the room
     // that is left. Any lane says so for the block.
-    launch_dependents();
+    pdl_launch_dependents();
     const float total = sum_over_ranks(link, theirs);
     if (own.rank == 0 && own.part < kParts) shared.scales[threadIdx.y][own.part] = rsqrtf(total * inverse_width + eps);
   }
@@ -190,7 +190,7 @@ __device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParam
   const P* first = columns.input(token) + thread;
   const auto load_weights = [&] { for_packs([&](int c, int i) { weights[c] = *columns.weight(i); }); };
 
-  wait_for_earlier_grids(first);
+  pdl_wait(first);
   if (kPacks > 0 && busy) for_packs([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
   // What follows, up to the first use of the row, takes no longer than the row takes to come.
   const Lane own(threadIdx.x % 32);
@@ -253,7 +253,7 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
   const Lane own(lane);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
-  wait_for_earlier_grids();
+  pdl_wait();
   LinkOver<Peer, kParts> link(peer, own);
   link.begin();
   link.find_places(warp);
@@ -294,7 +294,7 @@ __device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceR
     link.advance(warps);
   }
   // A warp that waited for nobody does not know that the other ranks' blocks run, which the next kernel could keep from it.
-  if (busy) launch_dependents();
+  if (busy) pdl_launch_dependents();
   link.end();
 }
 
@@ -340,7 +340,7 @@ cudaError_t launch_parts(const Peer& peer, ReduceRmsParams p, int max_blocks, cu
     const int64_t rounds = shape.streams() ? tokens_of_a_block(peer) / shape.teams : 1;
     p.tokens = std::min(left, rounds * shape.teams * max_blocks);
     const int64_t blocks = std::min<int64_t>((p.tokens + shape.teams - 1) / shape.teams, max_blocks);
-    Launch how{static_cast<unsigned>(blocks), static_cast<unsigned>(32 * shape.team)};
+    LaunchConfig how{static_cast<unsigned>(blocks), static_cast<unsigned>(32 * shape.team)};
     how.block_rows = static_cast<unsigned>(shape.teams);
     const auto kernel = kernel_of(shape);
     if (kVector && shape.packs_a_thread == kHeldRow) {
@@ -382,12 +382,8 @@ cudaError_t launch_type(const Peer& peer, const ReduceRmsParams& p, int max_bloc
 
 template <class Peer>
 cudaError_t launch_link(const Peer& peer, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
-  switch (p.type) {
-    case Type::kFloat32: return launch_type<float>(peer, p, max_blocks, stream);
-    case Type::kFloat16: return launch_type<__half>(peer, p, max_blocks, stream);
-    case Type::kBfloat16: break;
-  }
-  return launch_type<__nv_bfloat16>(peer, p, max_blocks, stream);
+  return dispatch_floating(p.dtype,
+                           [&](auto tag) { return launch_type<CudaType<decltype(tag)>>(peer, p, max_blocks, stream); });
 }
 
 }  // namespace

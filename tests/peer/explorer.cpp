@@ -143,8 +143,8 @@ void run(const Actor& actor) {
     progress.called = used;
     float values[kWordsAtMost], sums[kWordsAtMost];
     for (int word = 0; word < options.words; ++word) values[word] = payload(actor.rank, progress.call, word);
-    const bool ok =
-        all_reduce<RecordedAccess>(peers, kScalars, Op::kRmsNorm, values, sums, options.words, Type::kFloat32);
+    const bool ok = all_reduce<RecordedAccess>(peers, kScalars, Op::kRmsNorm, values, sums, options.words,
+                                               abiding::DType::kFloat32);
     if (ok && progress.stopped) reject("a call went through after one that did not");
     if (ok) {
       check_sums(actor, progress.call, sums);

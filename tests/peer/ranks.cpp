@@ -67,14 +67,14 @@ struct World {
 // One call of many; every rank draws the same ones.
 struct Call {
   Channel channel;
-  Type type;
+  abiding::DType dtype;
   int64_t numel, offset;  // elements
   bool in_place;
   uint32_t seed;
 
   explicit Call(std::mt19937& draw) {
-    const Type types[] = {Type::kFloat32, Type::kFloat16, Type::kBfloat16};
-    type = types[draw() % 3];
+    const abiding::DType types[] = {abiding::DType::kFloat32, abiding::DType::kFloat16, abiding::DType::kBfloat16};
+    dtype = types[draw() % 3];
     channel = draw() % 3 ? kDirect : kScalars;
     const uint32_t size = draw() % 1000;
     numel = size < 900 ? draw() % 200 : size < 998 ? draw() % 5000 : draw() % 400000;
@@ -89,7 +89,7 @@ struct Call {
     x = (x ^ x >> 31) * 0xBF58476D1CE4E5B9;
     x ^= x >> 29;
     const uint32_t odd[] = {0xFFFFFFFF, 0x80000000, 0x7F800000, 0xFF800000, 0x7FFFFFFF, 0, 1, 0x7F7FFFFF};
-    if (x % 61 == 0) return size_of(type) == 4 ? odd[x >> 8 & 7] : static_cast<uint32_t>(x >> 16 & 0xFFFF);
+    if (x % 61 == 0) return abiding::size_of(dtype) == 4 ? odd[x >> 8 & 7] : static_cast<uint32_t>(x >> 16 & 0xFFFF);
     const float value = static_cast<float>(static_cast<int>(x >> 40 & 0xFFFF) - 0x8000) *
                         std::ldexp(1.0f, static_cast<int>(x >> 56 & 15) - 18);
     return from_float(value);
@@ -97,9 +97,9 @@ struct Call {
 
   // Conversions by other means than the ones under test.
   uint32_t from_float(float value) const {
-    if (type == Type::kFloat32) return std::isnan(value) ? 0x7FC00000 : abiding::float_bits(value);
-    if (std::isnan(value)) return type == Type::kFloat16 ? 0x7E00 : 0x7FC0;
-    if (type == Type::kBfloat16) {
+    if (dtype == abiding::DType::kFloat32) return std::isnan(value) ? 0x7FC00000 : abiding::float_bits(value);
+    if (std::isnan(value)) return dtype == abiding::DType::kFloat16 ? 0x7E00 : 0x7FC0;
+    if (dtype == abiding::DType::kBfloat16) {
       int exponent;
       std::frexp(value, &exponent);
       const double step = std::ldexp(1.0, std::max(exponent - 8, -133));
@@ -112,8 +112,8 @@ struct Call {
     return bits;
   }
   float to_float(uint32_t bits) const {
-    if (type == Type::kFloat32) return abiding::bits_float(bits);
-    if (type == Type::kBfloat16) return abiding::bits_float(bits << 16);
+    if (dtype == abiding::DType::kFloat32) return abiding::bits_float(bits);
+    if (dtype == abiding::DType::kBfloat16) return abiding::bits_float(bits << 16);
     const auto half = static_cast<uint16_t>(bits);
     _Float16 value;
     std::memcpy(&value, &half, 2);
@@ -128,7 +128,7 @@ struct Call {
 
 // Makes a call; the elements that are wrong, or -1 if it failed.
 int64_t make(const Call& call, const Peers& peers) {
-  const auto size = static_cast<size_t>(size_of(call.type)), bytes = static_cast<size_t>(call.numel) * size;
+  const auto size = static_cast<size_t>(abiding::size_of(call.dtype)), bytes = static_cast<size_t>(call.numel) * size;
   constexpr size_t kGuard = 32;
   std::vector<uint8_t> input(kGuard + bytes + 16 * size + kGuard, 0xA5), other(input.size(), 0xA5);
   uint8_t* from = input.data() + kGuard + static_cast<size_t>(call.offset) * size;
@@ -138,7 +138,7 @@ int64_t make(const Call& call, const Peers& peers) {
     std::memcpy(from + static_cast<size_t>(i) * size, &bits, size);
   }
   const Op op = call.channel == kDirect ? Op::kAllReduce : Op::kRmsNorm;
-  const bool ok = all_reduce<Access>(peers, call.channel, op, from, to, call.numel, call.type);
+  const bool ok = all_reduce<Access>(peers, call.channel, op, from, to, call.numel, call.dtype);
   int64_t wrong = 0;
   for (int64_t i = 0; i < call.numel; ++i) {
     uint32_t bits = 0;
@@ -224,7 +224,7 @@ int twice() {
       const Peers peers = world.peers(rank, &records[rank], 60);
       for (int i = 0; i < calls; ++i) {
         float value = static_cast<float>(rank + 1), sum;
-        if (!all_reduce<Access>(peers, kDirect, Op::kAllReduce, &value, &sum, 1, Type::kFloat32)) {
+        if (!all_reduce<Access>(peers, kDirect, Op::kAllReduce, &value, &sum, 1, abiding::DType::kFloat32)) {
           ++failed;
           return;
         }
@@ -305,7 +305,8 @@ int measure(int ranks) {
         std::vector<double> us;
         for (int i = 0; i < 1500; ++i) {
           const auto began = std::chrono::steady_clock::now();
-          all_reduce<Access>(peers, kDirect, Op::kAllReduce, values.data(), sums.data(), bytes / 4, Type::kFloat32);
+          all_reduce<Access>(peers, kDirect, Op::kAllReduce, values.data(), sums.data(), bytes / 4,
+                             abiding::DType::kFloat32);
           us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - began).count());
         }
         double total = 0;

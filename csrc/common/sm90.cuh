@@ -6,19 +6,19 @@
 
 #include <cstdint>
 
-namespace abiding::hopper {
+namespace abiding::sm90 {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
+__device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
+__device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t rank) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
 }
-__device__ __forceinline__ uint32_t cluster_rank() {
+__device__ __forceinline__ uint32_t cta_rank_in_cluster() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
@@ -27,31 +27,31 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 // After this, other threads and the copy engine see the barriers.
-__device__ __forceinline__ void barrier_init_done() {
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void arrive(uint32_t barrier) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// `barrier` is an address of in_block. This orders what the thread has read, and nothing that it wrote elsewhere: a release
+// `barrier` is an address of mapa. This orders what the thread has read, and nothing that it wrote elsewhere: a release
 // for the whole cluster would wait for all of its memory accesses, a microsecond.
-__device__ __forceinline__ void arrive_remote(uint32_t barrier) {
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// A number for another block, whose arrival is counted as four bytes on a barrier there. Both are addresses of in_block.
-__device__ __forceinline__ void send(uint32_t to, float value, uint32_t barrier) {
+// A number for another block, whose arrival is counted as four bytes on a barrier there. Both are addresses of mapa.
+__device__ __forceinline__ void st_async(uint32_t to, float value, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(value),
                "r"(barrier)
                : "memory");
 }
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n\t"
       ".reg .pred done;\n\t"
@@ -66,12 +66,12 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 }
 
 // What this thread wrote into shared memory comes before what copies write there later.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+__device__ __forceinline__ void prefetch_tma_desc(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-__device__ __forceinline__ void copy_2d(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+__device__ __forceinline__ void tma_load_2d(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
@@ -79,22 +79,23 @@ __device__ __forceinline__ void copy_2d(uint32_t to, const CUtensorMap* map, int
       : "memory");
 }
 // To the same place in every block of `mask`, and bytes counted on the same barrier there.
-__device__ __forceinline__ void copy_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
-                                                  uint16_t mask) {
+__device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y,
+                                                      uint32_t barrier, uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(mask)
       : "memory");
 }
-__device__ __forceinline__ void copy_3d(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+__device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap* map, int x, int y, int z,
+                                            uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
@@ -102,19 +103,19 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32
 
 // Registers of a warpgroup, given up or taken.
 template <int kRegisters>
-__device__ __forceinline__ void release_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Encodes a tensor map: `sizes` and `box` in elements, innermost first; `strides` of the outer dimensions in bytes,
 // multiples of 16. What lies outside reads as zero. libcuda is found through the runtime.
-inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base,
-                            const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                            CUtensorMapSwizzle swizzle) {
+inline cudaError_t make_tma_desc(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base,
+                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                 CUtensorMapSwizzle swizzle) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -132,4 +133,4 @@ inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, int rank
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-}  // namespace abiding::hopper
+}  // namespace abiding::sm90

@@ -6,7 +6,27 @@
 
 #include <cstdint>
 
+#include "common/dtypes.h"
+
 namespace abiding {
+
+// The C++ type of a dtype in kernels.
+template <DType kDType>
+struct CudaTypeOf;
+template <>
+struct CudaTypeOf<DType::kBfloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct CudaTypeOf<DType::kFloat16> {
+  using type = __half;
+};
+template <>
+struct CudaTypeOf<DType::kFloat32> {
+  using type = float;
+};
+template <class Tag>  // a DTypeTag
+using CudaType = typename CudaTypeOf<Tag::value>::type;
 
 __device__ __forceinline__ float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
 __device__ __forceinline__ float2 to_floats(__half2 pair) { return __half22float2(pair); }
