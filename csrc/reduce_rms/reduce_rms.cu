@@ -341,10 +341,10 @@ cudaError_t launch_parts(const Peer& peer, ReduceRmsParams p, int max_blocks, cu
     p.tokens = std::min(left, rounds * shape.teams * max_blocks);
     const int64_t blocks = std::min<int64_t>((p.tokens + shape.teams - 1) / shape.teams, max_blocks);
     LaunchConfig how{static_cast<unsigned>(blocks), static_cast<unsigned>(32 * shape.team)};
-    how.block_rows = static_cast<unsigned>(shape.teams);
+    how.block_y = static_cast<unsigned>(shape.teams);
     const auto kernel = kernel_of(shape);
     if (kVector && shape.packs_a_thread == kHeldRow) {
-      how.shared = static_cast<size_t>(shape.teams * packs * 16);
+      how.smem_bytes = static_cast<size_t>(shape.teams * packs * 16);
       // The same for all calls: it is the kernel's, and another thread's call may stand between this and the launch.
       const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
       if (const cudaError_t status = cudaFuncSetAttribute(kernel, limit, memory)) return status;
