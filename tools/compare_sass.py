@@ -38,7 +38,7 @@ def read_kernels(binary: Path) -> dict[Kernel, list[str]]:
 
     def finish() -> None:
         if name:
-            code = Kernel(architecture, tuple(encodings), resources.get((architecture, name), ""))
+            code = Kernel(architecture, tuple(encodings), resources.get((architecture, name)) or resources["", name])
             kernels[code].append(name)
 
     for line in _run("cuobjdump", "-sass", str(binary)).splitlines():

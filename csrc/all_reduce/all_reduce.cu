@@ -96,7 +96,7 @@ struct Sum {
 template <class T>
 __device__ __forceinline__ uint4 nans() {
   uint32_t word = 0x7FC00000;
-  if constexpr (sizeof(T) == 2) word = Pair<T>::kNan | Pair<T>::kNan << 16;
+  if constexpr (sizeof(T) == 2) word = Vec2<T>::kNan | Vec2<T>::kNan << 16;
   return {word, word, word, word};
 }
 

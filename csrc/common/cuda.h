@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "common/check.h"
+#include "common/device.h"
 
 namespace abiding {
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/device.h"
+
 namespace abiding {
 
 // From here on the next kernel's blocks may take what room there is; they wait for this grid's end before they read.
@@ -32,13 +34,6 @@ __device__ __forceinline__ void pdl_wait(Pointers&... addresses) {
   asm volatile("{ .reg .pred p; setp.ne.u64 p, %0, 1; @p griddepcontrol.wait; }" ::"l"(all) : "memory");
   (opaque(addresses), ...);
 #endif
-}
-
-// Of the current device.
-inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  return status == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : status;
 }
 
 // What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster, and how many

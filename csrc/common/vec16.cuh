@@ -32,15 +32,15 @@ __device__ __forceinline__ float2 to_floats(__nv_bfloat162 pair) { return __bflo
 __device__ __forceinline__ float2 to_floats(__half2 pair) { return __half22float2(pair); }
 
 template <class T>
-struct Pair;
+struct Vec2;
 template <>
-struct Pair<__nv_bfloat16> {
+struct Vec2<__nv_bfloat16> {
   using type = __nv_bfloat162;
   static constexpr uint32_t kInfinity = 0x7F80, kNan = 0x7FC0;
   static __device__ __forceinline__ type round(float a, float b) { return __floats2bfloat162_rn(a, b); }
 };
 template <>
-struct Pair<__half> {
+struct Vec2<__half> {
   using type = __half2;
   static constexpr uint32_t kInfinity = 0x7C00, kNan = 0x7E00;
   static __device__ __forceinline__ type round(float a, float b) { return __floats2half2_rn(a, b); }
@@ -51,7 +51,7 @@ __device__ __forceinline__ void unpack(const uint4& packed, float (&x)[8]) {
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    typename Pair<T>::type pair;
+    typename Vec2<T>::type pair;
     memcpy(&pair, &words[i], 4);
     const float2 two = to_floats(pair);
     x[2 * i] = two.x;
@@ -64,7 +64,7 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const typename Pair<T>::type pair = Pair<T>::round(x[2 * i], x[2 * i + 1]);
+    const typename Vec2<T>::type pair = Vec2<T>::round(x[2 * i], x[2 * i + 1]);
     memcpy(&words[i], &pair, 4);
   }
   return {words[0], words[1], words[2], words[3]};
@@ -77,8 +77,8 @@ __device__ __forceinline__ uint4 canonical_nans(uint4 packed) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t low = words[i] & 0xFFFF, high = words[i] >> 16;
-    if ((low & 0x7FFF) > Pair<T>::kInfinity) low = Pair<T>::kNan;
-    if ((high & 0x7FFF) > Pair<T>::kInfinity) high = Pair<T>::kNan;
+    if ((low & 0x7FFF) > Vec2<T>::kInfinity) low = Vec2<T>::kNan;
+    if ((high & 0x7FFF) > Vec2<T>::kInfinity) high = Vec2<T>::kNan;
     words[i] = low | high << 16;
   }
   return packed;

@@ -1,12 +1,12 @@
-// What stands between a layer's two products, in float32; one definition for host and device.
+// The activation between a layer's two GEMMs, in float32; one definition for host and device.
 #pragma once
 
 #include "mxfp8_moe/params.h"
 
 namespace abiding::mxfp8_moe {
 
-// gate * sigmoid(scale * gate). The device's is off by 2^-15 of it at most, before it is rounded to bf16; of the exponential it
-// takes the side below 1, since its division has no results for large divisors.
+// gate * sigmoid(scale * gate). The device's error is at most 2^-15 of the result, before that is rounded to bf16. It takes the side
+// of the exponential that is below 1, since __fdividef returns 0 for large divisors.
 ABIDING_HD float swish(float gate, float scale) {
 #ifdef __CUDA_ARCH__
   const float small = __expf(-fabsf(scale * gate));
@@ -16,7 +16,7 @@ ABIDING_HD float swish(float gate, float scale) {
 #endif
 }
 
-// A NaN stays one: comparisons, not fminf.
+// Comparisons instead of fminf, so that a NaN stays one.
 ABIDING_HD float activated(Activation activation, float gate, float up) {
   if (activation == Activation::kSilu) return swish(gate, 1.0f) * up;
   gate = gate > 7.0f ? 7.0f : gate;

@@ -1,4 +1,4 @@
-// What the CUDA kernels offer to the host code.
+// What the CUDA kernels offer to the host code: run_cuda() of each struct of params.h, which CudaScope::run() calls.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,17 +7,23 @@
 
 namespace abiding::mxfp8_moe {
 
-cudaError_t quantize(const QuantizeParams& p, cudaStream_t stream);
-cudaError_t round(const RoundParams& p, cudaStream_t stream);
-cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
-cudaError_t grouped_mm(const GroupedMmParams& p, cudaStream_t stream);
-cudaError_t takes_interleaved(bool* it_does);  // grouped_mm, on this device
-cudaError_t route(const RouteParams& p, cudaStream_t stream);
-cudaError_t gather(const GatherParams& p, cudaStream_t stream);
-cudaError_t activate(const ActivateParams& p, cudaStream_t stream);
-cudaError_t combine(const CombineParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const QuantizeParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const RoundParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const DequantizeParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream);
 
-// The Hopper kernel that grouped_mm chooses there.
-cudaError_t grouped_mm_sm90(const GroupedMmParams& p, cudaStream_t stream);
+// An implementation of the grouped GEMM. Each is a file grouped_mm_<architecture>.cu that defines one of these; cuda.cpp has the
+// table.
+struct GroupedMmImpl {
+  const char* name;
+  int arch_major;                // the major number of the compute capability that it is for; 0: any
+  ActivationFormat activations;  // what it reads best; every one also reads kBf16
+  bool (*supports)(const GroupedMmParams& p);
+  cudaError_t (*run)(const GroupedMmParams& p, cudaStream_t stream);
+};
+extern const GroupedMmImpl kGroupedMmSm90, kGroupedMmPortable;
 
 }  // namespace abiding::mxfp8_moe

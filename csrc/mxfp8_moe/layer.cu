@@ -1,8 +1,32 @@
-// What a layer does around its two products: order the tokens by expert, gather them, activate, combine.
+// The kernels around a layer's two GEMMs: routing, permute (gather), activation, top-k weighted reduce (combine).
+//
+// PDL contract of a layer, and of a GEMM of e4m3 rows (docs/mxfp8_moe.md explains it):
+//
+//   kernel      reads before pdl_wait          reads after it                  writes (after it)   triggers dependents
+//   route       -                              topk_ids                        offsets, pair_rows  at its start
+//   gather      -                              x, pair_rows                    gathered            after its pdl_wait
+//   up          offsets; w13, s13: 2 stages    gathered; w13, s13              up_out              after its pdl_wait
+//   activate    -                              up_out, offsets[experts]        activated           at its start
+//   down        offsets; w2, s2: 2 stages      activated; w2, s2               gathered (alias)    after its pdl_wait
+//   combine     -                              pair_rows, weights, gathered    out                 at its start
+//
+//   dequantize  -                              offsets, e4m3 rows, codes       bf16 rows           after its pdl_wait
+//   grouped_mm  offsets; weights: 2 stages     bf16 rows; weights              out                 after its pdl_wait
+//
+// A grouped_mm of the caller's bf16 rows, quantize and round read nothing before pdl_wait, and trigger after it.
+//
+// Ordering: a kernel starts once every CTA of the kernel upstream has triggered or exited. pdl_wait returns once that kernel has
+// completed; as every CTA has threads that wait, all kernels further upstream have completed too.
+// Invariant 1: nothing is written before pdl_wait. So no alias is a hazard: down's output lies over up's input (`gathered`), and the
+// next layer may use the same workspace.
+// Invariant 2: what a kernel reads before pdl_wait was written upstream of the nearest upstream kernel that triggers after its own
+// pdl_wait (inputs_ready_before_pdl). For up that is gather, so route has completed. For down it is up, since activate triggers
+// at its start: gather and route have completed, while up may still run.
+// So route, activate and combine may trigger first. gather may not: up reads the offsets that route writes.
 #include "common/launch.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
-#include "mxfp8_moe/octet.cuh"
+#include "mxfp8_moe/quantizer.cuh"
 
 namespace abiding::mxfp8_moe {
 namespace {
@@ -10,8 +34,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 
-// A block has an expert, a warp of it a range of neighbouring pairs. It counts the pairs of the experts before and its own, and
-// then gives its own their rows in the order of the pairs.
+// One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its own, and then
+// numbers its expert's pairs in their order.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   pdl_launch_dependents();
@@ -30,7 +54,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
       if (from + 32 * i >= end) continue;
       before += id[i] >= 0 && id[i] < expert;
       mine += id[i] == expert;
-      if (expert == 0 && (id[i] < 0 || id[i] >= p.experts)) p.rows[from + 32 * i] = -1;
+      if (expert == 0 && (id[i] < 0 || id[i] >= p.experts)) p.pair_rows[from + 32 * i] = -1;
     }
   }
   before = __reduce_add_sync(~0u, before);
@@ -62,49 +86,50 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
       const unsigned lanes = __ballot_sync(~0u, is_mine[i]);
-      if (is_mine[i]) p.rows[from + i * 32 + lane] = row + __popc(lanes & ((1u << lane) - 1));
+      if (is_mine[i]) p.pair_rows[from + i * 32 + lane] = row + __popc(lanes & ((1u << lane) - 1));
       row += __popc(lanes);
     }
   }
 }
 
-// Of a token, that are in flight at once: what they load does not depend on each other.
-constexpr int kPairs = 8;
+// Pairs of a token whose loads are in flight at once.
+constexpr int kPairsInFlight = 8;
 
-// A column of the grid has a token, and each of its blocks some of the token's columns, eight to a thread.
-LaunchConfig launch_of(int64_t tokens, int64_t k) {
+// Grid x is the token, grid y a part of its row: a 16-byte vector of 8 elements per thread.
+LaunchConfig config_per_token(int64_t tokens, int64_t hidden) {
   LaunchConfig config{static_cast<unsigned>(tokens), kThreads};
-  config.grid_y = static_cast<unsigned>((k / 8 + kThreads - 1) / kThreads);
+  config.grid_y = static_cast<unsigned>((hidden / 8 + kThreads - 1) / kThreads);
   return config;
 }
-__device__ __forceinline__ int octet_of_thread() { return static_cast<int>(blockIdx.y * kThreads + threadIdx.x); }
+__device__ __forceinline__ int vector_of_thread() { return static_cast<int>(blockIdx.y * kThreads + threadIdx.x); }
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
   const int64_t token = blockIdx.x;
-  const int octet = octet_of_thread();
+  const int vector = vector_of_thread();
   const uint4* from =
-      reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride) + octet;
-  const int32_t* rows_of_token = p.rows + token * p.top_k;
-  pdl_wait(from, rows_of_token);
-  pdl_launch_dependents();       // not sooner: the product behind this reads what route() wrote before it waits itself
-  if (octet >= p.k / 8) return;  // blocks of 32 elements are inside or outside as a whole
+      reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride) + vector;
+  const int32_t* pair_rows = p.pair_rows + token * p.top_k;
+  pdl_wait(from, pair_rows);
+  pdl_launch_dependents();             // PDL contract: not before pdl_wait
+  if (vector >= p.hidden / 8) return;  // whole scale blocks, and so all lanes of a shuffle
   uint4 packed = *from;
   bool is_ready = false;
-  for (int left = static_cast<int>(p.top_k); left > 0; left -= kPairs, rows_of_token += kPairs) {
-    int rows[kPairs];
+  for (int left = static_cast<int>(p.top_k); left > 0; left -= kPairsInFlight, pair_rows += kPairsInFlight) {
+    int rows[kPairsInFlight];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) rows[j] = j < left ? rows_of_token[j] : -1;
-    if (!is_ready && p.round) packed = round_octet<__nv_bfloat16>(packed);
+    for (int j = 0; j < kPairsInFlight; ++j) rows[j] = j < left ? pair_rows[j] : -1;
+    if (!is_ready && p.round) packed = round_vec8<__nv_bfloat16>(packed);
     if (!is_ready && p.interleaved) packed = interleave(packed);
     is_ready = true;
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j)
-      if (rows[j] >= 0) reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + rows[j] * p.k)[octet] = packed;
+    for (int j = 0; j < kPairsInFlight; ++j)
+      if (rows[j] >= 0)
+        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + rows[j] * p.hidden)[vector] = packed;
   }
 }
 
 template <Activation kActivation>
-__device__ __forceinline__ uint4 activate_octet(uint4 gates, const uint4& ups, bool round) {
+__device__ __forceinline__ uint4 activate_vec8(uint4 gates, const uint4& ups, bool round) {
   if constexpr (kActivation != Activation::kNone) {
     float gate[8], up[8];
     unpack<__nv_bfloat16>(gates, gate);
@@ -114,13 +139,14 @@ __device__ __forceinline__ uint4 activate_octet(uint4 gates, const uint4& ups, b
     gates = pack<__nv_bfloat16>(gate);
     if (!round) return canonical_nans<__nv_bfloat16>(gates);
   }
-  return round ? round_octet<__nv_bfloat16>(gates) : gates;
+  return round ? round_vec8<__nv_bfloat16>(gates) : gates;
 }
 
+// Grid-stride over the vectors of all rows. Row and column are stepped without a division.
 template <Activation kActivation>
 __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constant__ ActivateParams p) {
   pdl_launch_dependents();
-  const unsigned width = static_cast<unsigned>(p.width / 8), step = gridDim.x * kThreads;
+  const unsigned width = static_cast<unsigned>(p.intermediate / 8), step = gridDim.x * kThreads;
   const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * kThreads + threadIdx.x;
   int64_t row = start / width;
   unsigned column = start % width;
@@ -131,44 +157,44 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constan
   const uint4* first = from();
   uintptr_t steps = step_rows | step_columns;
   pdl_wait(first, steps);
-  if (row < p.rows) load(first);  // whether it is in use is on its way too
-  const int total = *p.total;
-  // The four lanes of a block of 32 elements have the same row.
-  while (row < total) {
-    const uint4 result = activate_octet<kActivation>(gates, ups, p.round);
+  if (row < p.max_rows) load(first);  // in flight together with used_rows, which says whether the row counts
+  const int used_rows = *p.used_rows;
+  // The four lanes of a scale block have the same row, so they leave together.
+  while (row < used_rows) {
+    const uint4 result = activate_vec8<kActivation>(gates, ups, p.round);
     static_cast<uint4*>(p.out)[row * width + column] = p.interleaved ? interleave(result) : result;
     row += step_rows;
     column += step_columns;
     if (column >= width) column -= width, ++row;
-    if (row < total) load(from());
+    if (row < used_rows) load(from());
   }
 }
 
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineParams p) {
   pdl_launch_dependents();
   const int64_t token = blockIdx.x;
-  const int octet = octet_of_thread();
-  const int32_t* rows_of_token = p.rows + token * p.top_k;
-  const float* weights_of_token = p.weights + token * p.weights_stride;
-  const uint4* column = static_cast<const uint4*>(p.input) + octet;
-  pdl_wait(rows_of_token, weights_of_token, column);
-  if (octet >= p.k / 8) return;
+  const int vector = vector_of_thread();
+  const int32_t* pair_rows = p.pair_rows + token * p.top_k;
+  const float* token_weights = p.weights + token * p.weights_stride;
+  const uint4* column = static_cast<const uint4*>(p.input) + vector;
+  pdl_wait(pair_rows, token_weights, column);
+  if (vector >= p.hidden / 8) return;
   float sums[8] = {};
   for (int left = static_cast<int>(p.top_k); left > 0;
-       left -= kPairs, rows_of_token += kPairs, weights_of_token += kPairs) {
-    int rows[kPairs];
-    float weights[kPairs];
-    uint4 parts[kPairs];
+       left -= kPairsInFlight, pair_rows += kPairsInFlight, token_weights += kPairsInFlight) {
+    int rows[kPairsInFlight];
+    float weights[kPairsInFlight];
+    uint4 parts[kPairsInFlight];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      rows[j] = j < left ? rows_of_token[j] : -1;
-      weights[j] = j < left ? weights_of_token[j] : 0;
+    for (int j = 0; j < kPairsInFlight; ++j) {
+      rows[j] = j < left ? pair_rows[j] : -1;
+      weights[j] = j < left ? token_weights[j] : 0;
     }
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j)
-      if (rows[j] >= 0) parts[j] = column[rows[j] * (p.k / 8)];
+    for (int j = 0; j < kPairsInFlight; ++j)
+      if (rows[j] >= 0) parts[j] = column[rows[j] * (p.hidden / 8)];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
+    for (int j = 0; j < kPairsInFlight; ++j) {
       if (rows[j] < 0) continue;
       float x[8];
       unpack<__nv_bfloat16>(parts[j], x);
@@ -176,26 +202,26 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
       for (int i = 0; i < 8; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weights[j], x[i]));
     }
   }
-  reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride)[octet] =
+  reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride)[vector] =
       canonical_nans<__nv_bfloat16>(pack<__nv_bfloat16>(sums));
 }
 
 }  // namespace
 
-cudaError_t route(const RouteParams& p, cudaStream_t stream) {
+cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
   const int64_t pairs = p.tokens * p.top_k;
   const unsigned threads = pairs <= 256 ? 64 : kRouteThreads, warps = threads / 32;
   const auto range = static_cast<int>(round_up((pairs + warps - 1) / warps, 32));
   return launch(route_kernel, LaunchConfig{static_cast<unsigned>(p.experts), threads}, stream, p, range);
 }
 
-cudaError_t gather(const GatherParams& p, cudaStream_t stream) {
-  return launch(gather_kernel, launch_of(p.tokens, p.k), stream, p);
+cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
+  return launch(gather_kernel, config_per_token(p.tokens, p.hidden), stream, p);
 }
 
-cudaError_t activate(const ActivateParams& p, cudaStream_t stream) {
-  const int64_t blocks = (p.rows * (p.width / 8) + kThreads - 1) / kThreads;
-  const LaunchConfig config{static_cast<unsigned>(blocks < 4096 ? blocks : 4096), kThreads};
+cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream) {
+  const int64_t ctas = (p.max_rows * (p.intermediate / 8) + kThreads - 1) / kThreads;
+  const LaunchConfig config{static_cast<unsigned>(ctas < 4096 ? ctas : 4096), kThreads};
   switch (p.activation) {
     case Activation::kSilu: return launch(activate_kernel<Activation::kSilu>, config, stream, p);
     case Activation::kSwigluOai: return launch(activate_kernel<Activation::kSwigluOai>, config, stream, p);
@@ -204,8 +230,8 @@ cudaError_t activate(const ActivateParams& p, cudaStream_t stream) {
   return launch(activate_kernel<Activation::kNone>, config, stream, p);
 }
 
-cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
-  return launch(combine_kernel, launch_of(p.tokens, p.k), stream, p);
+cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream) {
+  return launch(combine_kernel, config_per_token(p.tokens, p.hidden), stream, p);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -6,29 +6,30 @@
 
 namespace abiding::mxfp8_moe {
 
-// Backend(tensor) makes the tensor's device current and has find_bad(rule), a function for each struct of params.h, and
-// takes_interleaved(): whether its products want rows so.
-template <class Backend>
+// Scope is CpuScope or CudaScope: it makes the tensor's device current, finds bad indices and runs a struct of params.h.
+// choose_grouped_mm(scope, gemms...) is the backend's choice of an implementation, made once per call.
+template <class Scope>
 struct Operators {
   static void run(const char* op, const Tensor& input, const QuantizeParams& p) {
-    const Backend backend(input);
-    check_index_values(op, backend, {offset_rule(p.groups), scale_offset_rule(p.groups, p.scale_rows)});
-    backend.quantize(p);
+    const Scope scope(input);
+    check_index_values(op, scope, {offset_rule(p.groups), scale_offset_rule(p.groups, p.scale_buffer)});
+    scope.run(p);
   }
 
   static void run(const char* op, const Tensor& a, GroupedMm mm) {
-    const Backend backend(a);
-    check_index_values(
-        op, backend, {offset_rule(mm.product.groups), scale_offset_rule(mm.product.groups, mm.dequantize.scale_rows)});
-    if (mm.product.groups.rows == 0) return;
-    if (!mm.quantized) return backend.grouped_mm(mm.product);
+    const Scope scope(a);
+    check_index_values(op, scope,
+                       {offset_rule(mm.gemm.groups), scale_offset_rule(mm.gemm.groups, mm.dequantize.scale_buffer)});
+    if (mm.gemm.groups.rows == 0) return;
+    const auto& impl = choose_grouped_mm(scope, mm.gemm);
+    if (!mm.quantized) return scope.run(mm.gemm, impl);
     const Tensor rows = new_empty(op, a, {a.size(0), 2 * a.size(1)});  // bf16, in bytes
     mm.dequantize.out = rows.mutable_data_ptr();
-    mm.product.a = rows.const_data_ptr();
-    mm.product.a_stride = mm.dequantize.out_stride;
-    mm.product.interleaved = mm.dequantize.interleaved = backend.takes_interleaved();
-    backend.dequantize(mm.dequantize);
-    backend.grouped_mm(mm.product);
+    mm.gemm.a = rows.const_data_ptr();
+    mm.gemm.a_stride = mm.dequantize.out_stride;
+    mm.gemm.interleaved = mm.dequantize.interleaved = impl.activations == ActivationFormat::kBf16Interleaved;
+    scope.run(mm.dequantize);
+    scope.run(mm.gemm, impl);
   }
 
   static void experts_quant(const Tensor& input, const Tensor& problem_sizes, const Tensor& expert_offsets,
@@ -50,8 +51,8 @@ struct Operators {
 
   static void round(const Tensor& input, const Tensor& out) {
     const RoundParams p = check_round(input, out);
-    const Backend backend(input);
-    if (p.rows > 0) backend.round(p);
+    const Scope scope(input);
+    if (p.rows > 0) scope.run(p);
   }
 
   static void grouped_mm(const Tensor& a, std::optional<Tensor> a_scales, const Tensor& weight,
@@ -63,18 +64,19 @@ struct Operators {
                   const Tensor& topk_ids, const Tensor& topk_weights, int64_t activation, bool w8a8,
                   std::optional<Tensor> workspace, const Tensor& out) {
     Moe p = check_moe(x, w13, s13, w2, s2, topk_ids, topk_weights, activation, w8a8, workspace, out);
-    const Backend backend(x);
-    check_index_values(kMoe, backend, {expert_rule(p.route)});
+    const Scope scope(x);
+    check_index_values(kMoe, scope, {expert_rule(p.route)});
     if (p.route.tokens == 0) return;
     const Tensor space = workspace ? *workspace : new_empty(kMoe, w13, {p.layout.bytes});
     p.place(space.mutable_data_ptr());
-    p.interleave(backend.takes_interleaved());
-    backend.route(p.route);
-    backend.gather(p.gather);
-    backend.grouped_mm(p.up);
-    backend.activate(p.activate);
-    backend.grouped_mm(p.down);
-    backend.combine(p.combine);
+    const auto& impl = choose_grouped_mm(scope, p.up, p.down);
+    p.set_interleaved(impl.activations == ActivationFormat::kBf16Interleaved);
+    scope.run(p.route);
+    scope.run(p.gather);
+    scope.run(p.up, impl);
+    scope.run(p.activate);
+    scope.run(p.down, impl);
+    scope.run(p.combine);
   }
 
   static void implement(Library& m) {

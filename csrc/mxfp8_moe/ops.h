@@ -16,24 +16,25 @@ constexpr const char* kGroupedMm = "mxfp8_grouped_mm";
 constexpr const char* kMoe = "mxfp8_moe";
 constexpr const char* kWorkspaceBytes = "mxfp8_moe_workspace_bytes";
 
-constexpr int64_t kMaxRows = 1LL << 31;   // rows of one call, which offsets count in 32 bits
-constexpr int64_t kMaxWidth = 1LL << 24;  // elements of a row
-constexpr uintptr_t kAlignment = 16;      // rows and scales are moved 16 bytes at a time
-constexpr int64_t kWorkspacePiece = 256;  // pieces of a workspace begin at multiples of this many bytes
+constexpr int64_t kMaxRows = 1LL << 31;       // of one call: offsets are 32-bit
+constexpr int64_t kMaxWidth = 1LL << 24;      // elements per row
+constexpr uintptr_t kAlignment = 16;          // bytes: rows and scales move as 16-byte vectors
+constexpr int64_t kWorkspaceAlignment = 256;  // bytes, of each buffer in a workspace
 
-inline bool is_width(int64_t k) { return k >= kBlock && k <= kMaxWidth && k % kBlock == 0; }
+inline bool is_width(int64_t k) { return k >= kScaleBlock && k <= kMaxWidth && k % kScaleBlock == 0; }
 
 inline void check_width(const char* op, const char* name, int64_t k, const char* of) {
-  check(is_width(k), op, name, " is ", k, of, "; expected a multiple of ", kBlock, " from ", kBlock, " to ", kMaxWidth);
+  check(is_width(k), op, name, " is ", k, of, "; expected a multiple of ", kScaleBlock, " from ", kScaleBlock, " to ",
+        kMaxWidth);
 }
 
 inline int64_t row_stride(const Tensor& rows) { return rows.size(0) > 1 ? rows.stride(0) : rows.size(1); }
 
-// Rows [rows, k] of blocks, read or written in place.
+// Rows [rows, k] of whole scale blocks, read or written in place.
 inline const Argument& check_rows(const char* op, const Argument& rows, std::initializer_list<DType> dtypes) {
   const Tensor& tensor = rows.dtype(dtypes).rank(2).tensor();
   check(is_width(tensor.size(1)), op, rows.name(), " has shape ", rows.shape(), "; expected rows of a multiple of ",
-        kBlock, " elements, from ", kBlock, " to ", kMaxWidth);
+        kScaleBlock, " elements, from ", kScaleBlock, " to ", kMaxWidth);
   check(tensor.size(0) < kMaxRows, op, rows.name(), " has shape ", rows.shape(), "; expected fewer than 2^31 rows");
   return rows.dense_rows(static_cast<int64_t>(kAlignment / tensor.element_size())).aligned(kAlignment);
 }
@@ -44,8 +45,7 @@ inline const Argument& check_result(const char* op, const Argument& rows, std::i
   return check_rows(op, rows, dtypes).no_overlap();
 }
 
-// Nothing written may be read: from the first element to behind the last, in bytes, the rows lie apart from the input's.
-// Columns of one buffer may lie side by side.
+// Output and input must not overlap. Disjoint columns of one buffer are accepted: same stride, and rows that leave room for both.
 inline void check_apart(const char* op, const Argument& out, const Argument& input) {
   const Tensor &to = out.tensor(), &from = input.tensor();
   if (to.numel() == 0 || from.numel() == 0) return;
@@ -66,7 +66,7 @@ inline void check_apart(const char* op, const Argument& out, const Argument& inp
         input.name(), "; expected memory of its own");
 }
 
-// Scale codes in tiles: their shape means nothing, so any will do over memory without gaps.
+// Scale codes in tiles: any shape over memory without gaps is accepted, since the layout is not a tensor's.
 inline uint8_t* check_scales(const Argument& scales, const Argument& device, const char* op) {
   const Tensor& tensor = scales.dtype({DType::kUint8}).same_device(device).tensor();
   int64_t last = 0;
@@ -76,10 +76,10 @@ inline uint8_t* check_scales(const Argument& scales, const Argument& device, con
   return static_cast<uint8_t*>(scales.aligned(kAlignment).tensor().data_ptr());
 }
 
-// Of activations: as many whole tiles as there are.
-inline ScaleRows scale_rows(const Tensor& scales, int64_t k) {
+// The buffer of activation scales: as many whole tiles as the tensor has.
+inline ScaleBuffer scale_buffer(const Tensor& scales, int64_t k) {
   const int64_t columns = scale_columns(k);
-  return {scales.numel() / columns / kTileRows * kTileRows, columns};
+  return {scales.numel() / columns / kScaleTileRows * kScaleTileRows, columns};
 }
 
 inline const int32_t* check_offsets(const Argument& offsets, const Argument& device) {
@@ -87,17 +87,17 @@ inline const int32_t* check_offsets(const Argument& offsets, const Argument& dev
       offsets.dtype({DType::kInt32}).rank(1).contiguous().same_device(device).tensor().const_data_ptr());
 }
 
-// The face's two forms, or none.
+// The public API's offsets in one of two forms, or none.
 inline Groups check_groups(const char* op, const Argument& rows, const std::optional<Tensor>& offsets, bool ends) {
   Groups groups{};
   groups.rows = rows.tensor().size(0);
   if (!offsets) {
     groups.count = 1;
-    groups.form = Offsets::kWhole;
+    groups.form = OffsetForm::kWhole;
     return groups;
   }
   const Argument argument{op, "offsets", *offsets};
-  groups.form = ends ? Offsets::kEnds : Offsets::kStarts;
+  groups.form = ends ? OffsetForm::kEnds : OffsetForm::kStarts;
   groups.offsets = check_offsets(argument, rows);
   groups.count = offsets->size(0) - (ends ? 0 : 1);
   check(1 <= groups.count && groups.count <= kMaxExperts, op, "offsets has shape ", argument.shape(),
@@ -105,7 +105,7 @@ inline Groups check_groups(const char* op, const Argument& rows, const std::opti
   return groups;
 }
 
-// The raw operators' form: starts, (m, n, k), and where each group's scales start.
+// The raw operators' form: first rows, (m, n, k), and each group's first row among the scales.
 inline Groups check_problems(const char* op, const Argument& rows, const Tensor& problem_sizes,
                              const Tensor& expert_offsets, const Tensor& blockscale_offsets) {
   const Argument problems{op, "problem_sizes", problem_sizes}, starts{op, "expert_offsets", expert_offsets},
@@ -114,7 +114,7 @@ inline Groups check_problems(const char* op, const Argument& rows, const Tensor&
   Groups groups{};
   groups.count = problem_sizes.size(0);
   groups.rows = rows.tensor().size(0);
-  groups.form = Offsets::kProblems;
+  groups.form = OffsetForm::kProblems;
   groups.offsets = check_offsets(starts, rows);
   groups.problem_sizes = static_cast<const int32_t*>(problem_sizes.const_data_ptr());
   groups.scale_offsets = check_offsets(scale_starts, rows);
@@ -125,7 +125,7 @@ inline Groups check_problems(const char* op, const Argument& rows, const Tensor&
   return groups;
 }
 
-// Weights [count, n, k], or transposed as the dimensions say: rows of k elements are dense, other strides free.
+// Weights [count, n, k], or [count, k, n] as n_dim and k_dim say. Rows of k elements are dense; other strides are free.
 struct Weight {
   const uint8_t *data, *scales;
   int64_t n, k, expert_stride, stride;
@@ -141,21 +141,23 @@ inline Weight check_weight(const char* op, const Argument& weight, const Argumen
                              .tensor();
   const int64_t n = tensor.size(n_dim), k = tensor.size(k_dim);
   check(is_width(n) && is_width(k), op, weight.name(), " has shape ", weight.shape(),
-        "; expected inner sizes that are multiples of ", kBlock, ", from ", kBlock, " to ", kMaxWidth);
+        "; expected inner sizes that are multiples of ", kScaleBlock, ", from ", kScaleBlock, " to ", kMaxWidth);
   const auto step = static_cast<int64_t>(kAlignment);
   const bool aligned = tensor.stride(n_dim) % step == 0 && (count == 1 || tensor.stride(0) % step == 0);
   check(tensor.stride(k_dim) == 1 && aligned, op, weight.name(), " has strides ", weight.strides(),
         "; expected stride 1 in dimension ", k_dim, " and multiples of ", step, " in the others");
   const uint8_t* codes = check_scales(scales, device, op);
-  const int64_t bytes = count * round_up(n, kTileRows) * scale_columns(k);
+  const int64_t bytes = count * round_up(n, kScaleTileRows) * scale_columns(k);
   check(scales.tensor().numel() == bytes, op, scales.name(), " has shape ", scales.shape(), "; expected ", count, " x ",
-        round_up(n, kTileRows), " x ", scale_columns(k), " bytes for ", n, " rows of ", k);
-  return {static_cast<const uint8_t*>(tensor.const_data_ptr()),
-          codes,
-          n,
-          k,
-          count > 1 ? tensor.stride(0) : n * tensor.stride(n_dim),
-          tensor.stride(n_dim)};
+        round_up(n, kScaleTileRows), " x ", scale_columns(k), " bytes for ", n, " rows of ", k);
+  Weight result{};
+  result.data = static_cast<const uint8_t*>(tensor.const_data_ptr());
+  result.scales = codes;
+  result.n = n;
+  result.k = k;
+  result.expert_stride = count > 1 ? tensor.stride(0) : n * tensor.stride(n_dim);
+  result.stride = tensor.stride(n_dim);
+  return result;
 }
 
 inline QuantizeParams check_quantize(const char* op, const Argument& input, const Argument& data,
@@ -166,7 +168,7 @@ inline QuantizeParams check_quantize(const char* op, const Argument& input, cons
   QuantizeParams p{};
   p.scales = check_scales(scales, input, op);
   p.groups = groups;
-  p.scale_rows = scale_rows(scales.tensor(), k);
+  p.scale_buffer = scale_buffer(scales.tensor(), k);
   p.k = k;
   p.input = input.tensor().const_data_ptr();
   p.input_stride = row_stride(input.tensor());
@@ -201,50 +203,65 @@ inline RoundParams check_round(const Tensor& input, const Tensor& out) {
   check_rows(kRound, rows, {DType::kBfloat16, DType::kFloat16});
   check_result(kRound, result, {DType::kBfloat16}, input.size(0), input.size(1), rows);
   check_apart(kRound, result, rows);
-  return {input.size(0), input.size(1),          input.const_data_ptr(), row_stride(input),
-          rows.dtype(),  out.mutable_data_ptr(), row_stride(out)};
+  RoundParams p{};
+  p.rows = input.size(0);
+  p.k = input.size(1);
+  p.input = input.const_data_ptr();
+  p.input_stride = row_stride(input);
+  p.dtype = rows.dtype();
+  p.out = out.mutable_data_ptr();
+  p.out_stride = row_stride(out);
+  return p;
 }
 
-// A grouped product, and what makes its activations first where those are e4m3: `dequantize.out` is still to be given.
+// A grouped GEMM, and where its activations are e4m3 the step that makes bf16 of them; the caller sets `dequantize.out`.
 struct GroupedMm {
-  GroupedMmParams product;
+  GroupedMmParams gemm;
   DequantizeParams dequantize;
   bool quantized;
 };
 
-inline GroupedMm check_product(const char* op, const Argument& a, const std::optional<Argument>& a_scales,
-                               const Groups& groups, const Weight& weight, const Argument& out,
-                               std::initializer_list<DType> out_types) {
+// What a GEMM knows from its weights; dense bf16 rows unless the caller says otherwise.
+inline GroupedMmParams gemm_params(const Groups& groups, const Weight& weight) {
+  GroupedMmParams p{};
+  p.groups = groups;
+  p.n = weight.n;
+  p.k = weight.k;
+  p.a_stride = weight.k;
+  p.weight = weight.data;
+  p.weight_expert_stride = weight.expert_stride;
+  p.weight_stride = weight.stride;
+  p.weight_scales = weight.scales;
+  p.out_stride = weight.n;
+  p.out_dtype = DType::kBfloat16;
+  return p;
+}
+
+inline GroupedMm check_gemm(const char* op, const Argument& a, const std::optional<Argument>& a_scales,
+                            const Groups& groups, const Weight& weight, const Argument& out,
+                            std::initializer_list<DType> out_dtypes) {
   const int64_t k = a.tensor().size(1);
   check(weight.k == k, op, a.name(), " has shape ", a.shape(), "; expected rows of ", weight.k,
         " elements, as the weights have");
-  check_result(op, out, out_types, groups.rows, weight.n, a);
+  check_result(op, out, out_dtypes, groups.rows, weight.n, a);
   check_apart(op, out, a);
   GroupedMm mm{};
   mm.quantized = a_scales.has_value();
-  mm.product = {groups,
-                weight.n,
-                k,
-                a.tensor().const_data_ptr(),
-                row_stride(a.tensor()),
-                weight.data,
-                weight.expert_stride,
-                weight.stride,
-                weight.scales,
-                out.tensor().mutable_data_ptr(),
-                row_stride(out.tensor()),
-                out.dtype(),
-                mm.quantized};  // behind dequantize()
+  mm.gemm = gemm_params(groups, weight);
+  mm.gemm.a = a.tensor().const_data_ptr();
+  mm.gemm.a_stride = row_stride(a.tensor());
+  mm.gemm.out = out.tensor().mutable_data_ptr();
+  mm.gemm.out_stride = row_stride(out.tensor());
+  mm.gemm.out_dtype = out.dtype();
+  mm.gemm.inputs_ready_before_pdl = mm.quantized;  // dequantize() runs between what wrote them and this
   if (!mm.quantized) return mm;
-  const uint8_t* codes = check_scales(*a_scales, a, op);
-  mm.dequantize = {groups,
-                   scale_rows(a_scales->tensor(), k),
-                   k,
-                   static_cast<const uint8_t*>(a.tensor().const_data_ptr()),
-                   row_stride(a.tensor()),
-                   codes,
-                   nullptr,
-                   k};
+  mm.dequantize.groups = groups;
+  mm.dequantize.scale_buffer = scale_buffer(a_scales->tensor(), k);
+  mm.dequantize.k = k;
+  mm.dequantize.data = static_cast<const uint8_t*>(a.tensor().const_data_ptr());
+  mm.dequantize.data_stride = row_stride(a.tensor());
+  mm.dequantize.scales = check_scales(*a_scales, a, op);
+  mm.dequantize.out_stride = k;
   return mm;
 }
 
@@ -261,8 +278,8 @@ inline GroupedMm check_grouped_mm(const Tensor& a, const std::optional<Tensor>& 
   const Weight experts =
       check_weight(op, {op, "weight", weight}, {op, "weight_scales", weight_scales}, groups.count, 1, 2, rows);
   const auto scales = a_scales ? std::optional<Argument>({op, "a_scales", *a_scales}) : std::nullopt;
-  return check_product(op, rows, scales, groups, experts, {op, "out", out},
-                       {DType::kBfloat16, DType::kFloat16, DType::kFloat32});
+  return check_gemm(op, rows, scales, groups, experts, {op, "out", out},
+                    {DType::kBfloat16, DType::kFloat16, DType::kFloat32});
 }
 
 inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& sfa, const Tensor& sfb,
@@ -273,30 +290,33 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
   check_rows(op, rows, {DType::kFloat8E4m3, DType::kUint8});
   const Groups groups = check_problems(op, rows, problem_sizes, expert_offsets, blockscale_offsets);
   const Weight experts = check_weight(op, {op, "b", b}, {op, "sfb", sfb}, groups.count, 2, 1, rows);
-  return check_product(op, rows, scales, groups, experts, {op, "out", out}, {DType::kBfloat16, DType::kFloat16});
+  return check_gemm(op, rows, scales, groups, experts, {op, "out", out}, {DType::kBfloat16, DType::kFloat16});
 }
 
-// Where a layer keeps what its kernels hand on, in bytes from the start of the workspace. Sized for every pair of a token
-// and an expert to be here.
+// Offsets of a layer's buffers in its workspace, in bytes; sized for the case that every token-expert pair is local.
 struct Workspace {
-  int64_t offsets, rows, activated, gathered, hidden, bytes;
+  int64_t offsets, pair_rows;
+  int64_t gathered;  // rows of the first GEMM, and then of combine: they are used up by the time the second GEMM writes
+  int64_t up_out;    // the first GEMM's result
+  int64_t activated;  // rows of the second GEMM
+  int64_t bytes;      // of all
 };
 
 inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
                                   int64_t intermediate) {
   const int64_t pairs = tokens * top_k;
   int64_t at = 0;
-  const auto piece = [&at](int64_t bytes) {
+  const auto allocate = [&at](int64_t bytes) {
     const int64_t begin = at;
-    at += round_up(bytes, kWorkspacePiece);
+    at += round_up(bytes, kWorkspaceAlignment);
     return begin;
   };
   Workspace layout{};
-  layout.offsets = piece((experts + 1) * 4);
-  layout.rows = piece(pairs * 4);
-  layout.activated = piece(pairs * intermediate * 2);
-  layout.gathered = piece(pairs * hidden * 2);
-  layout.hidden = piece(pairs * intermediate * 2 * 2);
+  layout.offsets = allocate((experts + 1) * 4);
+  layout.pair_rows = allocate(pairs * 4);
+  layout.activated = allocate(pairs * intermediate * 2);
+  layout.gathered = allocate(pairs * hidden * 2);
+  layout.up_out = allocate(pairs * intermediate * 2 * 2);
   layout.bytes = at;
   return layout;
 }
@@ -317,7 +337,7 @@ inline int64_t check_workspace_bytes(int64_t tokens, int64_t top_k, int64_t expe
   return workspace_layout(tokens, top_k, experts, hidden, intermediate).bytes;
 }
 
-// A layer's six steps over a workspace, which place() puts them into.
+// A layer's six steps. place() binds them to a workspace.
 struct Moe {
   RouteParams route;
   GatherParams gather;
@@ -330,18 +350,17 @@ struct Moe {
   void place(void* workspace) {
     char* base = static_cast<char*>(workspace);
     route.offsets = reinterpret_cast<int32_t*>(base + layout.offsets);
-    route.rows = reinterpret_cast<int32_t*>(base + layout.rows);
-    gather.rows = combine.rows = route.rows;
+    route.pair_rows = reinterpret_cast<int32_t*>(base + layout.pair_rows);
+    gather.pair_rows = combine.pair_rows = route.pair_rows;
     up.groups.offsets = down.groups.offsets = route.offsets;
-    activate.total = route.offsets + route.experts;
+    activate.used_rows = route.offsets + route.experts;
     up.a = gather.out = base + layout.gathered;
-    activate.input = up.out = base + layout.hidden;
+    activate.input = up.out = base + layout.up_out;
     down.a = activate.out = base + layout.activated;
-    combine.input = down.out = base + layout.gathered;  // rows that are used up by then
+    combine.input = down.out = base + layout.gathered;
   }
-  void interleave(bool wanted) {
-    gather.interleaved = up.interleaved = wanted;
-    activate.interleaved = down.interleaved = wanted;
+  void set_interleaved(bool interleaved) {
+    gather.interleaved = up.interleaved = activate.interleaved = down.interleaved = interleaved;
   }
 };
 
@@ -386,38 +405,46 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
           moe.layout.bytes, "] for ", tokens, " tokens");
   }
   const int64_t pairs = tokens * top_k;
-  const Groups groups{experts, pairs, Offsets::kStarts, nullptr, nullptr, nullptr};
-  const Indices pair_ids{topk_ids.const_data_ptr(), pairs, ids.dtype() == DType::kInt64};
-  moe.route = {pair_ids, tokens, top_k, experts, nullptr, nullptr};
-  moe.gather = {tokens, top_k, hidden, nullptr, x.const_data_ptr(), row_stride(x), w8a8, nullptr};
-  const auto product = [&groups](const Weight& w) {
-    return GroupedMmParams{groups,   w.n,     w.k, nullptr,          w.k, w.data, w.expert_stride, w.stride,
-                           w.scales, nullptr, w.n, DType::kBfloat16, true};
-  };
-  moe.up = product(first);
-  moe.activate = {pairs, nullptr, intermediate, nullptr, kind, w8a8, nullptr};
-  moe.down = product(second);
-  moe.combine = {tokens,
-                 top_k,
-                 hidden,
-                 nullptr,
-                 nullptr,
-                 static_cast<const float*>(topk_weights.const_data_ptr()),
-                 row_stride(topk_weights),
-                 out.mutable_data_ptr(),
-                 row_stride(out)};
+  Groups groups{};
+  groups.count = experts;
+  groups.rows = pairs;
+  groups.form = OffsetForm::kStarts;
+  moe.route.ids = {topk_ids.const_data_ptr(), pairs, ids.dtype() == DType::kInt64};
+  moe.route.tokens = tokens;
+  moe.route.top_k = top_k;
+  moe.route.experts = experts;
+  moe.gather.tokens = tokens;
+  moe.gather.top_k = top_k;
+  moe.gather.hidden = hidden;
+  moe.gather.x = x.const_data_ptr();
+  moe.gather.x_stride = row_stride(x);
+  moe.gather.round = w8a8;
+  moe.up = gemm_params(groups, first);
+  moe.activate.max_rows = pairs;
+  moe.activate.intermediate = intermediate;
+  moe.activate.activation = kind;
+  moe.activate.round = w8a8;
+  moe.down = gemm_params(groups, second);
+  moe.up.inputs_ready_before_pdl = moe.down.inputs_ready_before_pdl = true;
+  moe.combine.tokens = tokens;
+  moe.combine.top_k = top_k;
+  moe.combine.hidden = hidden;
+  moe.combine.weights = static_cast<const float*>(topk_weights.const_data_ptr());
+  moe.combine.weights_stride = row_stride(topk_weights);
+  moe.combine.out = out.mutable_data_ptr();
+  moe.combine.out_stride = row_stride(out);
   return moe;
 }
 
-// What ABIDING_CHECK_INDICES=1 adds. A negative expert is one elsewhere; offsets must lie inside the tensors.
+// What ABIDING_CHECK_INDICES=1 adds. A negative expert id means an expert on another rank; offsets must lie inside the tensors.
 inline IndexRule expert_rule(const RouteParams& p) { return {"topk_ids", p.ids, INT64_MIN, p.experts}; }
 inline IndexRule offset_rule(const Groups& groups) {
-  const bool raw = groups.form == Offsets::kProblems;
-  const int64_t size = groups.form == Offsets::kWhole ? 0 : groups.count + (groups.form == Offsets::kStarts);
+  const bool raw = groups.form == OffsetForm::kProblems;
+  const int64_t size = groups.form == OffsetForm::kWhole ? 0 : groups.count + (groups.form == OffsetForm::kStarts);
   return {raw ? "expert_offsets" : "offsets", {groups.offsets, size, false}, 0, groups.rows + 1};
 }
-inline IndexRule scale_offset_rule(const Groups& groups, const ScaleRows& scales) {
-  const int64_t size = groups.form == Offsets::kProblems ? groups.count : 0;
+inline IndexRule scale_offset_rule(const Groups& groups, const ScaleBuffer& scales) {
+  const int64_t size = groups.form == OffsetForm::kProblems ? groups.count : 0;
   return {"blockscale_offsets", {groups.scale_offsets, size, false}, 0, scales.rows + 1};
 }
 

@@ -1,4 +1,4 @@
-// What the checks hand to a kernel: plain data, and the MXFP8 format that host and device share. No torch here.
+// What the checks hand to kernels: plain data, and the MXFP8 format that host and device share. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -9,76 +9,80 @@
 
 namespace abiding::mxfp8_moe {
 
-constexpr int kBlock = 32;  // consecutive elements of a row that share a scale (OCP Microscaling formats)
+constexpr int kScaleBlock = 32;  // consecutive elements of a row that share a scale (OCP Microscaling formats)
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 16;
 
-// Scales are kept in tiles of 128 rows x 4 blocks, 512 bytes: what cuBLAS calls VEC32_UE8M0 and torch SWIZZLE_32_4_4. In
-// a tile, rows r, r + 32, r + 64, r + 96 lie side by side. Tiles run along a row first.
-constexpr int kTileRows = 128, kTileBlocks = 4, kTileBytes = kTileRows * kTileBlocks;
+// Scales are stored in tiles of 128 rows x 4 blocks, 512 bytes: cuBLAS calls the layout VEC32_UE8M0, torch SWIZZLE_32_4_4. In a
+// tile, rows r, r + 32, r + 64, r + 96 are adjacent. Tiles run along a row first.
+constexpr int kScaleTileRows = 128, kScaleTileBlocks = 4, kScaleTileBytes = kScaleTileRows * kScaleTileBlocks;
 
-// Blocks of a row of k elements, with those that fill the last tile.
-ABIDING_HD constexpr int64_t scale_columns(int64_t k) { return round_up(round_up(k, kBlock) / kBlock, kTileBlocks); }
-
-// Where the scale of a row's block is, from the first byte of its group; `columns` as above.
-ABIDING_HD constexpr int64_t scale_at(int64_t row, int64_t block, int64_t columns) {
-  return (row / kTileRows * (columns / kTileBlocks) + block / kTileBlocks) * kTileBytes + row % 32 * 16 +
-         row % kTileRows / 32 * 4 + block % kTileBlocks;
+// Scale blocks of a row of k elements, padded to whole tiles.
+ABIDING_HD constexpr int64_t scale_columns(int64_t k) {
+  return round_up(round_up(k, kScaleBlock) / kScaleBlock, kScaleTileBlocks);
 }
 
-// A row range; empty where the device's numbers lead outside of the tensors.
-struct Span {
-  int64_t begin, rows;
+// The offset of a scale from the first byte of its group; `columns` is scale_columns(k).
+ABIDING_HD constexpr int64_t scale_at(int64_t row, int64_t block, int64_t columns) {
+  return (row / kScaleTileRows * (columns / kScaleTileBlocks) + block / kScaleTileBlocks) * kScaleTileBytes +
+         row % 32 * 16 + row % kScaleTileRows / 32 * 4 + block % kScaleTileBlocks;
+}
+
+struct RowRange {
+  int64_t begin, count;
 };
 
-// How the rows of a call belong to experts; read on the device. Offsets come in one of three forms: starts with the total
-// last [count + 1], ends [count] as torch's grouped products take them, or starts [count] beside problem sizes [count, 3].
-// With kWhole there are none, and one group has all rows.
-enum class Offsets { kStarts, kEnds, kProblems, kWhole };
+// How device arrays say which rows belong to which group (expert).
+enum class OffsetForm {
+  kStarts,    // [count + 1]: the groups' first rows, the total last
+  kEnds,      // [count]: one past each group's last row, as torch's grouped GEMMs take them
+  kProblems,  // [count] first rows, beside problem_sizes [count, 3] (the raw operators)
+  kWhole      // no arrays: one group has all rows
+};
 struct Groups {
   int64_t count;
   int64_t rows;  // of the tensors
-  Offsets form;
+  OffsetForm form;
   const int32_t* offsets;
-  const int32_t *problem_sizes,
-      *scale_offsets;  // form kProblems: (m, n, k), and the group's first row among the scales
+  const int32_t *problem_sizes, *scale_offsets;  // kProblems: (m, n, k), and the group's first row among the scales
 
-  ABIDING_HD Span span(int64_t group) const {
-    if (form == Offsets::kWhole) return {0, rows};
-    const int64_t begin = form == Offsets::kEnds ? (group ? offsets[group - 1] : 0) : offsets[group];
-    const int64_t size = form == Offsets::kStarts ? offsets[group + 1] - begin
-                         : form == Offsets::kEnds ? offsets[group] - begin
-                                                  : problem_sizes[3 * group];
-    return begin < 0 || size < 0 || begin + size > rows ? Span{0, 0} : Span{begin, size};
+  // Empty where the device's numbers lead outside of the tensors.
+  ABIDING_HD RowRange range(int64_t group) const {
+    if (form == OffsetForm::kWhole) return {0, rows};
+    const int64_t begin = form == OffsetForm::kEnds ? (group ? offsets[group - 1] : 0) : offsets[group];
+    const int64_t size = form == OffsetForm::kStarts ? offsets[group + 1] - begin
+                         : form == OffsetForm::kEnds ? offsets[group] - begin
+                                                     : problem_sizes[3 * group];
+    return begin < 0 || size < 0 || begin + size > rows ? RowRange{0, 0} : RowRange{begin, size};
   }
 };
 
-// Activation scales: each group's rows padded to whole tiles, one group after the other, or where scale_offsets say.
-struct ScaleRows {
-  int64_t rows;     // of the buffer, a multiple of 128
+// The buffer of activation scales: each group's rows padded to whole tiles, groups in order or where scale_offsets say.
+struct ScaleBuffer {
+  int64_t rows;     // a multiple of 128
   int64_t columns;  // scale_columns(k)
 
-  // Whether a group of so many rows has scales at all from row `begin` on. One that has none is not quantised, and its
-  // rows are dequantised to NaN. Where groups follow each other, `begin` counts the tiles of those without scales too.
-  ABIDING_HD bool hold(int64_t begin, int64_t group_rows) const {
-    return begin >= 0 && begin % kTileRows == 0 && begin + round_up(group_rows, kTileRows) <= rows;
+  // Whether the buffer holds the scales of a group of `group_rows` rows from its row `begin` on. A group that it does not hold is
+  // not quantized, and dequantizes to NaN. Where groups are in order, `begin` counts the tiles of such groups too.
+  ABIDING_HD bool holds(int64_t begin, int64_t group_rows) const {
+    return begin >= 0 && begin % kScaleTileRows == 0 && begin + round_up(group_rows, kScaleTileRows) <= rows;
   }
 };
 
 struct QuantizeParams {
   Groups groups;
-  ScaleRows scale_rows;
+  ScaleBuffer scale_buffer;
   int64_t k;
   const void* input;  // [rows, k]
   int64_t input_stride;
   DType dtype;    // of input
-  uint8_t* data;  // [rows, k] e4m3
+  uint8_t* data;  // e4m3 [rows, k]
   int64_t data_stride;
-  uint8_t* scales;  // a group's tiles are written whole, with zeros where it has no block
-  bool clear_rest;  // and so are the rows behind the last group that has scales
+  uint8_t* scales;  // a group's tiles are written whole, zeros where it has no scale block
+  bool clear_rest;  // also zero the tiles behind the last group that has scales
 };
 
-// bf16 that holds what the quantiser would keep of each element.
+// Quantizes and dequantizes in one step: out = bf16 of what the quantizer would keep of each element.
 struct RoundParams {
   int64_t rows, k;
   const void* input;
@@ -88,13 +92,18 @@ struct RoundParams {
   int64_t out_stride;
 };
 
-// Rows that only a product reads may be `interleaved`: of every 16 elements the pair 2c + h lies where the pair 4h + c was (c = 0
-// to 3, h = 0 or 1). Then what a thread of a warpgroup multiplies of a weight's row, whose order stays, is one word.
+// The format of the rows that a layer's kernels write for its GEMMs; each implementation of the GEMM names its own (kernels.h).
+enum class ActivationFormat {
+  kBf16,
+  // bf16 with, in every 16 elements, pair 2c + h where pair 4h + c was (c = 0..3, h = 0, 1). Then the e4m3 bytes of a weight row,
+  // whose order stays, that one thread's wgmma fragment needs are one word.
+  kBf16Interleaved
+};
 
-// bf16 of e4m3 data and their scales, for rows of the groups; NaN where a group's scales lie outside of the buffer.
+// bf16 of e4m3 data and scales, for the rows of all groups; NaN where the buffer does not hold a group's scales.
 struct DequantizeParams {
   Groups groups;
-  ScaleRows scale_rows;
+  ScaleBuffer scale_buffer;
   int64_t k;
   const uint8_t* data;
   int64_t data_stride;
@@ -104,7 +113,7 @@ struct DequantizeParams {
   bool interleaved = false;
 };
 
-// out[rows of e] = a[rows of e] * weight[e]^T, fp32 sums, rounded once.
+// out[rows of e] = a[rows of e] @ weight[e]^T, accumulated in fp32, rounded once.
 struct GroupedMmParams {
   Groups groups;
   int64_t n, k;
@@ -116,51 +125,52 @@ struct GroupedMmParams {
   void* out;                     // [rows, n]
   int64_t out_stride;
   DType out_dtype;
-  // What wrote groups and weights has ended when this kernel starts, though the kernel before it may still run.
-  bool settled;
+  // Group offsets and weights were written at least two kernels upstream, so they may be read before pdl_wait (the PDL contract in
+  // layer.cu).
+  bool inputs_ready_before_pdl;
   bool interleaved = false;  // a's rows
 };
 
-// Token-expert pairs ordered by expert, within one by token. Pairs of other ids have no row.
+// Routing: orders token-expert pairs by expert, and within an expert by token. Pairs of other ids have no row.
 struct RouteParams {
   Indices ids;  // [tokens, top_k]
   int64_t tokens, top_k, experts;
-  int32_t* offsets;  // [experts + 1] starts, the total last
-  int32_t* rows;     // [tokens, top_k]: the row of each pair, or -1
+  int32_t* offsets;    // [experts + 1]: the experts' first rows, the total last
+  int32_t* pair_rows;  // [tokens, top_k]: the row of each pair, or -1
 };
 
-// rows[rows[t, j]] = x[t], as it is or rounded as RoundParams says.
+// Permute: out[pair_rows[t, j]] = x[t], as it is or rounded as RoundParams says.
 struct GatherParams {
-  int64_t tokens, top_k, k;
-  const int32_t* rows;
-  const void* x;  // bf16 [tokens, k]
+  int64_t tokens, top_k, hidden;
+  const int32_t* pair_rows;
+  const void* x;  // bf16 [tokens, hidden]
   int64_t x_stride;
   bool round;
   void* out;  // bf16, dense
   bool interleaved = false;
 };
 
-// kSilu: silu(gate) * up; kSwigluOai: gate <= 7, up in [-7, 7], gate * sigmoid(1.702 gate) * (up + 1); gate columns first.
+// kSilu: silu(gate) * up. kSwigluOai: gate <= 7, up in [-7, 7], gate * sigmoid(1.702 gate) * (up + 1). Gate columns come first.
 enum class Activation { kSilu, kSwigluOai, kNone };
 struct ActivateParams {
-  int64_t rows;          // of the buffers
-  const int32_t* total;  // rows in use
-  int64_t width;         // columns of the result
-  const void* input;     // bf16, dense: [rows, 2 width], [rows, width] for kNone
+  int64_t max_rows;          // of the buffers
+  const int32_t* used_rows;  // how many of them the call has, on the device
+  int64_t intermediate;      // columns of the result
+  const void* input;         // bf16, dense: [rows, 2 intermediate], or [rows, intermediate] for kNone
   Activation activation;
   bool round;
   void* out;  // bf16, dense
   bool interleaved = false;
 };
 
-// out[t] = sum over j, in order, of weights[t, j] * rows[rows[t, j]].
+// Top-k weighted reduce (unpermute): out[t] = sum over j, in order, of weights[t, j] * input[pair_rows[t, j]].
 struct CombineParams {
-  int64_t tokens, top_k, k;
-  const int32_t* rows;
+  int64_t tokens, top_k, hidden;
+  const int32_t* pair_rows;
   const void* input;  // bf16, dense
   const float* weights;
   int64_t weights_stride;
-  void* out;  // bf16 [tokens, k]
+  void* out;  // bf16 [tokens, hidden]
   int64_t out_stride;
 };
 

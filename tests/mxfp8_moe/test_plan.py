@@ -1,4 +1,4 @@
-"""How the Hopper kernel cuts its work up: the header that host and device share, compiled and tried on every size."""
+"""The tiling of the sm_90 grouped GEMM: its header, which host and device share, compiled and tried on every size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
-def test_every_number_of_tokens_is_cut_well(tmp_path: Path) -> None:
+def test_every_number_of_tokens_is_tiled_well(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler: g++, or what CXX names")

@@ -14,7 +14,7 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Rows of 128 bytes, 128-byte swizzle, eight rows to an atom of 1024 bytes; `offset` bytes further, of a whole atom or within
 // a row. Only the low half depends on where the tile is.
-__device__ __forceinline__ uint64_t swizzled_tile(uint32_t address, uint32_t offset) {
+__device__ __forceinline__ uint64_t make_smem_desc_128b(uint32_t address, uint32_t offset) {
   const uint32_t low = (1 << 16 | (address & 0x3FFFF) >> 4) + (offset >> 4);
   return uint64_t{1 << 30 | 1024 >> 4} << 32 | low;
 }

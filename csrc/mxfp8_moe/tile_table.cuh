@@ -1,11 +1,11 @@
-// Which tiles of rows a call has, found on the device: each group's rows are cut into tiles, groups in their order.
+// The tiles of rows that a call has, found on the device: each group's rows are cut into tiles, groups in order.
 #pragma once
 
 #include "mxfp8_moe/params.h"
 
 namespace abiding::mxfp8_moe {
 
-// The sum of a lane's value and of those of all lanes before it.
+// The sum of the values of this lane and of all lanes before it.
 __device__ __forceinline__ int inclusive_sum(int value) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -15,11 +15,11 @@ __device__ __forceinline__ int inclusive_sum(int value) {
   return value;
 }
 
-// In a block's shared memory: three arrays of `entries` numbers.
+// Three arrays of `entries` numbers in a CTA's shared memory.
 struct TileTable {
   int entries;
-  int* first;  // tiles of the groups before; [count] is the number of all
-  int *begin, *rows;
+  int* first;         // tiles of the groups before; [count] is the number of all tiles
+  int *begin, *rows;  // each group's first row, and its number of rows
 
   static ABIDING_HD constexpr int entries_for(int64_t groups) { return static_cast<int>(round_up(groups + 1, 32)); }
   static ABIDING_HD constexpr uint32_t bytes(int64_t groups) { return entries_for(groups) * 3 * sizeof(int); }
@@ -27,7 +27,7 @@ struct TileTable {
   __device__ TileTable(void* memory, int64_t groups)
       : entries(entries_for(groups)), first(static_cast<int*>(memory)), begin(first + entries), rows(begin + entries) {}
 
-  // All kThreads threads of the block; the table is ready when it returns.
+  // All kThreads threads of the CTA call this; the table is ready when it returns.
   template <int kThreads>
   __device__ __forceinline__ void build(const Groups& groups, int tile_rows) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -37,10 +37,10 @@ struct TileTable {
       const int group = from + static_cast<int>(threadIdx.x);
       int tiles = 0;
       if (group < groups.count) {
-        const Span span = groups.span(group);
-        begin[group] = static_cast<int>(span.begin);
-        rows[group] = static_cast<int>(span.rows);
-        tiles = static_cast<int>((span.rows + tile_rows - 1) / tile_rows);
+        const RowRange range = groups.range(group);
+        begin[group] = static_cast<int>(range.begin);
+        rows[group] = static_cast<int>(range.count);
+        tiles = static_cast<int>((range.count + tile_rows - 1) / tile_rows);
       }
       const int sum = inclusive_sum(tiles);
       if (lane == 31) warp_sums[warp] = sum;
@@ -55,7 +55,7 @@ struct TileTable {
     }
   }
 
-  // The group of a tile that exists. All lanes of a warp.
+  // The group of a tile that exists: a two-level search by ballots. All lanes of a warp call this.
   __device__ __forceinline__ int find(int tile) const {
     const int lane = threadIdx.x % 32;
     const int chunk = __popc(__ballot_sync(~0u, lane < entries / 32 && first[lane * 32] <= tile)) - 1;

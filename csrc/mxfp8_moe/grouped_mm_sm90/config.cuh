@@ -1,0 +1,120 @@
+// The sm_90 grouped GEMM: its configurations, the layout of its shared memory and the state that all roles of a CTA share.
+//
+// Swap-AB: wgmma's A operand is weights, from registers, and its B operand is tokens, from shared memory. A CTA tile is kBlockM
+// weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh) and has one producer
+// warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or four consumer warpgroups, which own
+// 64 weight rows each (mainloop.cuh, epilogue.cuh).
+#pragma once
+
+#include "common/sm90.cuh"
+#include "mxfp8_moe/params.h"
+#include "mxfp8_moe/plan.h"
+#include "mxfp8_moe/tile_table.cuh"
+
+namespace abiding::mxfp8_moe::sm90_mm {
+
+using namespace sm90;
+
+// What the CTAs of a cluster have in common.
+enum class ClusterMode {
+  kNone,
+  kMulticast,  // two CTAs take neighboring weight rows; each loads half of the tokens, to both (TMA multicast)
+  kSplitK      // the CTAs divide K, and reduce through distributed shared memory in rank order
+};
+
+// Weight stages that a CTA loads before pdl_wait; more would compete with what the upstream kernel still reads.
+constexpr int kStagesBeforePdlWait = 2;
+
+// A pipeline stage is kBlockK of K, which the mainloop multiplies in two halves.
+template <bool kInterleaved_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
+          ClusterMode kCluster_, int kCtasPerSm_ = 1>
+struct Config {
+  static constexpr bool kInterleaved = kInterleaved_;  // the order of the tokens' elements (params.h)
+  static constexpr TileShape kShape = kShape_;
+  static constexpr int kConsumerWarpgroups = kConsumerWarpgroups_, kBlockK = kBlockK_, kStages = kStages_;
+  static constexpr ClusterMode kCluster = kCluster_;
+  static constexpr int kCtasPerSm = kCtasPerSm_;
+  static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
+
+  // Registers per thread: what every thread starts with (a multiple of 8), then what setmaxnreg moves from producer to consumers.
+  static constexpr int kRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
+  static constexpr int kProducerRegisters = kRegisters > 128 ? 40 : 32;
+  static constexpr int kConsumerRegisters = (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads;
+  static_assert(kConsumerRegisters % 8 == 0);
+
+  static constexpr int kBlockM = 64 * kConsumerWarpgroups;  // weight rows
+  static_assert(kBlockM % kScaleTileRows == 0);
+  static constexpr int kBlockN = max_tokens(kShape), kTmaBoxRows = tma_box_rows(kBlockN);
+  static constexpr int kScaleTiles = kBlockM / kScaleTileRows;  // per stage
+  static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K
+
+  // Where a stage has two scale blocks of K, their two bf16 scales fit where a row's four codes were: the producer warpgroup's
+  // spare warps convert them there, one warp per 128 weight rows.
+  static constexpr bool kConvertedScales = kBlockK / kScaleBlock == 2;
+  static_assert(!kConvertedScales || (kScaleTiles <= 3 && kCluster != ClusterMode::kSplitK));
+
+  static constexpr uint32_t kWeightBytes = kBlockM * kBlockK;  // per stage
+  static constexpr uint32_t kTokenSlabBytes =
+      kBlockN * 128;  // 64 bf16 of K of every token: a row of the 128-byte swizzle
+  static constexpr uint32_t kStageBytes = kWeightBytes + kBlockK / 64 * kTokenSlabBytes;
+  static constexpr uint32_t kScaleBytes = kScaleTiles * kScaleTileBytes;  // per stage
+  static constexpr int kReduceBuffers = kCluster == ClusterMode::kSplitK ? 2 : 0;
+  static constexpr uint32_t kReduceBytes = kBlockM * kBlockN * 4;
+  static constexpr uint32_t kEpilogueBytes = kCluster == ClusterMode::kSplitK ? 0 : 16 * 80;  // per warp
+};
+
+// Offsets in dynamic shared memory, from a 1024-byte boundary (an atom of the 128-byte swizzle).
+template <class C>
+struct SmemLayout {
+  static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
+  static constexpr uint32_t kReduce = kScales + C::kStages * C::kScaleBytes;
+  static constexpr uint32_t kEpilogue = kReduce + C::kReduceBuffers * C::kReduceBytes;
+  static constexpr uint32_t kBarriers = kEpilogue + C::kConsumerThreads / 32 * C::kEpilogueBytes;
+  static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 2) * 8;
+  static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
+};
+
+struct KernelParams {
+  GroupedMmParams p;
+  int64_t scale_columns, expert_scale_bytes;
+  int m_tiles;            // per expert, counted in what a cluster takes at once
+  int splits;             // CTAs that divide K
+  int k_tiles_per_split;  // of kBlockK
+  int k_tiles;            // of kBlockK, the last perhaps partial
+  int scale_blocks;       // of 32 in K
+};
+
+// A position in the ring of stages, and the phase of its mbarriers.
+template <int kStages>
+struct PipelineState {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// A CTA as its roles see it: parameters, and addresses in shared memory.
+template <class C>
+struct Cta {
+  const KernelParams& a;
+  const CUtensorMap *weights, *tokens;
+  const TileTable& table;
+  uint32_t smem;                // its base
+  uint32_t rank;                // in the cluster
+  uint32_t peer_empty_barrier;  // kMulticast: empty_barrier(0) of the other CTA
+
+  __device__ uint32_t weight_smem(int stage) const { return smem + stage * C::kStageBytes; }
+  __device__ uint32_t token_smem(int stage) const { return smem + stage * C::kStageBytes + C::kWeightBytes; }
+  __device__ uint32_t scale_smem(int stage) const { return smem + SmemLayout<C>::kScales + stage * C::kScaleBytes; }
+  __device__ uint32_t reduce_smem(int i) const { return smem + SmemLayout<C>::kReduce + i * C::kReduceBytes; }
+  __device__ uint32_t full_barrier(int stage) const { return smem + SmemLayout<C>::kBarriers + stage * 8; }
+  __device__ uint32_t empty_barrier(int stage) const { return full_barrier(C::kStages + stage); }
+  // What consumers wait for: the scales are converted, or the stage is full.
+  __device__ uint32_t ready_barrier(int stage) const {
+    return C::kConvertedScales ? full_barrier(2 * C::kStages + stage) : full_barrier(stage);
+  }
+  __device__ uint32_t reduce_barrier(int i) const { return full_barrier(3 * C::kStages + i); }
+};
+
+}  // namespace abiding::mxfp8_moe::sm90_mm

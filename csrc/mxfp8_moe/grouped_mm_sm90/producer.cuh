@@ -1,0 +1,107 @@
+// The sm_90 grouped GEMM: the producer warpgroup. One warp issues TMA loads of weights, scales and tokens; where tiles are large,
+// scale converter warps turn scale codes into bf16 in shared memory, which consumers would otherwise do between two wgmmas.
+#pragma once
+
+#include "common/launch.cuh"
+#include "mxfp8_moe/grouped_mm_sm90/config.cuh"
+#include "mxfp8_moe/grouped_mm_sm90/scheduler.cuh"
+
+namespace abiding::mxfp8_moe::sm90_mm {
+
+// 2^(code - 127) as bf16, for byte i of a word of scale codes.
+__device__ __forceinline__ uint32_t bf16_scale(uint32_t codes, int i) {
+  const uint32_t code = __byte_perm(codes, 0, 0x4440 + i);
+  return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
+}
+
+// Opens a stage: announces all of its bytes, tokens included, and loads weights and scales.
+template <class C>
+__device__ __forceinline__ void load_weights(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
+  const KernelParams& a = cta.a;
+  const uint32_t barrier = cta.full_barrier(stage);
+  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kScaleBytes + C::kBlockK / 64 * w.n * 128);
+  tma_load_3d(cta.weight_smem(stage), cta.weights, k, w.m_tile * C::kBlockM, w.expert, barrier);
+#pragma unroll
+  for (int i = 0; i < C::kScaleTiles; ++i) {
+    // The second CTA of a cluster may have no weight rows. It must still load scales that exist.
+    const int row = w.m_tile * C::kBlockM + i * kScaleTileRows;
+    const int64_t from = w.expert * a.expert_scale_bytes + (row < a.p.n ? row * a.scale_columns : 0);
+    bulk_load(cta.scale_smem(stage) + i * kScaleTileBytes, a.p.weight_scales + from + k / 128 * kScaleTileBytes,
+              kScaleTileBytes, barrier);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
+  const int boxes = w.n / C::kTmaBoxRows;
+#pragma unroll 1  // unrolled, it does not fit the producer's registers
+  for (int i = 0; i < C::kBlockK / 64; ++i) {
+    const uint32_t to = cta.token_smem(stage) + i * C::kTokenSlabBytes;
+    if constexpr (C::kCluster == ClusterMode::kMulticast) {
+      for (int box = cta.rank; box < boxes; box += 2)
+        tma_load_2d_multicast(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * 64,
+                              w.first_token + box * C::kTmaBoxRows, cta.full_barrier(stage), 3);
+    } else {
+      for (int box = 0; box < boxes; ++box)
+        tma_load_2d(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * 64, w.first_token + box * C::kTmaBoxRows,
+                    cta.full_barrier(stage));
+    }
+  }
+}
+
+// One warp. PDL: the weights of the first stages may be loaded before pdl_wait, tokens only after it (pdl.md in docs).
+template <class C>
+__device__ __forceinline__ void produce(const Cta<C>& cta) {
+  const Scheduler<C> tiles{cta};
+  const bool leader = threadIdx.x % 32 == 0;
+  PipelineState<C::kStages> at;
+  int preloaded = 0;
+  if (cta.a.p.inputs_ready_before_pdl && tiles.first() < tiles.count()) {
+    const WorkTile w = tiles.tile(tiles.first());
+    preloaded = min(w.k_tiles, kStagesBeforePdlWait);
+    for (int i = 0; leader && i < preloaded; ++i) load_weights(cta, w, i, (w.k_begin + i) * C::kBlockK);
+  }
+  pdl_wait();
+  for (int index = tiles.first(); index < tiles.count(); index += tiles.step()) {
+    const WorkTile w = tiles.tile(index);
+    for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i) {
+      mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+      if (leader) {
+        if (preloaded == 0) load_weights(cta, w, at.stage, i * C::kBlockK);
+        load_tokens(cta, w, at.stage, i * C::kBlockK);
+      }
+      preloaded -= preloaded > 0;
+      at.advance();
+    }
+  }
+  // Drain: the CTA's shared memory must outlive every load into it and every remote arrival on its barriers.
+  for (int i = 0; i < C::kStages; ++i, at.advance()) mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+}
+
+// One warp per 128 weight rows: replaces a row's four codes of 128 of K by the two bf16 scales of the stage's 64 of K.
+template <class C>
+__device__ __forceinline__ void convert_scales(const Cta<C>& cta, int warp) {
+  const Scheduler<C> tiles{cta};
+  PipelineState<C::kStages> at;
+  for (int index = tiles.first(); index < tiles.count(); index += tiles.step())
+    for (int i = 0; i < cta.a.k_tiles; ++i, at.advance()) {
+      mbarrier_wait(cta.full_barrier(at.stage), at.phase);
+      const uint32_t line = cta.scale_smem(at.stage) + warp * kScaleTileBytes + threadIdx.x % 32 * 16;
+      uint32_t words[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(line));
+#pragma unroll
+      for (uint32_t& word : words) {
+        const uint32_t first = bf16_scale(word, i % 2 * 2), second = bf16_scale(word, i % 2 * 2 + 1);
+        word = first | (2 * i + 1 == cta.a.scale_blocks ? 0x3F80 : second) << 16;  // 1.0 behind K, as in RowScales
+      }
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(line), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                   : "memory");
+      fence_proxy_async();
+      mbarrier_arrive(cta.ready_barrier(at.stage));
+    }
+}
+
+}  // namespace abiding::mxfp8_moe::sm90_mm
