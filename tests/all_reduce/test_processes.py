@@ -63,7 +63,7 @@ def random_calls(rank: int, ranks: int, calls: int, seed: int) -> None:
                 )
                 for part, out in zip(parts, outs, strict=True):
                     summed.append(part.double().square().sum(1))
-                    checks.append(partial(assert_normalised, out, part, ranks))
+                    checks.append(partial(assert_normalized, out, part, ranks))
             totals = torch.cat(summed)
             dist.all_reduce(totals)
             for number, (total, check) in enumerate(zip(totals.split([len(x) for x in summed]), checks, strict=True)):
@@ -72,7 +72,7 @@ def random_calls(rank: int, ranks: int, calls: int, seed: int) -> None:
         second.check()
 
 
-def assert_normalised(out: Tensor, part: Tensor, ranks: int, squares: Tensor, name: str) -> None:
+def assert_normalized(out: Tensor, part: Tensor, ranks: int, squares: Tensor, name: str) -> None:
     scale = 1 / torch.sqrt(squares / max(ranks * part.shape[1], 1) + 1e-6)
     assert_close(out, part.double() * scale[:, None], ulps=2, name=name)
 
@@ -354,8 +354,8 @@ def test_subgroups() -> None:
     [
         ("host", "the ranks are on several hosts"),
         ("kind", "the ranks are on devices of several kinds: kind 0, kind 1"),
-        ("allocate", "rank 1 failed to make shared memory (out of luck)"),
-        ("open", "rank 1 failed to open its peers' memory (out of luck)"),
+        ("allocate", "rank 1 failed to allocate shared memory (out of luck)"),
+        ("open", "rank 1 failed to map its peers' memory (out of luck)"),
         ("init", "rank 1 failed to register its peers' memory (out of luck)"),
         ("send_probe", "rank 0 failed to see its peers' writes (nothing has arrived from ranks [1])"),
     ],

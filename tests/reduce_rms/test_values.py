@@ -19,7 +19,7 @@ from abiding.testing.ranks import on_each, run_processes, virtual_ranks
 EVERY = [*cases.REGULAR, *cases.ODD, *cases.CORNER]
 
 
-def assert_normalised(outs: list[list[Tensor]], inputs: list[RmsInputs]) -> None:
+def assert_normalized(outs: list[list[Tensor]], inputs: list[RmsInputs]) -> None:
     for rank, (mine, one) in enumerate(zip(outs, inputs, strict=True)):
         for name, out, expected in zip("qk", mine, one.expected(), strict=False):
             assert out.is_contiguous()
@@ -30,7 +30,7 @@ def assert_case(comms: list[Communicator], case: RmsCase, seed: int = 0) -> None
     """One call on all ranks: the values, and the rows as they were, V and the gaps included."""
     inputs = case.make(len(comms), comms[0].device, seed)
     before = [one.rows.clone() for one in inputs]
-    assert_normalised(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
+    assert_normalized(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
     for one, rows in zip(inputs, before, strict=True):
         assert_bitwise_equal(one.rows, rows, f"{case}: rows")
 
@@ -54,7 +54,7 @@ def test_ranks_need_not_be_aligned_alike(tokens: int, device: torch.device) -> N
     """One rank's rows start on a 16-byte boundary, the other's do not: tokens are shared out alike all the same."""
     inputs = [RmsCase(tokens, offset=offset).make(2, device)[rank] for rank, offset in enumerate((0, 1))]
     with virtual_ranks(2, device) as comms:
-        assert_normalised(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
+        assert_normalized(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
 
 
 def test_tokens_change_from_call_to_call(device: torch.device) -> None:
@@ -67,7 +67,7 @@ def test_tokens_change_from_call_to_call(device: torch.device) -> None:
         ]
         outs = on_each(comms, lambda rank, comm: [inputs[rank].run(reduce_rms, comm) for inputs in made])
         for call, inputs in enumerate(made):
-            assert_normalised([outs[rank][call] for rank in range(3)], inputs)
+            assert_normalized([outs[rank][call] for rank in range(3)], inputs)
 
 
 def test_more_tokens_than_the_workspace_takes_at_once(device: torch.device) -> None:
@@ -98,7 +98,7 @@ def test_replicated_heads(device: torch.device) -> None:
         outs = on_each(comms, lambda r, comm: reduce_rms.qk_norm(inputs[r].rows, inputs[r].wq, wk, comm))
         assert_bitwise_equal(outs[0][1], outs[1][1])
         k = inputs[0].rows[:, 64:96]
-        assert_close(outs[0][1], reference.reduce_rms.normalised(k, wk, [k], eps=1e-6), ulps=4)
+        assert_close(outs[0][1], reference.reduce_rms.normalized(k, wk, [k], eps=1e-6), ulps=4)
 
 
 @pytest.mark.parametrize("tokens", [3, 3000])
@@ -171,8 +171,8 @@ def test_upstreams_operators(ranks: int, device: torch.device) -> None:
     for call, inputs in enumerate(made):
         together = [outs[rank][call][:2] for rank in range(ranks)]
         alone = [outs[rank][call][2:] for rank in range(ranks)]
-        assert_normalised(together, inputs)
-        assert_normalised(alone, inputs)
+        assert_normalized(together, inputs)
+        assert_normalized(alone, inputs)
     assert kept
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from abiding import reduce_rms
 from abiding.communicator import DTYPES, Communicator
 from abiding.reference.all_reduce import sum_in_rank_order
-from abiding.reference.reduce_rms import normalised
+from abiding.reference.reduce_rms import normalized
 from abiding.testing.cases.reduce_rms import ULPS
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 from abiding.testing.guarded import POISON
@@ -159,7 +159,7 @@ class Stress:
                 columns = slice(ends[part], ends[part + 1])
                 weight = self._weights.tensors[2 * index + part].cpu()
                 rows = [x[:, columns] for x in xs]
-                expected = normalised(rows[self._rank], weight, rows, eps=1e-6)
+                expected = normalized(rows[self._rank], weight, rows, eps=1e-6)
                 assert_close(result, expected, ulps=ULPS[call.dtype], name=name)
         self._results.check_gaps(f"variant {variant}")
         self._expected[variant] = self._results.memory.clone()

@@ -123,7 +123,7 @@ def _norm(comm: Communicator, tokens: int) -> Answer:
         f"{tokens} x ({q.shape[1]} + {k.shape[1]}) bfloat16",
         list(reduce_rms.qk_norm(inputs.rows, inputs.wq, inputs.wk, comm)),
         [
-            reference.reduce_rms.normalised(part, weight, reference.all_reduce.gather(part, comm), eps=1e-6)
+            reference.reduce_rms.normalized(part, weight, reference.all_reduce.gather(part, comm), eps=1e-6)
             for part, weight in ((q, inputs.wq), (k, inputs.wk))
         ],
         _median(partial(reduce_rms.qk_norm, inputs.rows, inputs.wq, inputs.wk, comm)),

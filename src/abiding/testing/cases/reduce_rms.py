@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from abiding.reference.reduce_rms import normalised
+from abiding.reference.reduce_rms import normalized
 
 ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 """Steps of its dtype that a result may be off: of float32 it has sums of up to 64 000 squares."""
@@ -107,7 +107,7 @@ class RmsInputs:
         parts = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
         weights = [weight for weight in (self.wq, self.wk) if weight is not None]
         return [
-            normalised(self.rows[:, part], weight, [rows[:, part] for rows in self.everyone], eps=self.case.eps)
+            normalized(self.rows[:, part], weight, [rows[:, part] for rows in self.everyone], eps=self.case.eps)
             for part, weight in zip(parts, weights, strict=True)
         ]
 
