@@ -1,4 +1,4 @@
-"""What the reduce-RMS refuses, and how it says so."""
+"""Argument errors of reduce_rms and their messages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_closed_communicator(device: torch.device) -> None:
             reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm)
 
 
-def test_upstreams_operators_check_their_table(device: torch.device) -> None:
+def test_vllm_operators_check_their_table(device: torch.device) -> None:
     inputs = make(device)
     op, table = torch.ops.abiding.minimax_allreduce_rms_qk, torch.zeros(8, dtype=torch.int64, device=device)
     usual = [inputs.rows, inputs.wq, inputs.wk, table, 32, 8, 0, 2, 1e-6]
