@@ -225,9 +225,9 @@ def algorithm(rank: int, setting: Setting, name: str) -> Times:
         Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
     ):
         insist_on_shared_memory(comm)
-        assert comm._link is not None
+        assert comm._memory is not None
         limit = {"one-shot": LARGEST, "two-shot": 0}[name]
-        torch.ops.abiding_custom_ar.configure(comm._link.handle, comm.timeout_s, comm._link.max_blocks, limit)
+        torch.ops.abiding_custom_ar.configure(comm._memory.handle, comm.timeout_s, comm._memory.max_ctas, limit)
         times = _sums(setting, comm.ranks, some, partial(_of_communicator, comm))
         comm.check()
         return times
