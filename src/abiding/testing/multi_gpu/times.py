@@ -25,7 +25,7 @@ from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_close
 from abiding.testing.multi_gpu.checks import RunConfig, rank_context, require_peer_memory
 from abiding.testing.multi_gpu.sglang import SGLang
-from abiding.testing.timing import Floors, Timing, graph_us
+from abiding.testing.timing import Roofline, Timing, graph_us
 
 Times = dict[tuple[str, int], Timing]
 """Timings by mode ("eager" or "graph") and message size in bytes or number of tokens."""
@@ -44,10 +44,10 @@ def sizes(config: RunConfig, largest: int = LARGEST) -> list[int]:
     return [size for size in every if size <= 64 << 10][::3] if config.quick else every
 
 
-def floors(rank: int, config: RunConfig) -> Floors | None:
+def roofline(rank: int, config: RunConfig) -> Roofline | None:
     """The measured rates of rank 0's device."""
     with rank_context(rank, config, nccl=False) as (device, _):
-        return Floors.measure(device) if rank == 0 else None
+        return Roofline.measure(device) if rank == 0 else None
 
 
 def ours(rank: int, config: RunConfig) -> Times:
