@@ -160,10 +160,10 @@ def connect(
         _set_up(steps, memory, rank)
     except NoPeerMemoryError as error:
         memory.release()
-        surprise = f"{error}, though nothing rules shared memory out"
+        reason = f"{error}, though nothing rules shared memory out"
         if rank == 0:
-            warnings.warn(f"abiding.Communicator uses torch.distributed for all messages: {surprise}", stacklevel=3)
-        return None, surprise
+            warnings.warn(f"abiding.Communicator uses torch.distributed for all messages: {reason}", stacklevel=3)
+        return None, reason
     return memory, None
 
 

@@ -104,7 +104,7 @@ def recovers(comm: Communicator) -> None:
 
 def faults(rank: int) -> dict[str, list[str]]:
     """Three ranks go through every fault that leaves all alive; returns the errors of each rank by scenario."""
-    told: dict[str, list[str]] = {}
+    errors: dict[str, list[str]] = {}
     x = torch.ones(1000)
     with Communicator(timeout_s=TIMEOUT_S) as comm:
         comm.all_reduce(x)
@@ -112,61 +112,63 @@ def faults(rank: int) -> dict[str, list[str]]:
         # Rank 1 does not call in time; when it calls later, it gets the fault of the others.
         if rank == 1:
             time.sleep(TIMEOUT_S + 0.5)
-        told["absent"] = [caught(lambda: comm.all_reduce(x)), caught(lambda: comm.all_reduce(x)), caught(comm.check)]
+        errors["absent"] = [caught(lambda: comm.all_reduce(x)), caught(lambda: comm.all_reduce(x)), caught(comm.check)]
         recovers(comm)
 
         # Rank 2 brings twice as many bytes: it times out waiting for the rest, and its fault reaches the others.
         if rank == 2:
-            told["sizes"] = [caught(lambda: comm.all_reduce(torch.ones(2000)))]
+            errors["sizes"] = [caught(lambda: comm.all_reduce(torch.ones(2000)))]
         else:
             comm.all_reduce(x)
-            told["sizes"] = [caught(lambda: comm.all_reduce(x))]
+            errors["sizes"] = [caught(lambda: comm.all_reduce(x))]
         recovers(comm)
 
         # Rank 0 calls another operator.
         other = torch.ones(3, 8)
         call = (lambda: reduce_rms.rms_norm(other, other[0], comm)) if rank == 0 else (lambda: comm.all_reduce(x))
-        told["operators"] = [caught(call)]
+        errors["operators"] = [caught(call)]
         recovers(comm)
 
         # Two concurrent threads of rank 0, which the other ranks, being late, keep inside their calls.
         if rank == 0:
-            errors: list[str] = []
-            threads = [threading.Thread(target=lambda: errors.append(caught(lambda: comm.all_reduce(x)))) for _ in "ab"]
+            thread_errors: list[str] = []
+            threads = [
+                threading.Thread(target=lambda: thread_errors.append(caught(lambda: comm.all_reduce(x)))) for _ in "ab"
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            told["threads"] = errors
+            errors["threads"] = thread_errors
         else:
             time.sleep(0.3)
-            told["threads"] = [caught(lambda: comm.all_reduce(x))]
+            errors["threads"] = [caught(lambda: comm.all_reduce(x))]
         recovers(comm)
 
         # Rank 2 does not reset with the others: they raise, and a second attempt of all ranks succeeds.
         if rank == 2:
             time.sleep(TIMEOUT_S + 0.5)
-        told["reset"] = [caught(lambda: comm.all_reduce(x))]
+        errors["reset"] = [caught(lambda: comm.all_reduce(x))]
         if rank != 2:
-            told["reset"].append(caught(comm.reset))
+            errors["reset"].append(caught(comm.reset))
         recovers(comm)
 
         # Rank 2 fails in the middle of a reset: the others stay stopped until all ranks have completed one.
-        told["half a reset"] = []
+        errors["half a reset"] = []
         if rank == 2:
             clear, comm._memory.clear = comm._memory.clear, fails
-        told["half a reset"].append(caught(comm.reset))
+        errors["half a reset"].append(caught(comm.reset))
         if rank == 2:
             comm._memory.clear = clear
         else:
-            told["half a reset"] += [caught(lambda: comm.all_reduce(x)), str(comm.fault)]
+            errors["half a reset"] += [caught(lambda: comm.all_reduce(x)), str(comm.fault)]
             assert comm.state == "stopped"
         dist.barrier()
         comm.reset()
         assert comm.state == "ready"
         assert float(comm.all_reduce(x)[0]) == 3
     assert comm.state == "closed"
-    return told
+    return errors
 
 
 def killed(rank: int) -> tuple[str, str, float, list[str]]:
@@ -311,31 +313,31 @@ def test_random_calls_agree_with_torch_distributed(ranks: int, calls: int) -> No
 
 
 def test_every_fault_reaches_all_ranks_and_reset_recovers() -> None:
-    told = run_processes(faults, 3)
-    for rank, scenarios in enumerate(told):
+    errors = run_processes(faults, 3)
+    for rank, scenarios in enumerate(errors):
         for scenario, texts in scenarios.items():
             for text in texts:
                 assert text.startswith("abiding::"), (rank, scenario, text)
-    absent = [text for scenarios in told for text in scenarios["absent"]]
+    absent = [text for scenarios in errors for text in scenarios["absent"]]
     assert all("all_reduce: this communicator has stopped: rank 1 did not send in time" in text for text in absent)
-    assert all("did not send in time" in text for scenarios in told for text in scenarios["sizes"])
-    assert any("rms_norm: this communicator has stopped: rank" in text for text in told[0]["operators"])
-    assert all("all_reduce: this communicator has stopped: rank" in told[rank]["operators"][0] for rank in (1, 2))
-    assert len(told[0]["threads"]) == 2
-    for scenarios in told:
+    assert all("did not send in time" in text for scenarios in errors for text in scenarios["sizes"])
+    assert any("rms_norm: this communicator has stopped: rank" in text for text in errors[0]["operators"])
+    assert all("all_reduce: this communicator has stopped: rank" in errors[rank]["operators"][0] for rank in (1, 2))
+    assert len(errors[0]["threads"]) == 2
+    for scenarios in errors:
         assert all("rank 0 made two calls at once" in text for text in scenarios["threads"])
     for rank in (0, 1):
-        assert "abiding::reset: rank 2 is missing after 1 s" in told[rank]["reset"][1]
-        assert "abiding::reset: rank 2 is missing after 1 s" in told[rank]["half a reset"][0]
-        assert all("not all ranks have finished" in text for text in told[rank]["half a reset"][1:])
-    assert "abiding::reset: out of luck" in told[2]["half a reset"][0]
+        assert "abiding::reset: rank 2 is missing after 1 s" in errors[rank]["reset"][1]
+        assert "abiding::reset: rank 2 is missing after 1 s" in errors[rank]["half a reset"][0]
+        assert all("not all ranks have finished" in text for text in errors[rank]["half a reset"][1:])
+    assert "abiding::reset: out of luck" in errors[2]["half a reset"][0]
 
 
 def test_a_killed_rank_is_named_and_its_memory_is_freed() -> None:
-    told = run_processes(killed, 3, may_die={1})
-    assert told[1] is None
+    results = run_processes(killed, 3, may_die={1})
+    assert results[1] is None
     for rank in (0, 2):
-        error, reset, elapsed, maps = told[rank]
+        error, reset, elapsed, maps = results[rank]
         assert "all_reduce: this communicator has stopped: rank 1 is gone" in error
         assert "abiding::reset: rank 1 is gone; expected all 3 ranks to call it" in reset
         assert elapsed < 10, "the end of a process is seen at once"
@@ -362,13 +364,13 @@ def test_subgroups() -> None:
     ],
 )
 def test_without_peer_memory_torch_distributed_serves_all_calls(broken: str, reason: str) -> None:
-    told = run_processes(without_peer_memory, 2, broken)
-    assert all(found.startswith(reason) for found, _ in told)
-    assert told[0][0] == told[1][0]
-    assert len(told[0][1]) == (0 if broken in ("host", "kind") else 1), (
+    results = run_processes(without_peer_memory, 2, broken)
+    assert all(found.startswith(reason) for found, _ in results)
+    assert results[0][0] == results[1][0]
+    assert len(results[0][1]) == (0 if broken in ("host", "kind") else 1), (
         "rank 0 warns once if nothing ruled peer memory out"
     )
-    assert told[1][1] == []
+    assert results[1][1] == []
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -71,12 +71,12 @@ def row(case: CaseResult) -> str:
 
 
 BENCHMARK = Benchmark(
-    "all_reduce",
-    ("all_reduce", "all_reduce_cpu"),
-    "bytes",
-    measure,
-    row,
-    target_us,
+    group="all_reduce",
+    ops=("all_reduce", "all_reduce_cpu"),
+    axis="bytes",
+    measure=measure,
+    row=row,
+    target_us=target_us,
     overlaid=True,
     prepare=prepare_for_virtual_ranks,
 )
@@ -120,7 +120,7 @@ class _Peer:
         self._ops: Any = torch.ops._C_custom_ar
 
     def time(self, messages: Sequence[Tensor], expected: Tensor) -> Timing:
-        ops, ranks, most = self._ops, len(messages), 8 << 20
+        ops, ranks, max_bytes = self._ops, len(messages), 8 << 20
         with ExitStack() as stack:
 
             def shared(size: int) -> int:
@@ -128,8 +128,8 @@ class _Peer:
                 stack.callback(ops.free_shared_buffer, address)
                 return address
 
-            signals, buffers = ([shared(size) for _ in messages] for size in (ops.meta_size() + most, most))
-            arenas = [torch.empty(most, dtype=torch.uint8, device=message.device) for message in messages]
+            signals, buffers = ([shared(size) for _ in messages] for size in (ops.meta_size() + max_bytes, max_bytes))
+            arenas = [torch.empty(max_bytes, dtype=torch.uint8, device=message.device) for message in messages]
             handles = [ops.init_custom_ar(signals, arena, rank, True) for rank, arena in enumerate(arenas)]
             for handle in handles:
                 stack.callback(ops.dispose, handle)

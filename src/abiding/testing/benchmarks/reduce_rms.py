@@ -70,12 +70,12 @@ def row(case: CaseResult) -> str:
 
 
 BENCHMARK = Benchmark(
-    "reduce_rms",
-    ("qk_norm", "qk_norm_cpu"),
-    "tokens",
-    measure,
-    row,
-    target_us,
+    group="reduce_rms",
+    ops=("qk_norm", "qk_norm_cpu"),
+    axis="tokens",
+    measure=measure,
+    row=row,
+    target_us=target_us,
     overlaid=True,
     prepare=prepare_for_virtual_ranks,
 )

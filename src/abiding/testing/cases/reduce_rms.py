@@ -113,8 +113,8 @@ class RmsInputs:
 
 
 REGULAR = [
-    RmsCase.minimax_m2(tokens, share, dtype)
-    for share, dtype in ((2, torch.bfloat16), (4, torch.float16), (8, torch.float32))
+    RmsCase.minimax_m2(tokens, ranks, dtype)
+    for ranks, dtype in ((2, torch.bfloat16), (4, torch.float16), (8, torch.float32))
     for tokens in (1, 16, 130)
 ]
 

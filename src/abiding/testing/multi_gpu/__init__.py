@@ -60,12 +60,12 @@ def target_us(case: CaseResult) -> float | None:
 _MODES = ("graph", "eager")
 _NORMS = tuple(f"qk_norm {mode}" for mode in _MODES)
 BENCHMARK = Benchmark(
-    "multi_gpu",
-    (*_MODES, *_NORMS),
-    "bytes",
-    _measure,
-    row,
-    target_us,
+    group="multi_gpu",
+    ops=(*_MODES, *_NORMS),
+    axis="bytes",
+    measure=_measure,
+    row=row,
+    target_us=target_us,
     overlaid=True,
     other_axes=dict.fromkeys(_NORMS, "tokens"),
 )
@@ -191,7 +191,7 @@ def _check(op: str, ranks: int, go: _Run, us: float, more: Mapping[str, Param]) 
     params: dict[str, Param] = {"ranks": ranks, "passed": error is None, **more}
     if error is not None:
         params["error"] = error
-    return CaseResult(op, params, max(round(us, 3), 0.001), 0.0, True, 0.0)
+    return CaseResult(op, params, us=max(round(us, 3), 0.001), spread_us=0.0, l2_warm=True, bound_us=0.0)
 
 
 def _slowest(of_ranks: list[Times] | None) -> Times:
