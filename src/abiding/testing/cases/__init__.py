@@ -1,2 +1,1 @@
-"""Inputs of every kernel group, one module a group: cases as frozen dataclasses, sorted REGULAR, ODD, CORNER,
-PERFORMANCE and what a group has besides."""
+"""Test cases, one module per kernel group: frozen dataclasses, in the lists REGULAR, ODD, CORNER and PERFORMANCE."""
