@@ -128,11 +128,11 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
     tensors += [layer.w2, layer.s2, layer.topk_ids, layer.topk_weights]
 
     def calls(*t: Tensor) -> list[Any]:
-        face = mxfp8_moe
-        a = face.quantize(t[0], t[3])
-        results = [*a, *face.quantize(t[0]), face.round(t[0]), face.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
-        results += [face.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), face.moe(*t[4:])]
-        return [looks(x) for x in [*results, face.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
+        api = mxfp8_moe
+        a = api.quantize(t[0], t[3])
+        results = [*a, *api.quantize(t[0]), api.round(t[0]), api.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
+        results += [api.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), api.moe(*t[4:])]
+        return [looks(x) for x in [*results, api.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
 
     real = calls(*tensors)
     with FakeTensorMode() as mode:
@@ -271,7 +271,7 @@ def test_checked_indices_do_not_disturb_a_capture(cuda: torch.device, monkeypatc
 
 @pytest.mark.gpu
 def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
-    """Inputs that arrive late on a side stream are seen, though nobody synchronises with the default stream."""
+    """Inputs that arrive late on a side stream are seen, though nobody synchronizes with the default stream."""
     i = LayerCase(64, 256, 128, 8, 2).make(cuda)
     expected = i.run(mxfp8_moe)
     x = i.x.clone()

@@ -42,7 +42,7 @@ class Call:
     def raw(self) -> None:
         getattr(torch.ops.abiding, self.op.partition(" ")[0]).default(**self.args)
 
-    def face(self) -> Any:
+    def public(self) -> Any:
         a = dict(self.args)
         if self.op == QUANTIZE:
             return mxfp8_moe.quantize(a["input"], a["offsets"])
@@ -262,7 +262,7 @@ WEIGHT: dict[str, Spoil] = {
     "meta": lambda x: x.to("meta"),
 }
 LAYER_WEIGHT = {name: spoil for name, spoil in WEIGHT.items() if name != "odd experts"}
-OTHER_HALVES = (torch.float32, torch.int16, torch.float64)
+OTHER_DTYPES = (torch.float32, torch.int16, torch.float64)
 MM_GROUPS = {"problem_sizes": PROBLEMS, "expert_offsets": PROBLEM_OFFSETS, "blockscale_offsets": PROBLEM_OFFSETS}
 MM_OUT = written(PRODUCT.n, 8, torch.float64, torch.int16)
 MM_REST = {"weight": WEIGHT, "weight_scales": WEIGHT_SCALES, "offsets": {**OFFSETS, "one more": resized(0, 1)}}
@@ -278,20 +278,20 @@ def overlapping(call: Call) -> Tensor:
 
 SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
     QUANTIZE: {
-        "input": rows(PRODUCT.k, 8, *OTHER_HALVES),
+        "input": rows(PRODUCT.k, 8, *OTHER_DTYPES),
         "offsets": OFFSETS,
         "data": written(PRODUCT.k, 16, *E4M3),
         "scales": SCALES,
     },
     QUANT: {
-        "input": rows(PRODUCT.k, 8, *OTHER_HALVES),
+        "input": rows(PRODUCT.k, 8, *OTHER_DTYPES),
         **MM_GROUPS,
         "quant_output": written(PRODUCT.k, 16, *E4M3),
         "scale_factor": SCALES,
     },
-    ROUND: {"input": rows(PRODUCT.k, 8, *OTHER_HALVES), "out": written(PRODUCT.k, 8, torch.float16, *OTHER_HALVES)},
+    ROUND: {"input": rows(PRODUCT.k, 8, *OTHER_DTYPES), "out": written(PRODUCT.k, 8, torch.float16, *OTHER_DTYPES)},
     MM: {"a": rows(PRODUCT.k, 16, *E4M3), "a_scales": SCALES, **MM_REST, "out": MM_OUT},
-    MM_BF16: {"a": rows(PRODUCT.k, 8, torch.float16, *OTHER_HALVES), **MM_REST, "out": MM_OUT},
+    MM_BF16: {"a": rows(PRODUCT.k, 8, torch.float16, *OTHER_DTYPES), **MM_REST, "out": MM_OUT},
     RAW_MM: {
         "a": rows(PRODUCT.k, 16, *E4M3),
         "b": {name: transposed(spoil) for name, spoil in WEIGHT.items()},
@@ -301,7 +301,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **MM_GROUPS,
     },
     MOE: {
-        "x": rows(LAYER.hidden, 8, torch.float16, *OTHER_HALVES),
+        "x": rows(LAYER.hidden, 8, torch.float16, *OTHER_DTYPES),
         "w13": LAYER_WEIGHT,
         "s13": WEIGHT_SCALES,
         "w2": LAYER_WEIGHT,
@@ -335,7 +335,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
             "misaligned": misaligned(8),
             "meta": lambda x: x.to("meta"),
         },
-        "out": written(LAYER.hidden, 8, torch.float16, *OTHER_HALVES),
+        "out": written(LAYER.hidden, 8, torch.float16, *OTHER_DTYPES),
         "activation": {"-1": lambda _: -1, "3": lambda _: 3, "huge": lambda _: 1 << 62},
     },
 }
@@ -361,7 +361,7 @@ def test_the_call_that_gets_spoiled_is_accepted(op: str, device: torch.device) -
     for name in WRITTEN & set(call.guards):
         assert not torch.equal(call.guards[name].storage, call.before[name]), name
     if op not in (QUANT, RAW_MM):
-        call.face()
+        call.public()
 
 
 def blamed(op: str, name: str) -> set[str]:
@@ -399,21 +399,21 @@ def test_operator_refuses(op: str, name: str, spoil: Spoil, device: torch.device
     call.assert_untouched()
 
 
-FACE_NAMES = {"input": "x", "offsets": "expert_offsets", "a_scales": "scales", "weight_scales": "weight_scale"}
+PUBLIC_NAMES = {"input": "x", "offsets": "expert_offsets", "a_scales": "scales", "weight_scales": "weight_scale"}
 
 
 @pytest.mark.parametrize(("op", "name", "spoil"), list(every_spoil(raw=False)))
-def test_face_refuses(op: str, name: str, spoil: Spoil) -> None:
+def test_public_function_refuses(op: str, name: str, spoil: Spoil) -> None:
     call = well_formed(op).remember()
     before = call.args[name]
     call.args[name] = spoil(before)
     with pytest.raises(TypeError if before.dtype != call.args[name].dtype else ValueError) as caught:
-        call.face()
+        call.public()
     text = str(caught.value)
     assert "expected" in text
     assert len(text.splitlines()) == 1, text
     named = set(re.findall(r"\w+", text))
-    assert {FACE_NAMES.get(one, one) for one in blamed(op, name)} & named, text
+    assert {PUBLIC_NAMES.get(one, one) for one in blamed(op, name)} & named, text
     call.assert_untouched()
 
 
@@ -434,7 +434,7 @@ def test_an_output_in_the_input_is_refused(op: str, device: torch.device) -> Non
     call.raw()
 
 
-def test_face_refuses_contradictions() -> None:
+def test_public_function_refuses_contradictions() -> None:
     i = PRODUCT.make()
     with pytest.raises(ValueError, match="both given"):
         mxfp8_moe.quantize(i.x, i.expert_offsets, offs=i.expert_offsets)

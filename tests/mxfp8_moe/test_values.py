@@ -1,4 +1,4 @@
-"""What the group computes: the quantiser bit for bit, products within what float32 sums lose, layers as compositions.
+"""What the group computes: the quantizer bit for bit, products within what float32 sums lose, layers as compositions.
 
 Rules that decide bits are written a second time here, by rational numbers and by a table of the 127 magnitudes of e4m3,
 so that reference and kernel cannot be wrong together.
@@ -31,9 +31,9 @@ from abiding.testing.cases.mxfp8_moe import (
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, round_once
 from abiding.testing.guarded import guarded
 
-HALVES = (torch.bfloat16, torch.float16)
-FACES = pytest.mark.parametrize("face", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
-DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+DTYPES_16_BIT = (torch.bfloat16, torch.float16)
+APIS = pytest.mark.parametrize("api", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", DTYPES_16_BIT, ids=["bfloat16", "float16"])
 PRODUCTS = [*REGULAR, *ODD, *CORNER]
 
 ONE = 0x38  # 1.0 in e4m3
@@ -79,25 +79,25 @@ def exact_value(byte: Tensor, code: Tensor) -> Tensor:
     return torch.where((code == 255) | (byte & 0x7F == 0x7F), math.nan, rounded)
 
 
-def assert_rows_of_blocks(face: ModuleType, blocks: Tensor, codes: Tensor, device: torch.device) -> None:
+def assert_rows_of_blocks(api: ModuleType, blocks: Tensor, codes: Tensor, device: torch.device) -> None:
     """Blocks [n, 32], one to a row, have these codes; bytes and rounded values follow from them."""
     x = blocks.to(device)
-    data, scales = face.quantize(x)
-    found = face.unswizzle_scales(scales, len(scales), 32)[: len(x), 0].cpu()
+    data, scales = api.quantize(x)
+    found = api.unswizzle_scales(scales, len(scales), 32)[: len(x), 0].cpu()
     assert_bitwise_equal(found, codes.to(torch.uint8), "codes")
     expected = torch.where((codes == 255)[:, None], 0x7F, exact_bytes(blocks, codes))
     assert_bitwise_equal(data.view(torch.uint8).cpu(), expected, "bytes")
     kept = exact_value(expected, codes[:, None].expand(-1, 32)).to(torch.bfloat16)
     kept[kept.isnan()] = math.nan
-    assert_bitwise_equal(face.round(x).cpu(), kept, "rounded values")
+    assert_bitwise_equal(api.round(x).cpu(), kept, "rounded values")
 
 
-# --- the quantiser ----------------------------------------------------------------------------------------------------
+# --- the quantizer ----------------------------------------------------------------------------------------------------
 
 
-@FACES
+@APIS
 @DTYPES
-def test_every_amax(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def test_every_amax(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     """Blocks whose largest magnitude is every finite one of the dtype, and infinity."""
     count = 0x7F81 if dtype == torch.bfloat16 else 0x7C01
     amax = torch.arange(count).to(torch.int16).view(dtype)
@@ -108,24 +108,24 @@ def test_every_amax(face: ModuleType, dtype: torch.dtype, device: torch.device) 
     place = torch.randint(32, (count, 1))
     sign = torch.randint(0, 2, (count, 1)).mul(2).sub(1).to(dtype)
     blocks.scatter_(1, place, amax[:, None] * sign)
-    assert_rows_of_blocks(face, blocks, codes, device)
+    assert_rows_of_blocks(api, blocks, codes, device)
 
 
-@FACES
+@APIS
 @DTYPES
-def test_every_value_beside_one(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def test_every_value_beside_one(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     """All 65536 bit patterns, in blocks of one pattern and 448's."""
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     blocks = torch.full((len(x), 32), 448.0, dtype=dtype)
     blocks[torch.arange(len(x)), torch.arange(len(x)) % 32] = x
     amax = torch.where(x.isnan(), 0, x).abs().clamp(min=448)
     codes = {float(value): exact_code(float(value)) for value in amax.unique()}
-    assert_rows_of_blocks(face, blocks, torch.tensor([codes[float(value)] for value in amax]), device)
+    assert_rows_of_blocks(api, blocks, torch.tensor([codes[float(value)] for value in amax]), device)
 
 
-@FACES
+@APIS
 @DTYPES
-def test_special_blocks(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def test_special_blocks(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     blocks = torch.zeros(7, 32, dtype=dtype)
     blocks[0, ::2] = -0.0
     blocks[1] = math.nan
@@ -138,15 +138,15 @@ def test_special_blocks(face: ModuleType, dtype: torch.dtype, device: torch.devi
     blocks[5, 31] = -0.0
     blocks[6] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     codes = torch.tensor([0, 255, 119, 254, 254, 0, exact_code(float(blocks[6, 0]))])
-    assert_rows_of_blocks(face, blocks, codes, device)
-    rounded = face.round(blocks.to(device)).cpu()
+    assert_rows_of_blocks(api, blocks, codes, device)
+    rounded = api.round(blocks.to(device)).cpu()
     assert rounded[0].signbit().tolist() == [True, False] * 16
     assert rounded[3, 3:5].tolist() == [math.inf, -math.inf]
 
 
-@FACES
+@APIS
 @pytest.mark.parametrize("tokens", [1, 50, 120, 150])
-def test_every_byte_under_every_code(face: ModuleType, tokens: int, device: torch.device) -> None:
+def test_every_byte_under_every_code(api: ModuleType, tokens: int, device: torch.device) -> None:
     """Weights and activations alike: a single byte in one of five blocks, zeros around it, times ones."""
     count, k = 1 << 16, 160
     number = torch.arange(count)
@@ -155,27 +155,27 @@ def test_every_byte_under_every_code(face: ModuleType, tokens: int, device: torc
     rows[number, block * 32 + number % 32] = byte.to(torch.uint8)
     codes = torch.full((count, k // 32), 127, dtype=torch.uint8)
     codes[number, block] = code.to(torch.uint8)
-    scales = face.swizzle_scales(codes).to(device)
+    scales = api.swizzle_scales(codes).to(device)
     expected = exact_value(byte, code).float()
     rows = rows.to(device)
 
     ones = torch.ones(tokens, k, dtype=torch.bfloat16, device=device)
-    found = face.grouped_mm(ones, rows[None], scales[None], out_dtype=torch.float32)
+    found = api.grouped_mm(ones, rows[None], scales[None], out_dtype=torch.float32)
     assert_close(found.cpu(), expected.expand(tokens, -1), name="weights")
 
     plain = torch.full((1, 32, k // 32), 127, dtype=torch.uint8, device=device)
     unit = torch.full((1, 32, k), ONE, dtype=torch.uint8, device=device)
-    found = face.grouped_mm(MXFP8(rows, scales), unit, face.swizzle_scales(plain), out_dtype=torch.float32)
+    found = api.grouped_mm(MXFP8(rows, scales), unit, api.swizzle_scales(plain), out_dtype=torch.float32)
     assert_close(found.cpu(), expected[:, None].expand(-1, 32), name="activations")
 
 
-@FACES
+@APIS
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (129, 5), (3, 300, 7), (2, 2, 32, 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=["uint8", "e8m0"])
-def test_swizzle(face: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_swizzle(api: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     plain = torch.randint(0, 256, shape, dtype=torch.uint8)
     rows, columns = shape[-2:]
-    tiled = face.swizzle_scales(plain.view(dtype))
+    tiled = api.swizzle_scales(plain.view(dtype))
     height, width = -(-rows // 128) * 128, -(-columns // 4) * 4
     assert tiled.dtype == dtype
     assert tiled.shape == (*shape[:-2], height, width)
@@ -184,7 +184,7 @@ def test_swizzle(face: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -
     tiles = padded.unflatten(-1, (width // 4, 4)).unflatten(-3, (height // 128, 4, 32))
     order = [*range(len(shape) - 2), *(len(shape) - 2 + axis for axis in (0, 3, 2, 1, 4))]
     assert_bitwise_equal(tiled.view(torch.uint8), tiles.permute(order).reshape(padded.shape))
-    assert_bitwise_equal(face.unswizzle_scales(tiled, rows, 32 * columns).view(torch.uint8), plain)
+    assert_bitwise_equal(api.unswizzle_scales(tiled, rows, 32 * columns).view(torch.uint8), plain)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -192,10 +192,10 @@ def test_swizzle(face: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -
 
 def assert_product(found: Tensor, a: Tensor, i: ProductInputs) -> None:
     """Rows of experts within the rounded ends of exact +- what float32 sums can lose; `a` holds bfloat16 rows."""
-    face, live, k = reference.mxfp8_moe, i.live(), i.case.k
-    exact = i.run(face, a, out_dtype=torch.float64)[live]
+    api, live, k = reference.mxfp8_moe, i.live(), i.case.k
+    exact = i.run(api, a, out_dtype=torch.float64)[live]
     plain = replace(i, weight=(i.weight.view(torch.uint8) & 0x7F))
-    loss = plain.run(face, a.abs(), out_dtype=torch.float64)[live].nan_to_num(0, 0, 0) * k * 2.0**-22 + k * 2.0**-149
+    loss = plain.run(api, a.abs(), out_dtype=torch.float64)[live].nan_to_num(0, 0, 0) * k * 2.0**-22 + k * 2.0**-149
     found = found[live]
     assert_close(found.isnan(), exact.isnan(), name="NaN")
     low, high = (round_once(end, found.dtype) for end in (exact - loss, exact + loss))
@@ -290,7 +290,7 @@ def test_sums_that_float32_holds_are_exact(out_dtype: torch.dtype, device: torch
     assert_close(i.run(mxfp8_moe, replace(i, x=x).quantize(mxfp8_moe)), exact)
 
 
-def test_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
+def test_rows_do_not_depend_on_their_neighbors(device: torch.device) -> None:
     """Each row alone, and in other company, gives the same bits as among all."""
     case = ProductCase((70, 1, 200, 0, 3), 96, 160)
     i = case.make(device)
@@ -303,9 +303,9 @@ def test_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
             for end in (begin + 1, min(begin + 20, edges[expert + 1])):
                 alone = mxfp8_moe.grouped_mm(x[begin:end], *some)
                 assert_bitwise_equal(alone, together[begin:end], f"rows {begin} to {end}")
-    quantised = i.quantize(mxfp8_moe)
+    quantized = i.quantize(mxfp8_moe)
     one = mxfp8_moe.quantize(x[71:72])
-    assert_bitwise_equal(one.data, quantised.data[71:72])
+    assert_bitwise_equal(one.data, quantized.data[71:72])
 
 
 def raw(i: ProductInputs, device: torch.device) -> Tensor:
@@ -330,7 +330,7 @@ def raw(i: ProductInputs, device: torch.device) -> Tensor:
     return out.tensor
 
 
-@pytest.mark.parametrize("out_dtype", HALVES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES_16_BIT, ids=str)
 def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, device: torch.device) -> None:
     i = ProductCase((5, 0, 200, 128), 128, 256, out_dtype=out_dtype).make(device)
     expected = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
@@ -347,8 +347,8 @@ def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, d
 
 
 def test_upstream_test(device: torch.device) -> None:
-    """vLLM's own: 1 - 2 xy / (x^2 + y^2) against products of what was not quantised, under 0.001 for each expert."""
-    for dtype in HALVES:
+    """vLLM's own: 1 - 2 xy / (x^2 + y^2) against products of what was not quantized, under 0.001 for each expert."""
+    for dtype in DTYPES_16_BIT:
         sizes = tuple(torch.randint(1, 200, (8,)).tolist())
         i = ProductCase(sizes, 384, 512, dtype=dtype, out_dtype=dtype).make(device)
         weight = torch.randn(8, 384, 512, device=device).to(dtype)
@@ -380,7 +380,7 @@ def test_offsets_that_lead_outside_are_empty(edges: list[int], device: torch.dev
 
 
 def test_scales_outside_of_their_buffer(device: torch.device) -> None:
-    """Such a group is not quantised, and its rows are NaN when they are multiplied."""
+    """Such a group is not quantized, and its rows are NaN when they are multiplied."""
     i = ProductCase((3, 130, 4), 128, 128).make(device)
     problems = torch.tensor([[3, 128, 128], [130, 128, 128], [4, 128, 128]]).int().to(device)
     starts = torch.tensor([0, 3, 133]).int().to(device)
@@ -512,7 +512,7 @@ def test_layer_memory(case: LayerCase, device: torch.device) -> None:
         assert_bitwise_equal(out.tensor, expected)
 
 
-def test_tokens_do_not_depend_on_their_neighbours(device: torch.device) -> None:
+def test_tokens_do_not_depend_on_their_neighbors(device: torch.device) -> None:
     i = LayerCase(50, 64, 96, 8, 3).make(device)
     together = i.run(mxfp8_moe)
     for some in (slice(0, 1), slice(7, 9), slice(20, 50)):
@@ -529,8 +529,8 @@ def test_experts_that_do_not_exist_add_nothing(device: torch.device) -> None:
         assert_bitwise_equal(replace(i, topk_ids=ids.masked_fill(away, bad)).run(mxfp8_moe), expected)
 
 
-def test_shared_expert_and_quantised_activations_against_plain_ones(device: torch.device) -> None:
-    """A shared expert is one more; leaving activations unquantised is the more accurate reading of a checkpoint."""
+def test_shared_expert_and_quantized_activations_against_plain_ones(device: torch.device) -> None:
+    """A shared expert is one more; leaving activations unquantized is the more accurate reading of a checkpoint."""
     case = LayerCase(32, 256, 128, 5, 3)
     i = case.make(device)
     ids = torch.cat([i.topk_ids % 4, torch.full_like(i.topk_ids[:, :1], 4)], 1)

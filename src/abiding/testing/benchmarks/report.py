@@ -83,7 +83,7 @@ def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
     head = (
         f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
         f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
-        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds per call."
+        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, µs per call."
     )
     return "\n\n".join(filter(None, [head, *tables, _timed_later(results, benchmark, op)])) if tables else ""
 
@@ -169,7 +169,7 @@ def _plot_overlaid(figure: Figure, rows: Sequence[Row], axis: str) -> None:
 
 
 def _finish(panel: Axes, axis: str, **more: str) -> None:
-    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="us per call", **more)
+    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="µs per call", **more)
     panel.grid(alpha=0.3)
     panel.legend()
 
