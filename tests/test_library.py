@@ -1,4 +1,4 @@
-"""Finding and loading the binaries, also where that cannot work: one clear sentence then, never a crash."""
+"""Finding and loading the binaries; if that cannot work, one clear sentence and never a crash."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ else:
     print("imported", abiding.binaries()[0])
 """
 
-# Imports the copy in the folder COPY under the name of the package, whatever else is installed.
+# Imports the copy of the package in the folder COPY as `abiding`, whatever else is installed.
 IMPORT_COPY = """
 import importlib.util, sys
 for name in [name for name in sys.modules if name.partition(".")[0] == "abiding"]:
@@ -49,7 +49,7 @@ print("works")
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """All files of the installed package, in another folder."""
+    """A copy of the installed package in another folder."""
     target = tmp_path / "another place" / "abiding"
     for folder in abiding.__path__:
         if Path(folder).is_dir():
@@ -163,7 +163,7 @@ def test_a_second_package_is_refused(python: Callable, copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["libabiding.so", "renamed.so"])
 def test_a_second_library_is_refused(python: Callable, copy: Path, name: str) -> None:
-    """Loaded behind the package's back: the first keeps serving, and somebody says so."""
+    """Loaded without the package's loader: the first library stays in use, and one line on stderr says so."""
     second = copy.parent / name
     shutil.copy(copy / "libabiding.so", second)
     code = f"""
@@ -175,10 +175,10 @@ except Exception as error:
 """
     result = python(code + WORKS, check=False)
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
-    said = (result.stderr + result.stdout.removesuffix("works\n")).strip()
-    assert len(said.splitlines()) == 1, said
-    assert str(second) in said
-    assert str(abiding.binaries()[0].resolve()) in said or str(abiding.binaries()[0]) in said
+    output = (result.stderr + result.stdout.removesuffix("works\n")).strip()
+    assert len(output.splitlines()) == 1, output
+    assert str(second) in output
+    assert str(abiding.binaries()[0].resolve()) in output or str(abiding.binaries()[0]) in output
     assert last_line(result.stdout) == "works"
 
 

@@ -1,4 +1,4 @@
-"""What every public module does around an operator: checks before it makes an output, errors that users expect."""
+"""What the functions of the public API share: argument checks, and the translation of operator errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from abiding._library import require_cuda_kernels
 
 
 def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *args: object, **kwargs: object) -> Any:
-    """Run an operator and return its result; its argument errors become TypeError or ValueError.
+    """Run an operator and return its result; argument errors become TypeError or ValueError.
 
     Args:
-        function: the public function, which errors name.
-        names: the operator's argument names, mapped to the function's where they differ.
-        op: the operator, with its arguments.
+        function: name of the public function, for error messages.
+        names: maps the operator's argument names to the function's where they differ.
+        op: the operator; its arguments follow.
     """
     if isinstance(args[0], Tensor) and args[0].is_cuda:
         require_cuda_kernels()
@@ -29,7 +29,7 @@ def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *ar
 
 
 def translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
-    """The TypeError or ValueError that an operator's argument error stands for; other errors come back as they are."""
+    """Translate an operator's argument error to a TypeError or ValueError; other errors are returned unchanged."""
     text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
     if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
         complaint = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), match["complaint"])
@@ -42,17 +42,17 @@ def translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> 
 
 
 def check_tensor(function: str, name: str, tensor: object) -> Tensor:
-    """The argument as a tensor; TypeError if it is none."""
+    """Return the argument; TypeError unless it is a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{function}: {name} is a {type(tensor).__name__}; expected a Tensor")
     return tensor
 
 
 def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str, ...]) -> None:
-    """Raise unless the argument is a tensor of this rank, with the sizes that are numbers."""
+    """Raise unless the argument is a tensor of this shape; a dimension given by name may have any size."""
     sizes = check_tensor(function, name, tensor).shape
     if len(sizes) == len(shape):
-        for want, size in zip(shape, sizes, strict=True):  # a call has a few microseconds: no generator
+        for want, size in zip(shape, sizes, strict=True):  # no generator: the host has a few microseconds per call
             if not isinstance(want, str) and want != size:
                 break
         else:

@@ -1,4 +1,4 @@
-"""Fake kernels: what torch.compile and fake tensors run in an operator's place."""
+"""Fake (meta) kernels: what torch.compile and FakeTensorMode run instead of an operator."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ Result = Tensor | tuple[Tensor, ...] | None
 
 
 def register_fake(name: str, result: Callable[..., Result]) -> None:
-    """Register the fake of ``abiding::<name>``: all tensors must be on one device, and ``result`` makes the output.
+    """Register the fake kernel of ``abiding::<name>``; ``result`` creates the output.
 
-    The device check matters outside of compilation too: a meta tensor among others sends a call to the fake.
+    The fake also checks that all tensors are on one device. That matters outside of compilation too: a single meta
+    tensor among the arguments dispatches a call to the fake.
     """
     packet, _, overload = name.partition(".")
     arguments = getattr(getattr(torch.ops.abiding, packet), overload or "default")._schema.arguments
@@ -33,4 +34,4 @@ def register_fake(name: str, result: Callable[..., Result]) -> None:
 
 
 def writes_in_place(*args: object, **kwargs: object) -> None:
-    """The result of an operator that only writes to its arguments."""
+    """The ``result`` of an operator that only writes to its arguments."""

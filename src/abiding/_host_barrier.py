@@ -1,4 +1,4 @@
-"""Where the ranks of a communicator wait for each other on the host: waits that end, and that name who is missing."""
+"""A host barrier between the ranks of a communicator. Every wait has a timeout and names the ranks that are missing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from enum import IntEnum
 from pathlib import Path
 
 MAX_RANKS = 16
-_LOOK_S = 0.05  # from one look at the other processes to the next
+_PROCESS_POLL_S = 0.05  # between two checks whether the late ranks' processes still exist
 
 
 class Step(IntEnum):
-    """What ranks wait for."""
+    """The points at which ranks wait for each other; each has counters of its own."""
 
     STOPPED = 0
     CLEARED = 1
@@ -21,14 +21,15 @@ class Step(IntEnum):
 
 
 class HostBarrier:
-    """A table in shared memory with a number for each step and rank, which only that rank writes; negative: it gave up.
+    """A table of counters in shared memory, one per step and rank, which only that rank writes.
 
-    The table outlives any process that dies, so the others always learn who did not come.
+    A rank arrives by writing a positive number. A negative number means that its wait for that number timed out. The
+    table survives any process that dies, so the others always find out which rank is missing.
 
     Args:
-        address: of the table, zeros at first.
-        rank: of this process.
-        pids: the processes of all ranks.
+        address: address of the table, which is zero at first.
+        rank: the rank of this process.
+        pids: the process ids of all ranks.
     """
 
     BYTES = 8 * len(Step) * MAX_RANKS
@@ -38,16 +39,16 @@ class HostBarrier:
         self._rank, self._pids = rank, pids
 
     def wait(self, step: Step, number: int, timeout_s: float) -> int:
-        """Wait until every rank has come to a step with the same number, the largest that any of them brings.
+        """Wait until every rank has arrived at a step with the same number: the largest that any of them brings.
 
-        Ranks that gave up earlier, and others that did not, may bring different numbers.
+        Ranks may bring different numbers if some of them have timed out at this step before.
 
         Raises:
-            RuntimeError: a rank did not come in time, or its process has ended. Whoever gives up leaves the step, so
-                that nobody counts on it.
+            RuntimeError: a rank did not arrive in time, or its process has ended. The rank that raises also withdraws
+                its own arrival, so that no other rank proceeds as if it were still there.
         """
         deadline = time.monotonic() + timeout_s
-        look = time.monotonic() + _LOOK_S
+        next_process_poll = time.monotonic() + _PROCESS_POLL_S
         while True:
             self._write(step, number)
             numbers = self._read(step)
@@ -56,15 +57,15 @@ class HostBarrier:
                 return number
             now = time.monotonic()
             late = [rank for rank, theirs in enumerate(numbers) if theirs != number]
-            gone = [rank for rank in late if now > look and has_ended(self._pids[rank])]
+            gone = [rank for rank in late if now > next_process_poll and has_ended(self._pids[rank])]
             if gone or now > deadline:
                 self._write(step, -number)
-                # Whoever came and gave up before is not to blame, unless nobody else is.
+                # A rank that arrived and timed out earlier is blamed only if no other rank is missing.
                 missing = [rank for rank in late if -numbers[rank] < number] or late
                 blamed = f"{_named(gone)} gone" if gone else f"{_named(missing)} missing after {timeout_s:g} s"
                 raise RuntimeError(blamed)
-            if now > look:
-                look = now + _LOOK_S
+            if now > next_process_poll:
+                next_process_poll = now + _PROCESS_POLL_S
             time.sleep(0.001)
 
     def _read(self, step: Step) -> list[int]:
@@ -75,7 +76,7 @@ class HostBarrier:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has ended, waited for by its parent or not."""
+    """Whether a process has ended, reaped by its parent or still a zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Finds and loads the two binaries: libabiding.so (schemas, CPU) and, where torch has CUDA, libabiding_cuda.so."""
+"""Find and load the two binaries: libabiding.so (schemas, CPU kernels) and, if torch has CUDA, libabiding_cuda.so."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _cuda_reason: str | None = "abiding's binaries are not loaded."
 
 
 def binaries() -> list[Path]:
-    """The binaries that this installation has, the CPU one first."""
+    """The paths of this installation's binaries, the CPU binary first."""
     return [path for name in ("libabiding.so", "libabiding_cuda.so") if (path := _find(name)) is not None]
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the CUDA kernels are loaded and the driver can run them."""
+    """Whether the CUDA kernels are loaded and the driver supports them."""
     return _cuda_reason is None
 
 
 def cuda_unavailable_reason() -> str | None:
-    """Why there are no CUDA kernels, in one sentence; None where there are."""
+    """Why the CUDA kernels are unavailable, in one sentence; None if they are available."""
     return _cuda_reason
 
 
 def require_cuda_kernels() -> None:
-    """Raise what :func:`cuda_unavailable_reason` says, if anything."""
+    """Raise a RuntimeError with :func:`cuda_unavailable_reason` unless the CUDA kernels are available."""
     if _cuda_reason is not None:
         raise RuntimeError(_cuda_reason)
 
@@ -39,7 +39,7 @@ def load() -> None:
     """Load the binaries into this process.
 
     Raises:
-        ImportError: torch is too old, the CPU binary is missing, or another copy of it is loaded already.
+        ImportError: torch is too old, the CPU binary is missing or does not load, or another copy is already loaded.
     """
     global _cuda_reason
     _check_torch()
@@ -65,7 +65,7 @@ def _check_torch() -> None:
 
 
 def _find(name: str) -> Path | None:
-    # An editable installation has two folders: the sources, and where the build put the binaries.
+    # An editable installation has two folders: the sources, and the build's output with the binaries.
     folders = map(Path, sys.modules[__package__].__path__)
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
@@ -81,14 +81,14 @@ def _load_once(path: Path) -> None:
 
 
 def _mapped(name: str) -> set[Path]:
-    """Files of this name that are mapped into the process."""
+    """The files of this name that are mapped into this process."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     paths = {Path(line.split(maxsplit=5)[5]) for line in maps if line.endswith("/" + name)}
     return {path for path in paths if path.exists()}
 
 
 def _load_cuda() -> str | None:
-    """Load the CUDA binary; what keeps it from working, if anything."""
+    """Load the CUDA binary; returns why it cannot be used, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA, so abiding's CUDA kernels are not loaded."
     path = _find("libabiding_cuda.so")
@@ -99,7 +99,7 @@ def _load_cuda() -> str | None:
     except OSError as error:
         return f"abiding's CUDA binary does not load here: {error}"
     binary, cpu = ctypes.CDLL(str(path)), ctypes.CDLL(str(_find("libabiding.so")))
-    # Communicators are kept by the CPU binary; each kind of memory is known to the binary that makes it.
+    # The CPU binary owns the communicator registry; each binary implements the peer memory of its own device type.
     binary.abiding_cuda_connect.restype = ctypes.c_void_p
     cpu.abiding_peer_use_cuda(ctypes.c_void_p(binary.abiding_cuda_connect(cpu.abiding_peer_find)))
     needed, found = binary.abiding_cuda_runtime_version(), binary.abiding_cuda_driver_version()

@@ -1,11 +1,12 @@
-"""A group of ranks on one host that write into each other's memory: all-reduce for messages where latency counts.
+"""Low-latency all-reduce over peer memory, for the ranks of one host.
 
-A :class:`Communicator` stands beside a ``torch.distributed`` group. What its kernels serve goes through memory that
-all ranks share (CUDA IPC between GPUs, shared memory between CPU processes), everything else through the group
-itself, behind the same call; :meth:`Communicator.explain` says which, and why.
+A :class:`Communicator` complements a ``torch.distributed`` group. Messages that its kernels support go through peer
+memory (CUDA IPC between GPUs, shared memory between CPU processes); all others go through the group itself, behind the
+same call. :meth:`Communicator.explain` tells which route a message takes, and why.
 
-The sum is the one in rank order in float32, rounded once, whatever the size: bitwise equal on all ranks. No wait is
-for ever: a rank that does not come ends in an error that names it, on every other rank.
+The sum is accumulated in float32 in rank order and rounded once, whatever the message size, so all ranks get the same
+bits. No wait is unbounded: if a rank does not arrive within the timeout, every other rank raises an error with its
+number.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ _CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Route:
-    """Who serves a tensor, and why."""
+    """Which backend reduces a message, and why."""
 
     backend: Literal["abiding", "torch.distributed", "copy"]
     reason: str
 
 
-# Made once: a call has a few microseconds.
+# Constructed once: the host has a few microseconds per call.
 _COPY = Route("copy", "the group has one rank")
 _OTHER_DTYPE = Route("torch.distributed", "the dtype is none of float32, float16 and bfloat16")
 _TOO_LARGE = Route("torch.distributed", "the message is larger than max_bytes")
@@ -53,13 +54,14 @@ _ABIDING = Route("abiding", "the message is dense, of a dtype that is summed in 
 def choose_route(
     *, ranks: int, nbytes: int, dtype: torch.dtype, dense: bool, max_bytes: int, unavailable: str | None
 ) -> Route:
-    """The rule by which messages are sent, from what all ranks know alike.
+    """Choose the route of a message. All inputs are the same on all ranks, so all ranks choose the same route.
 
     Args:
-        ranks: size of the group.
-        nbytes, dtype, dense: of the message; dense means without gaps or overlaps, in any order of strides.
+        ranks: world size of the group.
+        nbytes, dtype: size and dtype of the message.
+        dense: whether the message covers its memory without gaps or overlaps, in any order of strides.
         max_bytes: the communicator's limit.
-        unavailable: why there is no shared memory between the ranks, if there is none.
+        unavailable: why the ranks have no peer memory; None if they have.
     """
     if ranks == 1:
         return _COPY
@@ -73,7 +75,7 @@ def choose_route(
 
 
 def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether these sizes and strides cover their memory without gaps or overlaps, in whatever order."""
+    """Whether these sizes and strides cover their memory without gaps or overlaps, in any order of dimensions."""
     if 0 in sizes:
         return True
     expected = 1
@@ -85,22 +87,23 @@ def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 class Communicator:
-    """Ranks of one host that share memory, beside their ``torch.distributed`` group.
+    """The ranks of one host, connected by peer memory beside their ``torch.distributed`` group.
 
-    All ranks make it together, and then the same calls with the same sizes, dtypes and strides in the same order, as
-    with any collective. It may be used in CUDA graphs (a replay is a call), under ``torch.compile(fullgraph=True)``
-    and in inference mode. One communicator serves one stream and one thread at a time; make several for several.
+    Construction is collective: all ranks construct the communicator together. As with any collective, all ranks then
+    make the same calls with the same sizes, dtypes and strides in the same order. A communicator works in CUDA graphs
+    (a replay counts as a call), under ``torch.compile(fullgraph=True)`` and in inference mode. It serves one stream and
+    one thread at a time; construct one per stream that overlaps with another.
 
-    After a fault (a rank that did not come in time, two streams at once) every call raises a RuntimeError that names
-    operator and rank, until all ranks have called :meth:`reset`. Captured graphs survive that.
+    After a fault (a timeout, or two concurrent calls) every call raises a RuntimeError that names the operator and the
+    rank, until all ranks have called :meth:`reset`. Captured graphs stay valid across a reset.
 
     Args:
-        group: the ranks, 16 at most for shared memory. Default: the default group, or this process alone where
-            ``torch.distributed`` is not initialised.
-        device: where messages are. Default: the current CUDA device if the group's backend has NCCL, or if the group
-            has one rank and there are CUDA kernels; else the CPU.
-        max_bytes: larger messages go through ``torch.distributed``. The same on all ranks.
-        timeout_s: how long a rank waits for another before it gives up.
+        group: the ranks, at most 16 for peer memory. Default: the default group, or this process alone where
+            ``torch.distributed`` is not initialized.
+        device: the device of the messages. Default: the current CUDA device if the group has an NCCL backend, or if
+            the group has one rank and CUDA kernels are available; otherwise the CPU.
+        max_bytes: larger messages go through ``torch.distributed``. Must be the same on all ranks.
+        timeout_s: how long a rank waits for another before the call is aborted with a fault.
 
     Raises:
         ValueError: an argument is out of range or differs between ranks, or this process is not in the group.
@@ -127,7 +130,7 @@ class Communicator:
     def of_peer_memory(
         cls, memory: PeerMemory, rank: int, ranks: int, max_bytes: int, timeout_s: float
     ) -> Communicator:
-        """One of several ranks in this process, which have no group behind them."""
+        """The communicator of a virtual rank: one of several ranks in this process, without a group."""
         self = cls.__new__(cls)
         self.group, self.rank, self.ranks = None, rank, ranks
         self._start(memory.device, max_bytes, timeout_s)
@@ -146,7 +149,7 @@ class Communicator:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.max_bytes, self.timeout_s = device, max_bytes, timeout_s
         self._closed, self._resets = False, 0
-        self._interrupted: str | None = None  # a reset that other ranks did not finish
+        self._interrupted: str | None = None  # the error of a reset that not all ranks have finished
 
     def _set_peer_memory(self, memory: PeerMemory | None, unavailable: str | None) -> None:
         self._memory, self._unavailable = memory, unavailable
@@ -160,18 +163,18 @@ class Communicator:
     # --- all-reduce ---------------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The sum of all ranks' ``x``: of float32, float16 and bfloat16 in float32, in rank order, rounded once.
+        """Sum ``x`` over all ranks; float32, float16 and bfloat16 accumulate in float32 in rank order, rounded once.
 
         Args:
-            x: any size from 0, any alignment; memory without gaps, in any order of strides, stays in that order. Not
+            x: the message, of any size (also empty) and any alignment. A dense order of strides is preserved. Not
                 modified unless ``out`` is x.
-            out: where the sum goes, of x's shape, strides and dtype, possibly x itself. Default a new tensor.
+            out: the output, with the shape, strides and dtype of x; may be x itself. Default: a new tensor.
 
         Returns:
             ``out``, or a new tensor.
 
         Raises:
-            RuntimeError: the communicator has stopped or is closed; the message names operator and rank.
+            RuntimeError: the communicator has stopped or is closed; the message names the operator and the rank.
             TypeError, ValueError: an argument's dtype, device or layout is not accepted.
         """
         route = self.explain(x)
@@ -195,7 +198,7 @@ class Communicator:
             return result if out is None else out.copy_(result)
 
     def explain(self, tensor: Tensor) -> Route:
-        """Who would serve this tensor in :meth:`all_reduce`, and why: the rule is :func:`choose_route`."""
+        """The route that :meth:`all_reduce` takes for this tensor, and why. :func:`choose_route` is the rule."""
         self.check_device("all_reduce", "x", tensor)
         return choose_route(
             ranks=self.ranks,
@@ -208,11 +211,11 @@ class Communicator:
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why the ranks do not share memory, so that ``torch.distributed`` serves all; None where they do."""
+        """Why the ranks have no peer memory, so that ``torch.distributed`` serves all calls; None if they have."""
         return self._unavailable
 
     def check_device(self, function: str, name: str, tensor: Tensor) -> None:
-        """Raise unless an argument of a public function is a tensor on the communicator's device."""
+        """Raise unless ``tensor``, an argument of a public function, is a tensor on the communicator's device."""
         if _api.check_tensor(function, name, tensor).device != self.device:
             raise ValueError(f"{function}: {name} is on {tensor.device}; expected {self.device} as the communicator")
 
@@ -225,12 +228,12 @@ class Communicator:
         *rest: object,
         **out: Tensor,
     ) -> Any:
-        """Run an operator over the shared memory: for the modules of operator groups.
+        """Run a collective operator over the peer memory; used by the public modules of the operator groups.
 
         Args:
             function, names, op: as in :func:`abiding._api.call`.
-            tensors: what the operator takes before ``state`` and ``comm``.
-            rest, out: what it takes after those.
+            tensors: the operator's arguments before ``state`` and ``comm``.
+            rest, out: its arguments after those.
         """
         if self._interrupted is not None:
             raise RuntimeError(self._interrupted)
@@ -249,18 +252,18 @@ class Communicator:
 
     @property
     def state(self) -> Literal["ready", "stopped", "closed"]:
-        """``stopped`` after a fault, until :meth:`reset`; does not wait for work that is still queued on a GPU."""
+        """``stopped`` after a fault, until :meth:`reset`. Does not wait for work that is still queued on the GPU."""
         return "closed" if self._closed else "ready" if self.fault is None else "stopped"
 
     @property
     def fault(self) -> str | None:
-        """What happened, with operator and rank, if anything did."""
+        """The text of the first fault, which names the operator and the rank; None if there was none."""
         return None if self._closed or self._memory is None else self._memory.fault() or self._interrupted
 
     def check(self) -> None:
-        """Wait for queued work, which may take up to the timeout, and raise if the communicator has stopped anywhere.
+        """Synchronize the device, which may take up to the timeout, and raise if any rank has reported a fault.
 
-        A call raises by itself; the replay of a CUDA graph cannot.
+        An eager call raises by itself; the replay of a CUDA graph cannot.
         """
         self._check_open("check")
         self._synchronize()
@@ -268,10 +271,10 @@ class Communicator:
             raise RuntimeError(fault)
 
     def reset(self) -> None:
-        """Bring a stopped communicator back. All ranks call it; it is harmless where nothing has happened.
+        """Bring a stopped communicator back to ``ready``. Collective; harmless if there was no fault.
 
         Raises:
-            RuntimeError: a rank did not come within the timeout; the message names it. Calling again is fine.
+            RuntimeError: a rank did not arrive within the timeout; the message names it. The call can be repeated.
         """
         self._check_open("reset")
         if self._memory is None:
@@ -288,7 +291,7 @@ class Communicator:
             raise RuntimeError(f"abiding::reset: {error}; expected all {self.ranks} ranks to call it") from None
 
     def close(self) -> None:
-        """Give the shared memory back, once all ranks close or 10 s (the timeout, if that is less) have passed."""
+        """Free the peer memory once all ranks have called it, or after min(timeout_s, 10 s)."""
         if self._closed:
             return
         self._closed = True
@@ -319,7 +322,7 @@ class Communicator:
 
 
 def _without_grad(tensor: Tensor) -> Tensor:
-    """The same memory; torch.no_grad() would do, in twice the time of all else that this module does in a call."""
+    """The tensor without autograd. torch.no_grad() would do too, but costs twice the rest of a call in this module."""
     return tensor.detach() if isinstance(tensor, Tensor) and tensor.requires_grad else tensor
 
 

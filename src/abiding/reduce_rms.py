@@ -1,15 +1,16 @@
-r"""RMSNorm of rows that are spread over ranks, as MiniMax's models norm Q and K under tensor parallelism.
+r"""RMSNorm over a width that is sharded across ranks, as in the QK norm of MiniMax M2 under tensor parallelism.
 
-Each rank holds ``d`` of the ``D = ranks * d`` columns. It adds up the squares of its own, the ranks exchange one number
-a token and tensor, and each scales its columns:
+Each rank holds ``d`` of the ``D = ranks * d`` columns. It sums the squares of its own columns, the ranks exchange one
+float32 partial sum per token and tensor, and each rank scales its columns:
 
 .. math:: y = x \cdot w / \sqrt{\textstyle\sum_{ranks} \sum_d x^2 / D + \epsilon}
 
-in float32, rounded once. The ranks' numbers are added in rank order, so all ranks scale by the same bits.
+in float32, rounded once. The partial sums are added in rank order, so all ranks scale by the same bits.
 
-The functions take float32, float16 and bfloat16 on the device of the :class:`abiding.Communicator`, which also says
-what all ranks have to agree on, work under ``torch.compile(fullgraph=True)`` and in CUDA graphs, and launch on the
-current stream. None is differentiable; weights that require gradients are accepted.
+Inputs are float32, float16 or bfloat16 on the device of the :class:`abiding.Communicator`, whose documentation says
+what all ranks must agree on. The functions launch on the current stream and work under
+``torch.compile(fullgraph=True)`` and in CUDA graphs. None is differentiable; weights that require gradients are
+accepted.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ _PUBLIC_NAMES = {"input": "x", "weight_q": "wq", "weight_k": "wk"}
 
 
 def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6) -> Tensor:
-    """Normalise rows over the columns of all ranks.
+    """Normalize rows over the columns of all ranks.
 
     Args:
-        x: ``[T, d]``, this rank's columns, any row stride; T is the same on all ranks, 0 is fine.
-        weight: ``[d]`` of x's dtype, this rank's share.
-        comm: the ranks.
+        x: ``[T, d]``, this rank's columns, with any row stride. T must be the same on all ranks and may be 0.
+        weight: ``[d]`` of x's dtype, this rank's shard.
+        comm: the communicator of the ranks.
         eps: added to the mean square, inside the root.
 
     Returns:
         A new tensor ``[T, d]`` of x's dtype.
 
     Raises:
-        RuntimeError: the communicator has stopped or is closed; the message names operator and rank.
+        RuntimeError: the communicator has stopped or is closed; the message names the operator and the rank.
         TypeError, ValueError: an argument's dtype, device, shape or strides are not accepted.
     """
     comm.check_device("rms_norm", "x", x)
@@ -51,13 +52,13 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
 
 
 def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Normalise the Q and the K columns of a fused projection, each over the columns of all ranks, in one launch.
+    """QK norm: normalize the Q and the K columns of a fused projection, each over all ranks, in one launch.
 
     Args:
         qkv: ``[T, q + 2 kv]``: a row holds q columns of Q, kv of K, kv of V; any row stride. V is not read.
-        wq: ``[q]`` of qkv's dtype, this rank's share.
-        wk: ``[kv]``. Where ranks hold copies of the same K heads, every copy counts.
-        comm: the ranks.
+        wq: ``[q]`` of qkv's dtype, this rank's shard.
+        wk: ``[kv]``, likewise. If ranks hold replicas of the same K heads, every replica counts.
+        comm: the communicator of the ranks.
         eps: added to the mean squares, inside the root.
 
     Returns:
@@ -82,7 +83,7 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
 def _scaled(
     function: str, parts: list[Tensor], weights: list[Tensor], comm: Communicator, eps: float
 ) -> tuple[Tensor, ...]:
-    """The same where ranks do not share memory: in plain PyTorch around the communicator's all-reduce."""
+    """The fallback for ranks without peer memory: plain PyTorch around the communicator's all-reduce."""
     for part, weight in zip(parts, weights, strict=True):
         if weight.dtype != part.dtype:
             raise TypeError(f"{function}: weight has dtype {weight.dtype}; expected {part.dtype} as the rows")
@@ -98,14 +99,14 @@ def _scaled(
         )
 
 
-def _parts(qkv: Tensor, q: int, kv: int) -> tuple[Tensor, Tensor]:
+def _empty_qk(qkv: Tensor, q: int, kv: int) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.size(0), q), qkv.new_empty(qkv.size(0), kv)
 
 
 register_fake("reduce_rms", lambda input, weight, state, comm, eps: input.new_empty(input.shape))
 register_fake(
     "reduce_rms_qk",
-    lambda qkv, weight_q, weight_k, state, comm, eps: _parts(qkv, weight_q.numel(), weight_k.numel()),
+    lambda qkv, weight_q, weight_k, state, comm, eps: _empty_qk(qkv, weight_q.numel(), weight_k.numel()),
 )
 register_fake(
     "minimax_allreduce_rms",
@@ -113,7 +114,7 @@ register_fake(
 )
 register_fake(
     "minimax_allreduce_rms_qk",
-    lambda qkv, norm_weight_q, norm_weight_k, workspace, q_size, kv_size, rank, nranks, eps: _parts(
+    lambda qkv, norm_weight_q, norm_weight_k, workspace, q_size, kv_size, rank, nranks, eps: _empty_qk(
         qkv, q_size, kv_size
     ),
 )

@@ -1,4 +1,4 @@
-"""The all-reduce as PyTorch operators: schemas, fakes, opcheck, routes, graphs, streams; and what steers the host."""
+"""The all-reduce as PyTorch operators: schemas, fakes, opcheck, graphs, streams; routes, and the host barrier."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_fake_results_look_like_real_ones(device: torch.device) -> None:
             assert looks[0] == looks[1], str(case)
 
 
-def test_gradients_neither_matter_nor_follow(device: torch.device) -> None:
+def test_inputs_may_require_gradients_and_results_do_not(device: torch.device) -> None:
     with virtual_ranks(2, device) as comms:
         x = torch.ones(5, device=device, requires_grad=True)
         for out in on_each(comms, lambda _, comm: comm.all_reduce(x)):
@@ -98,10 +98,10 @@ def test_inference_mode(device: torch.device) -> None:
             assert_bitwise_equal(out.clone(), torch.full((5,), 3.0))
 
 
-# --- who serves what --------------------------------------------------------------------------------------------------
+# --- routes -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_rule_of_routes() -> None:
+def test_choose_route() -> None:
     usual: dict[str, Any] = {
         "ranks": 4,
         "nbytes": 64,
@@ -128,25 +128,24 @@ def test_the_rule_of_routes() -> None:
         assert reason in route.reason
 
 
-def test_dense_means_that_every_element_has_its_place() -> None:
-    """Against what memory says, for every view of a few."""
+def test_is_dense_agrees_with_the_addresses_of_all_elements() -> None:
     base = torch.arange(120).reshape(2, 3, 4, 5)
     views = [base.permute(order) for order in itertools.permutations(range(4))]
     views += [view[:, 1:] for view in views] + [view[..., :1] for view in views] + [view[1] for view in views]
     views += [base[:0], base[None].expand(2, -1, -1, -1, -1), base[:1].expand(3, -1, -1, -1), base[0, 0, 0, ::2]]
     views += [torch.empty(()), base.as_strided((3, 4), (3, 1)), base.as_strided((2, 2), (1, 1))]
     for view in views:
-        places = view.as_strided(view.shape, view.stride()).storage_offset() + sum(
+        offsets = view.as_strided(view.shape, view.stride()).storage_offset() + sum(
             (torch.arange(size) * stride).reshape(-1, *[1] * (view.dim() - dim - 1))
             for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True))
         )
-        places = torch.as_tensor(places).expand(view.shape).flatten()
-        expected = not view.numel() or bool((places.sort().values - places.min() == torch.arange(view.numel())).all())
+        offsets = torch.as_tensor(offsets).expand(view.shape).flatten()
+        expected = not view.numel() or bool((offsets.sort().values - offsets.min() == torch.arange(view.numel())).all())
         assert is_dense(view.shape, view.stride()) == expected, (view.shape, view.stride())
 
 
-def test_blocks_of_ranks_on_one_gpu_fit_together() -> None:
-    # A block of 1024 threads takes a whole multiprocessor, of which an H100 has 132.
+def test_ctas_of_ranks_on_one_gpu_are_co_resident() -> None:
+    # A CTA of 1024 threads may occupy a whole SM; an H100 or H200 has 132.
     assert [ctas_per_rank(ranks) for ranks in (1, 2, 4, 8, 16)] == [128, 64, 32, 16, 8]
     assert all(ctas_per_rank(ranks) * ranks <= 132 for ranks in range(2, 17))
 
@@ -167,7 +166,7 @@ def test_one_rank_needs_no_group(device: torch.device) -> None:
     assert Communicator().device.type == ("cuda" if abiding.has_cuda_kernels() else "cpu")
 
 
-# --- the meeting ------------------------------------------------------------------------------------------------------
+# --- the host barrier -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -178,8 +177,8 @@ def barriers() -> list[HostBarrier]:
     return made
 
 
-def test_ranks_meet_at_the_largest_number(barriers: list[HostBarrier]) -> None:
-    """Also ranks that have failed to meet before, which count on."""
+def test_barrier_completes_at_the_largest_number(barriers: list[HostBarrier]) -> None:
+    """Also after waits that have timed out, whose ranks bring larger numbers."""
     with pytest.raises(RuntimeError, match=r"ranks 1, 2 are missing after 0\.01 s"):
         barriers[0].wait(Step.STOPPED, 1, 0.01)
     with pytest.raises(RuntimeError, match="rank 2 is missing"):
@@ -196,7 +195,7 @@ def test_ranks_meet_at_the_largest_number(barriers: list[HostBarrier]) -> None:
     assert numbers == [2, 2, 2]
 
 
-def test_who_gave_up_is_not_counted_on(barriers: list[HostBarrier]) -> None:
+def test_a_rank_that_timed_out_has_not_arrived(barriers: list[HostBarrier]) -> None:
     for rank in (0, 1):
         with pytest.raises(RuntimeError, match="missing"):
             barriers[rank].wait(Step.CLEARED, 1, 0.01)
@@ -216,15 +215,15 @@ def test_a_rank_whose_process_has_ended_is_named_at_once() -> None:
     assert not has_ended(os.getpid())
 
 
-# --- as an engine drives it -------------------------------------------------------------------------------------------
+# --- driven by an engine ----------------------------------------------------------------------------------------------
 
 
 def test_an_engines_class_may_drive_the_raw_operators(device: torch.device) -> None:
-    """The calls of vLLM's CustomAllreduce in their order, buffers registered and all."""
-    ops, ranks, most = torch.ops.abiding_custom_ar, 2, 1 << 20
+    """The calls of vLLM's CustomAllreduce in their order, including the registration of buffers."""
+    ops, ranks, max_bytes = torch.ops.abiding_custom_ar, 2, 1 << 20
     allocate = ops.allocate_shared_buffer_and_handle if device.type == "cuda" else ops.allocate_shared_memory_and_handle
-    meta = [allocate(ops.meta_size() + most) for _ in range(ranks)]
-    staging = [allocate(most) for _ in range(ranks)]
+    meta = [allocate(ops.meta_size() + max_bytes) for _ in range(ranks)]
+    staging = [allocate(max_bytes) for _ in range(ranks)]
     assert all(handle.dtype == torch.uint8 and handle.device.type == "cpu" for _, handle in meta + staging)
     rank_data = [torch.empty(8 << 20, dtype=torch.uint8, device=device) for _ in range(ranks)]
     handles = [ops.init_custom_ar([address for address, _ in meta], rank_data[r], r, True) for r in range(ranks)]
@@ -240,7 +239,7 @@ def test_an_engines_class_may_drive_the_raw_operators(device: torch.device) -> N
             self.rank, self.device = rank, device
 
     def call(rank: int, _: Any) -> None:
-        ops.all_reduce(handles[rank], xs[rank], outs[rank], staging[rank][0], most)
+        ops.all_reduce(handles[rank], xs[rank], outs[rank], staging[rank][0], max_bytes)
         ops.all_reduce(handles[rank], outs[rank], outs[rank], 0, 0)
 
     on_each([Rank(r) for r in range(ranks)], call)  # type: ignore[list-item]
@@ -254,14 +253,14 @@ def test_an_engines_class_may_drive_the_raw_operators(device: torch.device) -> N
         ops.free_shared_buffer(address)
 
 
-# --- the GPU ----------------------------------------------------------------------------------------------------------
+# --- GPU --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("count", [1000, 400_000])
 def test_cuda_graph(ranks: int, count: int, cuda: torch.device) -> None:
-    """One capture a rank, several calls in it, replayed on other messages, before and after a reset."""
+    """One graph per rank with several calls, replayed on other messages, before and after a reset."""
     with virtual_ranks(ranks, cuda) as comms:
         case = AllReduceCase((count,))
         static = case.make(ranks, cuda)
@@ -289,7 +288,7 @@ def test_cuda_graph(ranks: int, count: int, cuda: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_many_calls(ranks: int, cuda: torch.device) -> None:
-    """Calls of changing sizes without a pause: none is lost, none is mixed up with the next."""
+    """Back-to-back calls of changing sizes: none is lost or mixed up with the next."""
     with virtual_ranks(ranks, cuda) as comms:
         sizes = [8, 4096, 120_000, 1, 33_000, 512]
         messages = [
@@ -336,7 +335,7 @@ def test_a_rank_that_never_comes_stops_the_others(cuda: torch.device) -> None:
             assert_bitwise_equal(out, torch.full_like(out, 3.0))
 
 
-def test_a_rank_that_was_told_knows_without_a_call(device: torch.device) -> None:
+def test_check_reports_the_fault_of_another_rank_without_a_call(device: torch.device) -> None:
     with virtual_ranks(2, device, timeout_s=0.3) as comms:
         x = torch.ones(1000, device=device)
         comms[1].check()
@@ -357,7 +356,7 @@ def test_a_rank_that_was_told_knows_without_a_call(device: torch.device) -> None
 
 
 @pytest.mark.gpu
-def test_two_streams_at_once_are_found_out(cuda: torch.device) -> None:
+def test_concurrent_calls_on_two_streams_are_detected(cuda: torch.device) -> None:
     with virtual_ranks(2, cuda, timeout_s=2.0) as comms:
         x = torch.ones(1000, device=cuda)
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What the all-reduce refuses and how it says so; nothing is written then, and no other rank waits for it."""
+"""Argument errors of the all-reduce and their messages; nothing is written then, and no other rank waits."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_stale_and_foreign_handles_are_refused(device: torch.device) -> None:
     with virtual_ranks(1, device) as (comm,):
         stale, token = comm._handle, comm._token
     with virtual_ranks(1, device) as (comm,):
-        assert comm._handle != stale, "the place is used again, the handle is not"
+        assert comm._handle != stale, "the registry entry is reused, the handle is not"
         for handle in (stale, 0, -1, 1, 1 << 62, comm._handle + 1):
             for call in (
                 lambda handle=handle: torch.ops.abiding.all_reduce(x, token, handle),
@@ -143,7 +143,7 @@ def test_stale_and_foreign_handles_are_refused(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_communicator_of_another_kind_of_device(cuda: torch.device) -> None:
+def test_a_communicator_of_another_device_type(cuda: torch.device) -> None:
     with virtual_ranks(1, "cpu") as (host,), virtual_ranks(1, cuda) as (gpu,):
         for comm, x in ((host, base(cuda)), (gpu, base(torch.device("cpu")))):
             with pytest.raises(RuntimeError, match=r"another kind of device|expected device"):
@@ -153,7 +153,7 @@ def test_a_communicator_of_another_kind_of_device(cuda: torch.device) -> None:
 
 
 def test_memory_of_a_process_that_has_ended_is_refused() -> None:
-    """Its handle leads nowhere, also if another process has its number by now."""
+    """Its handle is refused, also if another process has the same process id by now."""
     code = "import torch, abiding; print(torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(64)[1].tolist())"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     handle = torch.tensor(eval(made.stdout), dtype=torch.uint8)
@@ -165,8 +165,8 @@ def test_memory_of_a_process_that_has_ended_is_refused() -> None:
         raw.open_mem_handle(own)
 
 
-def test_a_communicator_that_is_forgotten_gives_its_memory_back(python: Callable[..., Any]) -> None:
-    """Without close(), at the end of its life or of the interpreter's."""
+def test_a_communicator_that_is_not_closed_frees_its_memory(python: Callable[..., Any]) -> None:
+    """When it is garbage-collected, or when the interpreter exits."""
     result = python("""
 import gc, pathlib, torch
 from abiding import Communicator

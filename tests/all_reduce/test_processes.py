@@ -1,4 +1,4 @@
-"""Real processes over shared memory: values against torch.distributed, faults of every kind, and the way back."""
+"""Processes over shared memory: values against torch.distributed, every kind of fault, and the reset."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ TIMEOUT_S = 1.0
 GRACE_S = 10.0
 
 
-# --- what ranks do; a function here runs in every process -------------------------------------------------------------
+# --- functions that run in every process ------------------------------------------------------------------------------
 
 
 def random_calls(rank: int, ranks: int, calls: int, seed: int) -> None:
-    """Random operators, sizes, dtypes and delays on two communicators, twenty calls without a pause.
+    """Random operators, sizes, dtypes and delays on two communicators, in batches of twenty back-to-back calls.
 
-    Small integers, so that every sum is exact; torch.distributed then sums all that the calls summed.
+    The values are small integers, so every sum is exact. One torch.distributed all-reduce per batch gives the
+    expected sums.
     """
     same, own = random.Random(seed), random.Random(1000 * seed + rank)
     rng = torch.Generator().manual_seed(1000 * seed + rank)
@@ -63,7 +64,7 @@ def random_calls(rank: int, ranks: int, calls: int, seed: int) -> None:
                 )
                 for part, out in zip(parts, outs, strict=True):
                     summed.append(part.double().square().sum(1))
-                    checks.append(partial(assert_normalised, out, part, ranks))
+                    checks.append(partial(assert_normalized, out, part, ranks))
             totals = torch.cat(summed)
             dist.all_reduce(totals)
             for number, (total, check) in enumerate(zip(totals.split([len(x) for x in summed]), checks, strict=True)):
@@ -72,13 +73,13 @@ def random_calls(rank: int, ranks: int, calls: int, seed: int) -> None:
         second.check()
 
 
-def assert_normalised(out: Tensor, part: Tensor, ranks: int, squares: Tensor, name: str) -> None:
+def assert_normalized(out: Tensor, part: Tensor, ranks: int, squares: Tensor, name: str) -> None:
     scale = 1 / torch.sqrt(squares / max(ranks * part.shape[1], 1) + 1e-6)
     assert_close(out, part.double() * scale[:, None], ulps=2, name=name)
 
 
 def caught(call: Callable[[], Any]) -> str:
-    """The error of a call that has to fail, and in time."""
+    """The error of a call that must fail, within the timeout and a grace period."""
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as error:
         call()
@@ -91,7 +92,7 @@ def fails(*args: Any) -> Any:
 
 
 def recovers(comm: Communicator) -> None:
-    """All ranks together: reset, and then the sum is right again, whatever lay in the workspaces."""
+    """Reset on all ranks; then sums are correct again, whatever was left in the workspaces."""
     assert comm.state == "stopped"
     dist.barrier()
     comm.reset()
@@ -102,74 +103,76 @@ def recovers(comm: Communicator) -> None:
 
 
 def faults(rank: int) -> dict[str, list[str]]:
-    """Three ranks go through every fault that leaves all alive; what each was told, by scenario."""
-    told: dict[str, list[str]] = {}
+    """Three ranks go through every fault that leaves all alive; returns the errors of each rank by scenario."""
+    errors: dict[str, list[str]] = {}
     x = torch.ones(1000)
     with Communicator(timeout_s=TIMEOUT_S) as comm:
         comm.all_reduce(x)
 
-        # Rank 1 never comes; when it does later, it learns that the others have given up.
+        # Rank 1 does not call in time; when it calls later, it gets the fault of the others.
         if rank == 1:
             time.sleep(TIMEOUT_S + 0.5)
-        told["absent"] = [caught(lambda: comm.all_reduce(x)), caught(lambda: comm.all_reduce(x)), caught(comm.check)]
+        errors["absent"] = [caught(lambda: comm.all_reduce(x)), caught(lambda: comm.all_reduce(x)), caught(comm.check)]
         recovers(comm)
 
-        # Rank 2 brings twice as much: whoever waits for the rest stops, and tells those who are done already.
+        # Rank 2 brings twice as many bytes: it times out waiting for the rest, and its fault reaches the others.
         if rank == 2:
-            told["sizes"] = [caught(lambda: comm.all_reduce(torch.ones(2000)))]
+            errors["sizes"] = [caught(lambda: comm.all_reduce(torch.ones(2000)))]
         else:
             comm.all_reduce(x)
-            told["sizes"] = [caught(lambda: comm.all_reduce(x))]
+            errors["sizes"] = [caught(lambda: comm.all_reduce(x))]
         recovers(comm)
 
         # Rank 0 calls another operator.
         other = torch.ones(3, 8)
         call = (lambda: reduce_rms.rms_norm(other, other[0], comm)) if rank == 0 else (lambda: comm.all_reduce(x))
-        told["operators"] = [caught(call)]
+        errors["operators"] = [caught(call)]
         recovers(comm)
 
-        # Two threads of rank 0 at once, which the late rank 1 keeps inside of their calls.
+        # Two concurrent threads of rank 0, which the other ranks, being late, keep inside their calls.
         if rank == 0:
-            errors: list[str] = []
-            threads = [threading.Thread(target=lambda: errors.append(caught(lambda: comm.all_reduce(x)))) for _ in "ab"]
+            thread_errors: list[str] = []
+            threads = [
+                threading.Thread(target=lambda: thread_errors.append(caught(lambda: comm.all_reduce(x)))) for _ in "ab"
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            told["threads"] = errors
+            errors["threads"] = thread_errors
         else:
             time.sleep(0.3)
-            told["threads"] = [caught(lambda: comm.all_reduce(x))]
+            errors["threads"] = [caught(lambda: comm.all_reduce(x))]
         recovers(comm)
 
-        # Rank 2 does not reset with the others: they say so, and a second attempt of all works.
+        # Rank 2 does not reset with the others: they raise, and a second attempt of all ranks succeeds.
         if rank == 2:
             time.sleep(TIMEOUT_S + 0.5)
-        told["reset"] = [caught(lambda: comm.all_reduce(x))]
+        errors["reset"] = [caught(lambda: comm.all_reduce(x))]
         if rank != 2:
-            told["reset"].append(caught(comm.reset))
+            errors["reset"].append(caught(comm.reset))
         recovers(comm)
 
-        # Rank 2 fails in the middle of a reset: the others are not ready before it has made up for that.
-        told["half a reset"] = []
+        # Rank 2 fails in the middle of a reset: the others stay stopped until all ranks have completed one.
+        errors["half a reset"] = []
         if rank == 2:
             clear, comm._memory.clear = comm._memory.clear, fails
-        told["half a reset"].append(caught(comm.reset))
+        errors["half a reset"].append(caught(comm.reset))
         if rank == 2:
             comm._memory.clear = clear
         else:
-            told["half a reset"] += [caught(lambda: comm.all_reduce(x)), str(comm.fault)]
+            errors["half a reset"] += [caught(lambda: comm.all_reduce(x)), str(comm.fault)]
             assert comm.state == "stopped"
         dist.barrier()
         comm.reset()
         assert comm.state == "ready"
         assert float(comm.all_reduce(x)[0]) == 3
     assert comm.state == "closed"
-    return told
+    return errors
 
 
 def killed(rank: int) -> tuple[str, str, float, list[str]]:
-    """Rank 1 dies in the middle of its calls; what the others are told then, and what is left of the memory."""
+    """Rank 1 is killed in the middle of its calls; returns the errors of the others and the memory still mapped."""
     comm = Communicator(timeout_s=30.0)
     x = torch.ones(50_000)
     if rank == 1:
@@ -184,8 +187,8 @@ def killed(rank: int) -> tuple[str, str, float, list[str]]:
     return error, str(gone.value), elapsed, maps
 
 
-def life(rank: int) -> None:
-    """What a communicator says of itself, from making it to after its end."""
+def lifecycle(rank: int) -> None:
+    """The state, routes and errors of a communicator from its construction until after close()."""
     with pytest.raises(ValueError, match=r"max_bytes is \[10, 11\] on the ranks; expected the same on all"):
         Communicator(max_bytes=10 + rank)
     with Communicator(max_bytes=100) as comm:
@@ -229,7 +232,7 @@ def life(rank: int) -> None:
 
 
 def subgroups(rank: int) -> None:
-    """Two groups side by side, and one that this process is not in."""
+    """Disjoint groups, and a group that this process is not in."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     with Communicator(groups[rank % 2]) as comm, Communicator() as everyone:
         assert (comm.rank, comm.ranks) == (rank // 2, 2)
@@ -241,8 +244,8 @@ def subgroups(rank: int) -> None:
         Communicator(groups[1 - rank % 2])
 
 
-def without_shared_memory(rank: int, broken: str) -> tuple[str, list[str]]:
-    """A step of making the shared memory fails on rank 1: everyone goes through torch.distributed."""
+def without_peer_memory(rank: int, broken: str) -> tuple[str, list[str]]:
+    """A step of the setup fails on rank 1: all ranks go through torch.distributed."""
     from abiding import _peer_memory
 
     if broken in ("host", "kind"):
@@ -268,13 +271,13 @@ def without_shared_memory(rank: int, broken: str) -> tuple[str, list[str]]:
         assert comm.state == "ready"
         comm.check()
         comm.reset()
-    surprises = [one for one in caught_warnings if "abiding" in str(one.message)]
-    assert all(one.filename == __file__ for one in surprises), "the line that makes the communicator is to blame"
-    return route.reason, [str(one.message) for one in surprises]
+    ours = [one for one in caught_warnings if "abiding" in str(one.message)]
+    assert all(one.filename == __file__ for one in ours), "the warning points to the line that makes the communicator"
+    return route.reason, [str(one.message) for one in ours]
 
 
 def compiled(rank: int, backend: str) -> None:
-    """Calls inside of a compiled function, in their order, with one compilation for all sizes."""
+    """Calls inside a compiled function stay in order, with one compilation for all sizes."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend(backend)
@@ -283,7 +286,7 @@ def compiled(rank: int, backend: str) -> None:
 
         def step(x: Tensor) -> tuple[Tensor, ...]:
             once = comm.all_reduce(x * 2) + 1
-            comm.all_reduce(x)  # unused, and still a call that other ranks wait for
+            comm.all_reduce(x)  # the result is unused, but other ranks wait for the call
             twice = second.all_reduce(once)
             out = torch.zeros_like(x)
             comm.all_reduce(x, out)
@@ -309,40 +312,40 @@ def test_random_calls_agree_with_torch_distributed(ranks: int, calls: int) -> No
     run_processes(random_calls, ranks, ranks, calls, ranks)
 
 
-def test_every_fault_is_told_to_all_and_reset_brings_the_group_back() -> None:
-    told = run_processes(faults, 3)
-    for rank, scenarios in enumerate(told):
+def test_every_fault_reaches_all_ranks_and_reset_recovers() -> None:
+    errors = run_processes(faults, 3)
+    for rank, scenarios in enumerate(errors):
         for scenario, texts in scenarios.items():
             for text in texts:
                 assert text.startswith("abiding::"), (rank, scenario, text)
-    absent = [text for scenarios in told for text in scenarios["absent"]]
+    absent = [text for scenarios in errors for text in scenarios["absent"]]
     assert all("all_reduce: this communicator has stopped: rank 1 did not send in time" in text for text in absent)
-    assert all("did not send in time" in text for scenarios in told for text in scenarios["sizes"])
-    assert any("rms_norm: this communicator has stopped: rank" in text for text in told[0]["operators"])
-    assert all("all_reduce: this communicator has stopped: rank" in told[rank]["operators"][0] for rank in (1, 2))
-    assert len(told[0]["threads"]) == 2
-    for scenarios in told:
+    assert all("did not send in time" in text for scenarios in errors for text in scenarios["sizes"])
+    assert any("rms_norm: this communicator has stopped: rank" in text for text in errors[0]["operators"])
+    assert all("all_reduce: this communicator has stopped: rank" in errors[rank]["operators"][0] for rank in (1, 2))
+    assert len(errors[0]["threads"]) == 2
+    for scenarios in errors:
         assert all("rank 0 made two calls at once" in text for text in scenarios["threads"])
     for rank in (0, 1):
-        assert "abiding::reset: rank 2 is missing after 1 s" in told[rank]["reset"][1]
-        assert "abiding::reset: rank 2 is missing after 1 s" in told[rank]["half a reset"][0]
-        assert all("not all ranks have finished" in text for text in told[rank]["half a reset"][1:])
-    assert "abiding::reset: out of luck" in told[2]["half a reset"][0]
+        assert "abiding::reset: rank 2 is missing after 1 s" in errors[rank]["reset"][1]
+        assert "abiding::reset: rank 2 is missing after 1 s" in errors[rank]["half a reset"][0]
+        assert all("not all ranks have finished" in text for text in errors[rank]["half a reset"][1:])
+    assert "abiding::reset: out of luck" in errors[2]["half a reset"][0]
 
 
-def test_a_killed_rank_is_named_and_leaves_nothing() -> None:
-    told = run_processes(killed, 3, may_die={1})
-    assert told[1] is None
+def test_a_killed_rank_is_named_and_its_memory_is_freed() -> None:
+    results = run_processes(killed, 3, may_die={1})
+    assert results[1] is None
     for rank in (0, 2):
-        error, reset, elapsed, maps = told[rank]
+        error, reset, elapsed, maps = results[rank]
         assert "all_reduce: this communicator has stopped: rank 1 is gone" in error
         assert "abiding::reset: rank 1 is gone; expected all 3 ranks to call it" in reset
         assert elapsed < 10, "the end of a process is seen at once"
         assert maps == []
 
 
-def test_life() -> None:
-    run_processes(life, 2)
+def test_lifecycle() -> None:
+    run_processes(lifecycle, 2)
 
 
 def test_subgroups() -> None:
@@ -354,18 +357,20 @@ def test_subgroups() -> None:
     [
         ("host", "the ranks are on several hosts"),
         ("kind", "the ranks are on devices of several kinds: kind 0, kind 1"),
-        ("allocate", "rank 1 failed to make shared memory (out of luck)"),
-        ("open", "rank 1 failed to open its peers' memory (out of luck)"),
+        ("allocate", "rank 1 failed to allocate shared memory (out of luck)"),
+        ("open", "rank 1 failed to map its peers' memory (out of luck)"),
         ("init", "rank 1 failed to register its peers' memory (out of luck)"),
         ("send_probe", "rank 0 failed to see its peers' writes (nothing has arrived from ranks [1])"),
     ],
 )
-def test_where_there_is_no_shared_memory_torch_distributed_serves_all(broken: str, reason: str) -> None:
-    told = run_processes(without_shared_memory, 2, broken)
-    assert all(found.startswith(reason) for found, _ in told)
-    assert told[0][0] == told[1][0]
-    assert len(told[0][1]) == (0 if broken in ("host", "kind") else 1), "one warning where it is a surprise"
-    assert told[1][1] == []
+def test_without_peer_memory_torch_distributed_serves_all_calls(broken: str, reason: str) -> None:
+    results = run_processes(without_peer_memory, 2, broken)
+    assert all(found.startswith(reason) for found, _ in results)
+    assert results[0][0] == results[1][0]
+    assert len(results[0][1]) == (0 if broken in ("host", "kind") else 1), (
+        "rank 0 warns once if nothing ruled peer memory out"
+    )
+    assert results[1][1] == []
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -373,7 +378,7 @@ def test_compile(backend: str) -> None:
     run_processes(compiled, 2, backend, timeout_s=150)
 
 
-# --- the helper itself ------------------------------------------------------------------------------------------------
+# --- run_processes itself ---------------------------------------------------------------------------------------------
 
 
 def goes_wrong(rank: int, how: str) -> int:
@@ -387,7 +392,7 @@ def goes_wrong(rank: int, how: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("how", "text"), [("raises", "ValueError: no such thing"), ("dies", "died without a word"), ("hangs", "in time")]
+    ("how", "text"), [("raises", "ValueError: no such thing"), ("dies", "died without a result"), ("hangs", "in time")]
 )
 def test_failures_of_ranks_are_gathered(how: str, text: str) -> None:
     with pytest.raises(RanksFailedError, match=text) as error:

@@ -1,4 +1,4 @@
-"""A hundred thousand calls of both collectives, from CUDA graphs that take turns with fresh inputs."""
+"""A hundred thousand calls of both collectives from CUDA graphs, with other inputs at every replay."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
 from abiding.testing.stress import Stress, plan
 
 
-def learn(stresses: list[Stress], comms: list[Communicator]) -> None:
-    """Call by call, so that all that is allocated is allocated while the other ranks wait for nothing else."""
+def record_golden(stresses: list[Stress], comms: list[Communicator]) -> None:
+    """Record the golden results of all variants.
+
+    Call by call: an allocation may synchronize the device, which would deadlock if a later call of another rank waited.
+    """
     for variant in range(stresses[0].variants):
         for stress in stresses:
             stress.load(variant)
@@ -24,7 +27,7 @@ def learn(stresses: list[Stress], comms: list[Communicator]) -> None:
                 stress.collect(returned)
         for stress, comm in zip(stresses, comms, strict=True):
             comm.check()
-            stress.learn(variant)
+            stress.record_golden(variant)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -32,7 +35,7 @@ def test_calls_without_a_pause(ranks: int) -> None:
     cpu = torch.device("cpu")
     stresses = [Stress(rank, ranks, cpu, calls=80, seed=ranks, largest=5120) for rank in range(ranks)]
     with virtual_ranks(ranks) as comms:
-        learn(stresses, comms)
+        record_golden(stresses, comms)
         for number in range(6):
             variant = number % 3
             for stress in stresses:
@@ -48,11 +51,11 @@ def test_calls_without_a_pause(ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_hundred_thousand_calls_from_graphs(ranks: int, cuda: torch.device) -> None:
-    """A graph a rank, each replayed on a stream of its own, with other inputs every time."""
+    """A graph per rank, each replayed on a stream of its own, with other inputs every time."""
     calls, replays = 128, 800
     stresses = [Stress(rank, ranks, cuda, calls=calls, seed=ranks) for rank in range(ranks)]
     with virtual_ranks(ranks, cuda) as comms:
-        learn(stresses, comms)
+        record_golden(stresses, comms)
         replay_all, returned = captured_on_each(comms, lambda rank, comm: stresses[rank].run(comm))
         for replay in range(replays):
             variant = replay % 3
@@ -66,7 +69,7 @@ def test_a_hundred_thousand_calls_from_graphs(ranks: int, cuda: torch.device) ->
     assert calls * replays >= 100_000
 
 
-# --- what finds the errors --------------------------------------------------------------------------------------------
+# --- the stress test itself -------------------------------------------------------------------------------------------
 
 
 def test_the_plan_has_every_kind_of_call_and_is_the_same_on_all_ranks() -> None:
@@ -78,20 +81,20 @@ def test_the_plan_has_every_kind_of_call_and_is_the_same_on_all_ranks() -> None:
     assert max(call.shape[0] for call in plan(128, seed=1, largest=1000)) == 1000
 
 
-def test_one_wrong_bit_is_found_and_its_call_named() -> None:
+def test_one_wrong_bit_is_detected_and_its_call_named() -> None:
     stress = Stress(0, 1, torch.device("cpu"), calls=30, variants=1, largest=1000)
     with virtual_ranks(1) as comms:
-        learn([stress], comms)
+        record_golden([stress], comms)
         stress.load(0)
         stress.collect(stress.run(comms[0]))
         stress.check(0)
         memory = stress._results.memory
-        for place in random.Random(0).sample(range(len(memory)), 50):
-            memory[place] ^= 4
-            inside = not bool(stress._results._gaps[place])
+        for byte in random.Random(0).sample(range(len(memory)), 50):
+            memory[byte] ^= 4
+            inside = not bool(stress._results._gaps[byte])
             with pytest.raises(AssertionError, match=r"call \d+, Call\(" if inside else "1 bytes between the results"):
                 stress.check(0)
-            memory[place] ^= 4
+            memory[byte] ^= 4
         stress.load(0)
         with pytest.raises(AssertionError, match=r"call \d+, Call\("):
             stress.check(0)

@@ -1,4 +1,4 @@
-"""The sum of every case on virtual ranks: the same bits on all, and those of the sum in rank order."""
+"""Every case on virtual ranks: the result is bitwise the sum in rank order, on all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY = [*cases.REGULAR, *cases.ODD, *cases.CORNER]
 
 
 def assert_sums(comms: list[Any], case: AllReduceCase, seed: int = 0) -> None:
-    """One call on all ranks: the bits of the sum, nothing else written."""
+    """One call on all ranks: bitwise equal to the expected sum, and nothing else written."""
     inputs = case.make(len(comms), comms[0].device, seed)
     before = [message.storage.clone() for message in inputs.messages]
     on_each(comms, lambda rank, comm: comm.all_reduce(inputs.messages[rank].tensor, inputs.outs[rank].tensor))
@@ -46,7 +46,7 @@ def test_any_number_of_ranks(ranks: int, device: torch.device) -> None:
 
 
 def test_a_single_rank_goes_through_the_kernel_too(device: torch.device) -> None:
-    """The communicator of one rank copies; the operator itself gives the same."""
+    """The communicator of one rank copies; the operator itself gives the same result."""
     with virtual_ranks(1, device) as (comm,):
         for case in EVERY:
             x = case.make(1, device).messages[0].tensor
@@ -56,7 +56,7 @@ def test_a_single_rank_goes_through_the_kernel_too(device: torch.device) -> None
 
 
 def test_sizes_and_layouts_may_change_from_call_to_call(device: torch.device) -> None:
-    """Sixty calls without a pause, each of another size, in one order on all ranks."""
+    """Sixty back-to-back calls of different sizes, in the same order on all ranks."""
     rng = random.Random(0)
     sizes = [rng.choice([0, 1, 5, 511, 4096, rng.randrange(300_000)]) for _ in range(60)]
     with virtual_ranks(3, device) as comms:
@@ -74,7 +74,7 @@ def test_sizes_and_layouts_may_change_from_call_to_call(device: torch.device) ->
 
 @pytest.mark.parametrize("count", [5000, 300_001, 600_000])
 def test_ranks_need_not_be_aligned_alike(count: int, device: torch.device) -> None:
-    """One rank's message starts on a 16-byte boundary, the other's does not: blocks share it out alike."""
+    """One rank's message is 16-byte aligned and the other's is not: both must partition it among CTAs alike."""
     inputs = [
         case.make(2, device) for case in (AllReduceCase((count,)), AllReduceCase((count,), offset=3, out_offset=1))
     ]
@@ -97,7 +97,7 @@ def test_larger_than_the_workspace(device: torch.device) -> None:
 @pytest.mark.parametrize("one_shot_bytes", [0, 1 << 40])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_one_shot_and_two_shot_at_any_size(ranks: int, one_shot_bytes: int, device: torch.device) -> None:
-    """Either algorithm where the table would take the other: the same bits, also in several rounds."""
+    """Either algorithm at sizes for which the other would be chosen: the same bits, also in several rounds."""
     with virtual_ranks(ranks, device, max_bytes=1 << 30) as comms:
         for comm in comms:
             torch.ops.abiding_custom_ar.configure(comm._handle, 20.0, comm._memory.max_ctas, one_shot_bytes)
@@ -105,8 +105,8 @@ def test_one_shot_and_two_shot_at_any_size(ranks: int, one_shot_bytes: int, devi
             assert_sums(comms, case)
 
 
-def test_slices_of_heads_are_served(device: torch.device) -> None:
-    """Dense views that lie in the middle of their storage, permuted: strides stay as they are."""
+def test_slices_of_heads_go_through_peer_memory(device: torch.device) -> None:
+    """Permuted dense views in the middle of their storage; strides are preserved."""
     with virtual_ranks(2, device) as comms:
         whole = [torch.randn(3, 4, 5, device=device) for _ in comms]
         for view in (lambda a: a[:2].permute(2, 0, 1), lambda a: a[1:2].transpose(1, 2), lambda a: a[1].t()):
@@ -123,10 +123,10 @@ def test_slices_of_heads_are_served(device: torch.device) -> None:
 
 def on_one_gpu(rank: int) -> list[str]:
     """Two processes that share a GPU: the same sums, over CUDA IPC."""
-    told = []
+    backends = []
     device = torch.device("cuda", 0)
     with Communicator(device=device, timeout_s=20.0) as comm:
-        told.append(comm.explain(torch.ones(3, device=device)).backend)
+        backends.append(comm.explain(torch.ones(3, device=device)).backend)
         for seed, case in enumerate((*cases.REGULAR[:4], *cases.ODD, *cases.CORNER)):
             inputs = case.make(2, device, seed)
             out = comm.all_reduce(inputs.messages[rank].tensor)
@@ -134,7 +134,7 @@ def on_one_gpu(rank: int) -> list[str]:
         comm.check()
         comm.reset()
         comm.check()
-    return told
+    return backends
 
 
 @pytest.mark.gpu

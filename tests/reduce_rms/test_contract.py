@@ -1,4 +1,4 @@
-"""The reduce-RMS as PyTorch operators: schemas, fakes, opcheck, gradients, graphs. (Compiled: with the all-reduce.)"""
+"""reduce_rms as PyTorch operators: schemas, fakes, opcheck, gradients, graphs. (torch.compile: tests/all_reduce.)"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMAS = {
 
 
 def arguments(name: str, comm: Communicator, device: torch.device, tokens: int = 5) -> tuple[list[Any], list[Tensor]]:
-    """A legal call of a raw operator by a single rank, and what has to stay alive for it."""
+    """Valid arguments of a raw operator for a single rank, and the tensors that they point to."""
     i = RmsCase(tokens, 24, 8).make(1, device)[0]
     rows = i.rows[:, :24].contiguous()
     slots = torch.full((3 * 1024,), -0.0, device=device)
@@ -110,14 +110,14 @@ def test_several_communicators_side_by_side(device: torch.device) -> None:
             assert_bitwise_equal(summed, outs[0][0].float() + outs[1][0].float())
 
 
-# --- the GPU ----------------------------------------------------------------------------------------------------------
+# --- GPU --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_cuda_graph(ranks: int, tokens: int, cuda: torch.device) -> None:
-    """Two calls in a graph a rank, replayed on other rows, before and after a reset."""
+    """A graph per rank with two calls, replayed on other rows, before and after a reset."""
     case = RmsCase(tokens, 6144 // ranks, 1024 // ranks)
     with virtual_ranks(ranks, cuda) as comms:
         static = case.make(ranks, cuda)

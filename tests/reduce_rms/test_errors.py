@@ -1,4 +1,4 @@
-"""What the reduce-RMS refuses, and how it says so."""
+"""Argument errors of reduce_rms and their messages."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_a_closed_communicator(device: torch.device) -> None:
             reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm)
 
 
-def test_upstreams_operators_check_their_table(device: torch.device) -> None:
+def test_vllm_operators_check_their_table(device: torch.device) -> None:
     inputs = make(device)
     op, table = torch.ops.abiding.minimax_allreduce_rms_qk, torch.zeros(8, dtype=torch.int64, device=device)
     usual = [inputs.rows, inputs.wq, inputs.wk, table, 32, 8, 0, 2, 1e-6]
-    for place, value, text in (
+    for index, value, text in (
         (3, table.int(), "workspace has dtype int32; expected dtype int64"),
         (3, table[:7], r"workspace has shape \[7\]; expected at least \[8\] for 2 ranks"),
         (4, 31, "q_size is 31; expected the 32 elements"),
@@ -107,7 +107,7 @@ def test_upstreams_operators_check_their_table(device: torch.device) -> None:
         (8, -1.0, "eps is -1"),
     ):
         arguments = list(usual)
-        arguments[place] = value
+        arguments[index] = value
         with pytest.raises(RuntimeError, match=f"abiding::minimax_allreduce_rms_qk: {text}"):
             op(*arguments)
     rows = inputs.rows[:, :32].contiguous()

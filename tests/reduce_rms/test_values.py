@@ -1,4 +1,4 @@
-"""Every case on virtual ranks against the float64 reference; upstream's operators over their table of pointers."""
+"""Every case on virtual ranks against the float64 reference; vLLM's operators over their table of pointers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from abiding.testing.ranks import on_each, run_processes, virtual_ranks
 EVERY = [*cases.REGULAR, *cases.ODD, *cases.CORNER]
 
 
-def assert_normalised(outs: list[list[Tensor]], inputs: list[RmsInputs]) -> None:
+def assert_normalized(outs: list[list[Tensor]], inputs: list[RmsInputs]) -> None:
     for rank, (mine, one) in enumerate(zip(outs, inputs, strict=True)):
         for name, out, expected in zip("qk", mine, one.expected(), strict=False):
             assert out.is_contiguous()
@@ -27,10 +27,10 @@ def assert_normalised(outs: list[list[Tensor]], inputs: list[RmsInputs]) -> None
 
 
 def assert_case(comms: list[Communicator], case: RmsCase, seed: int = 0) -> None:
-    """One call on all ranks: the values, and the rows as they were, V and the gaps included."""
+    """One call on all ranks: correct values, and unchanged rows, V and gaps included."""
     inputs = case.make(len(comms), comms[0].device, seed)
     before = [one.rows.clone() for one in inputs]
-    assert_normalised(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
+    assert_normalized(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
     for one, rows in zip(inputs, before, strict=True):
         assert_bitwise_equal(one.rows, rows, f"{case}: rows")
 
@@ -51,14 +51,14 @@ def test_any_number_of_ranks(ranks: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 65, 129, 256, 700, 2500])
 def test_ranks_need_not_be_aligned_alike(tokens: int, device: torch.device) -> None:
-    """One rank's rows start on a 16-byte boundary, the other's do not: tokens are shared out alike all the same."""
+    """One rank's rows are 16-byte aligned and the other's are not: both must partition the tokens alike."""
     inputs = [RmsCase(tokens, offset=offset).make(2, device)[rank] for rank, offset in enumerate((0, 1))]
     with virtual_ranks(2, device) as comms:
-        assert_normalised(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
+        assert_normalized(on_each(comms, lambda rank, comm: inputs[rank].run(reduce_rms, comm)), inputs)
 
 
 def test_tokens_change_from_call_to_call(device: torch.device) -> None:
-    """Calls without a pause, Q and K or one tensor, of another size each."""
+    """Back-to-back calls of different sizes, of qk_norm and of rms_norm."""
     rng = random.Random(0)
     with virtual_ranks(3, device) as comms:
         made = [
@@ -67,7 +67,7 @@ def test_tokens_change_from_call_to_call(device: torch.device) -> None:
         ]
         outs = on_each(comms, lambda rank, comm: [inputs[rank].run(reduce_rms, comm) for inputs in made])
         for call, inputs in enumerate(made):
-            assert_normalised([outs[rank][call] for rank in range(3)], inputs)
+            assert_normalized([outs[rank][call] for rank in range(3)], inputs)
 
 
 def test_more_tokens_than_the_workspace_takes_at_once(device: torch.device) -> None:
@@ -77,7 +77,7 @@ def test_more_tokens_than_the_workspace_takes_at_once(device: torch.device) -> N
 
 
 def test_ranks_scale_by_the_same_bits(device: torch.device) -> None:
-    """Columns that all ranks hold come out alike, though each rank has the sums in another order."""
+    """Columns that all ranks hold get bitwise equal results: the partial sums are added in rank order everywhere."""
     with virtual_ranks(4, device) as comms:
         inputs = RmsCase(50, 512, None, torch.float32).make(4, device)
         weight = torch.ones_like(inputs[0].wq)
@@ -89,7 +89,7 @@ def test_ranks_scale_by_the_same_bits(device: torch.device) -> None:
 
 
 def test_replicated_heads(device: torch.device) -> None:
-    """Two ranks that hold the same K: each copy counts, and both get the same."""
+    """Two ranks that hold the same K heads: each replica counts, and both get the same result."""
     with virtual_ranks(2, device) as comms:
         inputs = RmsCase(9, 64, 32, torch.float32).make(2, device)
         inputs[1].rows[:, 64:96] = inputs[0].rows[:, 64:96]
@@ -98,12 +98,12 @@ def test_replicated_heads(device: torch.device) -> None:
         outs = on_each(comms, lambda r, comm: reduce_rms.qk_norm(inputs[r].rows, inputs[r].wq, wk, comm))
         assert_bitwise_equal(outs[0][1], outs[1][1])
         k = inputs[0].rows[:, 64:96]
-        assert_close(outs[0][1], reference.reduce_rms.normalised(k, wk, [k], eps=1e-6), ulps=4)
+        assert_close(outs[0][1], reference.reduce_rms.normalized(k, wk, [k], eps=1e-6), ulps=4)
 
 
 @pytest.mark.parametrize("tokens", [3, 3000])
 def test_a_rank_that_never_comes_leaves_nan(tokens: int, device: torch.device) -> None:
-    """Also where each warp has several tokens to wait for."""
+    """Also if a warp waits for several tokens."""
     case = RmsCase(tokens, 64, 16)
     inputs, outs = case.make(2, device), list[Tensor]()
     with virtual_ranks(2, device, timeout_s=0.3) as comms:
@@ -120,11 +120,11 @@ def test_a_rank_that_never_comes_leaves_nan(tokens: int, device: torch.device) -
         assert_case(comms, case)
 
 
-# --- upstream's operators ---------------------------------------------------------------------------------------------
+# --- vLLM's operators -------------------------------------------------------------------------------------------------
 
 
 def tables(ranks: int, device: torch.device, slot_bytes: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What an engine allocates for upstream's operators; the second list keeps it alive."""
+    """The workspaces that an engine allocates for vLLM's operators; the second list keeps their memory alive."""
     buffers = [torch.full((3 * slot_bytes // 4,), -0.0, device=device) for _ in range(ranks)]
     counters = [torch.zeros(3, dtype=torch.int32, device=device) for _ in range(ranks)]
     sizes = [torch.tensor([0, slot_bytes], device=device) for _ in range(ranks)]
@@ -137,8 +137,8 @@ def tables(ranks: int, device: torch.device, slot_bytes: int) -> tuple[list[Tens
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_upstreams_operators(ranks: int, device: torch.device) -> None:
-    """Over their table, call after call, with changing tokens and widths upstream has no kernel for."""
+def test_vllm_operators(ranks: int, device: torch.device) -> None:
+    """Back-to-back calls over the table, with changing tokens and with widths that vLLM has no kernel for."""
     ops = torch.ops.abiding
     table, kept = tables(ranks, device, 2 << 20)
     made = [
@@ -153,7 +153,7 @@ def test_upstreams_operators(ranks: int, device: torch.device) -> None:
     ]
 
     def calls(rank: int, _: Any) -> list[list[Tensor]]:
-        outs = []  # compared when all ranks are done: to look at a tensor would wait for ranks that have not begun
+        outs = []  # compared after all ranks: reading a tensor would wait for ranks whose calls are not queued yet
         for inputs in made:
             one = inputs[rank]
             case, wk = one.case, one.wk
@@ -166,13 +166,13 @@ def test_upstreams_operators(ranks: int, device: torch.device) -> None:
             outs.append([q, k, single[0]])
         return outs
 
-    with virtual_ranks(ranks, device) as comms:  # for their threads and streams alone
+    with virtual_ranks(ranks, device) as comms:  # only for their threads and streams
         outs = on_each(comms, calls)
     for call, inputs in enumerate(made):
         together = [outs[rank][call][:2] for rank in range(ranks)]
         alone = [outs[rank][call][2:] for rank in range(ranks)]
-        assert_normalised(together, inputs)
-        assert_normalised(alone, inputs)
+        assert_normalized(together, inputs)
+        assert_normalized(alone, inputs)
     assert kept
 
 
@@ -180,7 +180,7 @@ def test_upstreams_operators(ranks: int, device: torch.device) -> None:
 
 
 def against_the_reference(rank: int, ranks: int, device: str) -> None:
-    """The reference of the same name, which gathers everything through the group."""
+    """Against the reference functions of the same names, which all-gather the rows through the group."""
     with Communicator(device=device, timeout_s=20.0) as comm:
         for seed, case in enumerate((cases.REGULAR[0], *cases.ODD[:8], cases.ODD[15], *cases.CORNER[:4])):
             inputs = case.make(ranks, device, seed)[rank]

@@ -1,4 +1,4 @@
-"""What runs between several GPUs, rehearsed between CPU processes: every phase, and what is said when one fails."""
+"""The multi-GPU checks and benchmarks, rehearsed between CPU processes: every phase, and the report of a failure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from abiding import Communicator
 from abiding.testing import multi_gpu
 from abiding.testing.benchmarks.report import full_table, plot, summary
-from abiding.testing.multi_gpu import BENCHMARK, Phase, _in_short, _norm_peers, _peers, _Run, main
-from abiding.testing.multi_gpu.checks import Setting
+from abiding.testing.multi_gpu import BENCHMARK, Phase, _norm_peers, _peers, _Run, _summarize, main
+from abiding.testing.multi_gpu.checks import RunConfig
 from abiding.testing.multi_gpu.sglang import SGLang
-from abiding.testing.multi_gpu.times import hand_over
+from abiding.testing.multi_gpu.times import one_shot_limit
 from abiding.testing.ranks import Outcome, RanksFailedError, run_processes
 from abiding.testing.results import CaseResult, Results
 from abiding.testing.timing import Roofline
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "multi_gpu.py"
-CPU = Setting(device="cpu", quick=True)
+CPU = RunConfig(device="cpu", quick=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -61,8 +61,8 @@ def test_the_rehearsal_between_cpu_processes(ranks: int, tmp_path: Path) -> None
         assert line in done.stdout
 
 
-def with_a_wrong_bit(rank: int, setting: Setting, phase: str) -> None:
-    """A phase where rank 1 has one bit wrong in one of its sums."""
+def with_a_wrong_bit(rank: int, config: RunConfig, phase: str) -> None:
+    """Run a phase in which one sum of rank 1 has one wrong bit."""
     right, calls = Communicator.all_reduce, itertools.count()
 
     def wrong(self: Communicator, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def with_a_wrong_bit(rank: int, setting: Setting, phase: str) -> None:
         return result
 
     Communicator.all_reduce = wrong  # type: ignore[method-assign]
-    getattr(multi_gpu.checks, phase)(rank, setting)
+    getattr(multi_gpu.checks, phase)(rank, config)
 
 
 @pytest.mark.parametrize(("phase", "text"), [("correctness", "rank 1: shape="), ("stress", "call .*, Call")])
@@ -81,17 +81,17 @@ def test_one_wrong_bit_fails_a_check(phase: str, text: str) -> None:
         run_processes(with_a_wrong_bit, 2, CPU, phase, timeout_s=60)
 
 
-def fails(rank: int, setting: Setting) -> None:
+def fails(rank: int, config: RunConfig) -> None:
     if rank == 1:
-        raise ValueError(f"no luck on a {setting.device}")
+        raise ValueError(f"no luck on a {config.device}")
 
 
-def hangs(rank: int, setting: Setting) -> None:
+def hangs(rank: int, config: RunConfig) -> None:
     if rank == 0:
         time.sleep(1000)
 
 
-def test_a_phase_that_fails_or_hangs_is_told_and_the_next_one_goes_on() -> None:
+def test_a_phase_that_fails_or_hangs_is_reported_and_the_next_one_runs() -> None:
     go = _Run(2, CPU)
     assert go(Phase("first", fails))[0] is None
     begin = time.monotonic()
@@ -104,22 +104,22 @@ def test_a_phase_that_fails_or_hangs_is_told_and_the_next_one_goes_on() -> None:
     }
 
 
-def test_nothing_starts_once_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_phase_starts_when_the_total_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_gpu, "TOTAL_S", 1.0)
     go = _Run(2, CPU)
     assert go(Phase("late", fails))[0] is None
     assert go.errors == {"late": "no time was left for it"}
 
 
-def test_the_error_that_tells_something_comes_first() -> None:
+def test_the_most_telling_error_is_reported() -> None:
     outcomes = [Outcome(0, error="did not end in time"), Outcome(1, error="x\nKeyError: 3\n"), Outcome(2, value=1)]
     wrong = Outcome(3, error="x\nAssertionError: 3 is 4")
-    assert _in_short(RanksFailedError([*outcomes, wrong]), ()) == "rank 3: AssertionError: 3 is 4"
-    assert _in_short(RanksFailedError(outcomes), ()) == "rank 1: KeyError: 3"
-    assert _in_short(RanksFailedError(outcomes), {1}) == "rank 0: did not end in time"
+    assert _summarize(RanksFailedError([*outcomes, wrong]), ()) == "rank 3: AssertionError: 3 is 4"
+    assert _summarize(RanksFailedError(outcomes), ()) == "rank 1: KeyError: 3"
+    assert _summarize(RanksFailedError(outcomes), {1}) == "rank 0: did not end in time"
 
 
-def test_a_failed_check_stays_in_the_results_and_in_what_is_said(
+def test_a_failed_check_is_in_the_results_and_in_the_summary(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(multi_gpu.checks, "correctness", fails)
@@ -132,7 +132,7 @@ def test_a_failed_check_stays_in_the_results_and_in_what_is_said(
 
 
 def answer(function: Any, ranks: int, *args: Any, **_: Any) -> Any:
-    """In place of processes: every rank's answer to a phase."""
+    """Replaces run_processes: the results of all ranks for a phase."""
     if function is fails:
         raise RanksFailedError([Outcome(0), Outcome(1, error="no luck")])
     found = {"roofline": [Roofline(10.0, 1.0)], "stress": [(1, 2.0), (1, 3.0)], "killed": [0.5, None]}
@@ -140,16 +140,16 @@ def answer(function: Any, ranks: int, *args: Any, **_: Any) -> Any:
 
 
 @pytest.mark.parametrize("peers", [_peers, _norm_peers])
-def test_peers_from_outside_are_timed_where_they_are_given(peers: Callable[[Setting], list[tuple[str, Any]]]) -> None:
+def test_external_peers_are_timed_if_they_are_given(peers: Callable[[RunConfig], list[tuple[str, Any]]]) -> None:
     given: list[dict[str, Any]] = [{}, {"peer": "a"}, {"sglang": "b"}]
-    names = [[name for name, _ in peers(Setting("cuda", **more))] for more in given]
+    names = [[name for name, _ in peers(RunConfig("cuda", **more))] for more in given]
     assert [[name for name in found if name in ("vllm", "sglang")] for found in names] == [[], ["vllm"], ["sglang"]]
-    assert [name for name, _ in peers(Setting("cpu", peer="a", sglang="b"))] == ["gloo"]
-    assert [name for name, _ in peers(Setting("cuda", shared_gpu=True, sglang="b"))] == ["gloo"]
+    assert [name for name, _ in peers(RunConfig("cpu", peer="a", sglang="b"))] == ["gloo"]
+    assert [name for name, _ in peers(RunConfig("cuda", shared_gpu=True, sglang="b"))] == ["gloo"]
 
 
 def of_a_folder(rank: int, folder: str) -> bool:
-    """What a class in the place of SGLang's says to being asked for by a rank."""
+    """Call a fake CustomAllReduceV2, imported as SGLang's would be."""
     answer: bool = SGLang(Path(folder))._class.serves(rank)
     return answer
 
@@ -173,12 +173,12 @@ def test_of_sglang_only_the_all_reduce_is_imported(tmp_path: Path) -> None:
     assert run_processes(of_a_folder, 2, str(tmp_path), timeout_s=60) == [True, True]
 
 
-def test_where_the_algorithms_change_places() -> None:
+def test_one_shot_limit() -> None:
     one = [(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]
-    assert hand_over(one, [(1, 3.0), (2, 3.0), (4, 3.0), (8, 3.0)]) == 2
-    assert hand_over(one, [(1, 3.0), (2, 1.9), (4, 4.5), (8, 3.0)]) == 4, "one small loss does not count"
-    assert hand_over(one, [(size, 0.5) for size, _ in one]) is None
-    assert hand_over(one, [(size, 50.0) for size, _ in one]) == 8
+    assert one_shot_limit(one, [(1, 3.0), (2, 3.0), (4, 3.0), (8, 3.0)]) == 2
+    assert one_shot_limit(one, [(1, 3.0), (2, 1.9), (4, 4.5), (8, 3.0)]) == 4, "one small loss does not count"
+    assert one_shot_limit(one, [(size, 0.5) for size, _ in one]) is None
+    assert one_shot_limit(one, [(size, 50.0) for size, _ in one]) == 8
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_results_make_tables_and_a_plot(tmp_path: Path) -> None:
         (["--device", "tpu"], "invalid choice"),
     ],
 )
-def test_what_cannot_run_is_told_at_once(
+def test_arguments_that_cannot_work_are_refused_at_once(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

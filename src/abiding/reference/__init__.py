@@ -1,6 +1,6 @@
-"""The executable specification: each group in plain PyTorch, on any device, under the names of the public face.
+"""The executable specification: each kernel group in plain PyTorch, on any device, with the names of the public API.
 
-Nothing here is fast, and nothing here knows the rest of the package. A kernel is right when it agrees with this.
+The reference is not optimized and does not depend on the rest of the package. A kernel is correct if it agrees with it.
 """
 
 from abiding.reference import all_reduce, mla_prologue, mxfp8_moe, reduce_rms

@@ -1,7 +1,7 @@
-"""RMSNorm of rows that are spread over ranks, in plain PyTorch and float64.
+"""RMSNorm over a width that is sharded across ranks, in plain PyTorch and float64.
 
-:func:`normalised` is the rule, on what all ranks hold and not yet rounded; the functions named as in
-:mod:`abiding.reduce_rms` gather that through the communicator's group.
+:func:`normalized` is the specification: the unrounded result from the shards of all ranks. The functions with the names
+of :mod:`abiding.reduce_rms` all-gather these shards through the communicator's group.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6) -> Tensor:
-    """Normalise rows over the columns of all ranks. As :func:`abiding.reduce_rms.rms_norm`."""
-    return normalised(x, weight, gather(x, comm), eps=eps).to(x.dtype)
+    """Normalize rows over the columns of all ranks, as :func:`abiding.reduce_rms.rms_norm` does."""
+    return normalized(x, weight, gather(x, comm), eps=eps).to(x.dtype)
 
 
 def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Normalise the Q and the K columns of a fused projection. As :func:`abiding.reduce_rms.qk_norm`."""
+    """Normalize the Q and the K columns of a fused projection, as :func:`abiding.reduce_rms.qk_norm` does."""
     q, k, _ = qkv.split([wq.numel(), wk.numel(), wk.numel()], dim=1)
     return rms_norm(q, wq, comm, eps=eps), rms_norm(k, wk, comm, eps=eps)
 
 
-def normalised(x: Tensor, weight: Tensor, shards: Sequence[Tensor], *, eps: float) -> Tensor:
-    """One rank's columns ``x[T, d]``, scaled by its weight and by the root mean square of all ranks' columns."""
+def normalized(x: Tensor, weight: Tensor, shards: Sequence[Tensor], *, eps: float) -> Tensor:
+    """One rank's columns ``x[T, d]``, scaled by its weight and divided by the RMS of all ranks' columns."""
     row = torch.cat([shard.double() for shard in shards], dim=1)
     return x.double() * weight.double() / torch.sqrt(row.square().mean(1, keepdim=True) + eps)

@@ -1,7 +1,7 @@
-"""Several ranks on one machine: processes with a gloo group, or virtual ranks in this process; every wait ends.
+"""Several ranks on one machine: processes with a gloo group, or virtual ranks in this process; waits have timeouts.
 
-A virtual rank is a communicator with a thread (CPU) or a stream (GPU) of its own. They show all that a kernel does
-but what lies between processes and between GPUs.
+A virtual rank is a communicator with a thread (CPU) or a stream (GPU) of its own. Virtual ranks exercise everything
+of a kernel except what depends on several processes (memory handles) or several GPUs (NVLink).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank's process ended: its result, or the text of its error."""
+    """The result of a rank's process, or the text of its error."""
 
     rank: int
     value: Any = None
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class RanksFailedError(AssertionError):
-    """Some ranks raised, died or did not end; the message has all of their errors."""
+    """Some ranks raised, died or timed out; the message holds the errors of all of them."""
 
     def __init__(self, outcomes: Sequence[Outcome]) -> None:
         self.outcomes = list(outcomes)
@@ -66,31 +66,31 @@ def run_processes(
     """Call ``function(rank, *args)`` in ``ranks`` new processes that form torch.distributed's default group, on gloo.
 
     Args:
-        function: one of a module's top level; it is found again by its file, so that test files need no package.
-        ranks: how many processes.
-        args: what can be pickled.
-        timeout_s: after this long the processes are killed, and those that had not ended count as failed.
-        may_die: ranks whose death is no failure; their result is None.
-        threads: of torch, in each process.
+        function: a top-level function; the processes import it by its file, so that test files need no package.
+        ranks: number of processes.
+        args: picklable arguments.
+        timeout_s: then the processes are killed, and those that have not ended count as failed.
+        may_die: ranks whose death is not a failure; their result is None.
+        threads: torch's intra-op threads per process.
 
     Returns:
-        What each rank returned.
+        The result of each rank.
 
     Raises:
-        RanksFailedError: with the errors of all ranks.
+        RanksFailedError: at least one rank failed; holds the errors of all ranks.
     """
-    # A server that has imported everything once forks the ranks; with a GPU in use they start from nothing.
+    # forkserver: a process that has imported torch once forks the ranks. A CUDA context does not survive a fork: spawn.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["torch", "torch.distributed", "abiding.testing.ranks"])
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
-        work = (function.__code__.co_filename, function.__module__, function.__qualname__, ranks, args)
+        task = (function.__code__.co_filename, function.__module__, function.__qualname__, ranks, args)
         processes, results = [], []
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(  # type: ignore[attr-defined]
-                target=_serve, args=(sender, rank, folder, timeout_s, threads, *work), daemon=True
+                target=_rank_main, args=(sender, rank, folder, timeout_s, threads, *task), daemon=True
             )
             process.start()
             sender.close()
@@ -101,7 +101,7 @@ def run_processes(
             process.join(max(0.0, deadline - time.monotonic()) if process.is_alive() else None)
             if process.is_alive():
                 process.kill()
-                process.join(10)  # not for ever: a process may be stuck in a driver
+                process.join(10)  # with a timeout: a process may be stuck in the driver
     if any(outcome.error is not None and outcome.rank not in may_die for outcome in outcomes):
         raise RanksFailedError(outcomes)
     return [outcome.value for outcome in outcomes]
@@ -113,11 +113,11 @@ def _outcome(rank: int, receiver: Connection, deadline: float) -> Outcome:
     try:
         value, error = pickle.loads(receiver.recv_bytes())
     except EOFError:
-        return Outcome(rank, error="died without a word")
+        return Outcome(rank, error="died without a result")
     return Outcome(rank, value, error)
 
 
-def _serve(
+def _rank_main(
     sender: Connection,
     rank: int,
     folder: str,
@@ -129,16 +129,16 @@ def _serve(
     ranks: int,
     args: tuple[Any, ...],
 ) -> None:
-    """A rank's process."""
+    """The main function of a rank's process."""
     try:
         torch.set_num_threads(threads)
-        meeting_point, timeout = f"file://{folder}/store", timedelta(seconds=timeout_s)
-        dist.init_process_group("gloo", meeting_point, timeout, world_size=ranks, rank=rank)
+        init_method, timeout = f"file://{folder}/store", timedelta(seconds=timeout_s)
+        dist.init_process_group("gloo", init_method, timeout, world_size=ranks, rank=rank)
         function = getattr(_module(file, module), name)
-        answer = pickle.dumps((function(rank, *args), None))
+        outcome = pickle.dumps((function(rank, *args), None))
     except BaseException:
-        answer = pickle.dumps((None, traceback.format_exc()))
-    sender.send_bytes(answer)
+        outcome = pickle.dumps((None, traceback.format_exc()))
+    sender.send_bytes(outcome)
     sender.close()
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
@@ -160,10 +160,10 @@ def _module(file: str, name: str) -> ModuleType:
 
 
 def prepare_for_virtual_ranks() -> None:
-    """Ask CUDA for what virtual ranks need on a GPU, unless the environment says otherwise; before a GPU is first used.
+    """Set the CUDA environment variables that virtual ranks need, unless they are set; before the GPU is first used.
 
-    They wait for each other inside their kernels, so each stream has to have a hardware queue of its own, and all
-    kernels are to be loaded from the start: to load one later waits until none runs.
+    Virtual ranks wait for each other inside their kernels. So each stream needs a hardware queue of its own, and all
+    kernels must be loaded eagerly: lazy loading may wait until no kernel runs, which would deadlock.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
@@ -173,8 +173,7 @@ def prepare_for_virtual_ranks() -> None:
 def virtual_ranks(
     ranks: int, device: torch.device | str = "cpu", *, max_bytes: int = 8 << 20, timeout_s: float = 10.0
 ) -> Iterator[list[Communicator]]:
-    """Communicators of ``ranks`` ranks that are all in this process, on one device; see
-    :func:`prepare_for_virtual_ranks`."""
+    """Communicators of ``ranks`` virtual ranks on one device; see :func:`prepare_for_virtual_ranks`."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -194,9 +193,9 @@ def virtual_ranks(
 
 
 def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T]) -> list[T]:
-    """Make ``call(rank, communicator)`` for all virtual ranks at once: on threads, or queued on one stream a rank.
+    """Run ``call(rank, communicator)`` for all virtual ranks concurrently: on threads, or on one stream per rank.
 
-    Returns when all are done; an error of the lowest rank is raised then.
+    Returns when all have finished, and then raises the error of the lowest rank if any failed.
     """
     device = comms[0].device
     if device.type == "cpu":
@@ -219,8 +218,10 @@ def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T
 def captured_on_each(
     comms: Sequence[Communicator], call: Callable[[int, Communicator], T]
 ) -> tuple[Callable[[], object], list[T]]:
-    """Capture ``call(rank, communicator)`` in a CUDA graph for each virtual rank: what replays all graphs at once and
-    waits for them, and what the calls returned."""
+    """Capture ``call(rank, communicator)`` in a CUDA graph per virtual rank.
+
+    Returns a function that replays all graphs concurrently and synchronizes, and the results of the captured calls.
+    """
     graphs, returned = [], []
     for rank, comm in enumerate(comms):
         graph = torch.cuda.CUDAGraph()
@@ -231,10 +232,10 @@ def captured_on_each(
 
 
 def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 50, repetitions: int = 9) -> Timing:
-    """Time `call(rank)` on the current CUDA device, one stream a rank, until all ranks are done.
+    """Time `call(rank)` on the current CUDA device, one stream per rank, until all ranks have finished.
 
-    Calls are queued in turn behind a sleep that lasts longer than queueing them, so that the host's speed does not
-    count. A repetition is `calls` calls of every rank without a pause.
+    The calls are queued behind a GPU sleep that is longer than the queueing, so the launch overhead of the host is not
+    measured. A repetition is `calls` back-to-back calls of every rank.
     """
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     current = torch.cuda.current_stream()
@@ -258,7 +259,7 @@ def virtual_ranks_us(ranks: int, call: Callable[[int], object], *, calls: int = 
 
 
 def processes_us(call: Callable[[], object], *, calls: int = 20, repetitions: int = 15) -> list[float]:
-    """Microseconds a call of a collective in every process of the default group: a sample a repetition."""
+    """Time a collective call in every process of the default group: microseconds per call, a sample per repetition."""
     samples = []
     for _ in range(repetitions + 2):
         dist.barrier()

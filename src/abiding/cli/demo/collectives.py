@@ -1,4 +1,4 @@
-"""The collectives: two processes that share memory sum messages and norm Q and K, beside torch.distributed."""
+"""Demo of the collectives: all-reduce and QK norm between two CPU processes, checked and timed against gloo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from abiding import Communicator, reduce_rms, reference
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.testing import assert_bitwise_equal, assert_close
-from abiding.testing.benchmarks.reduce_rms import plain
+from abiding.testing.benchmarks.reduce_rms import unfused_qk_norm
 from abiding.testing.cases.reduce_rms import RmsCase
 from abiding.testing.ranks import processes_us, run_processes
 
@@ -27,7 +27,7 @@ IN_A_ROW = 2000
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank got of a call, what it should have, and how long a call takes beside torch.distributed's."""
+    """A call's results on one rank, the expected results, and the times per call of Abiding and torch.distributed."""
 
     call: str
     message: str
@@ -38,7 +38,7 @@ class Answer:
 
 
 def rows(device: torch.device, say: Say) -> Iterator[Row]:
-    """Run two CPU processes and hold what each got against torch.distributed's group."""
+    """Run two CPU processes and compare every rank's results with the reference over torch.distributed."""
     say(f"Collectives: {RANKS} processes")
     everyone: list[list[Answer]] = run_processes(_in_process, RANKS, timeout_s=180)
     for answers in zip(*everyone, strict=True):
@@ -52,7 +52,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
         yield Row(
             {
                 "call": first.call,
-                "a rank's message": first.message,
+                "message per rank": first.message,
                 "processes": str(RANKS),
                 "against torch.distributed": "differs" if faults else "agrees",
                 "time": f"{first.us:.0f} us",
@@ -63,7 +63,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
 
 
 def _faults(name: str, result: Tensor, expected: Tensor) -> list[str]:
-    """The sum is exact; a norm is within one step of the float64 result."""
+    """Sums must be bitwise equal; norms must be within 1 ulp of the float64 result."""
     exact: Callable[[], None] = partial(assert_bitwise_equal, result, expected, name)
     close: Callable[[], None] = partial(assert_close, result, expected, ulps=1, name=name)
     try:
@@ -96,7 +96,7 @@ def _sum(comm: Communicator, x: Tensor) -> Answer:
 
 
 def _many_sums(comm: Communicator, x: Tensor) -> Answer:
-    """One call after the other without a pause, in place, each on the last one's result."""
+    """Back-to-back in-place calls, each on the result of the one before."""
     total, expected = x.clone(), x.clone()
     for _ in range(IN_A_ROW):
         comm.all_reduce(total, total)
@@ -114,7 +114,7 @@ def _many_sums(comm: Communicator, x: Tensor) -> Answer:
 
 
 def _norm(comm: Communicator, tokens: int) -> Answer:
-    """MiniMax M2's Q and K under tensor parallelism."""
+    """The QK norm of MiniMax M2 under tensor parallelism."""
     inputs = RmsCase.minimax_m2(tokens, comm.ranks).make(comm.ranks, seed=7)[comm.rank]
     assert inputs.wk is not None
     q, k = inputs.rows[:, : inputs.case.q], inputs.rows[:, inputs.case.q :][:, : inputs.wk.numel()]
@@ -123,11 +123,11 @@ def _norm(comm: Communicator, tokens: int) -> Answer:
         f"{tokens} x ({q.shape[1]} + {k.shape[1]}) bfloat16",
         list(reduce_rms.qk_norm(inputs.rows, inputs.wq, inputs.wk, comm)),
         [
-            reference.reduce_rms.normalised(part, weight, reference.all_reduce.gather(part, comm), eps=1e-6)
+            reference.reduce_rms.normalized(part, weight, reference.all_reduce.gather(part, comm), eps=1e-6)
             for part, weight in ((q, inputs.wq), (k, inputs.wk))
         ],
         _median(partial(reduce_rms.qk_norm, inputs.rows, inputs.wq, inputs.wk, comm)),
-        _median(partial(plain, inputs, comm.ranks)),
+        _median(partial(unfused_qk_norm, inputs, comm.ranks)),
     )
 
 
@@ -135,4 +135,4 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(processes_us(call, calls=10, repetitions=7))
 
 
-SECTION = Section("Collectives on shared memory: abiding.Communicator.all_reduce, abiding.reduce_rms.qk_norm", rows)
+SECTION = Section("Collectives over peer memory: abiding.Communicator.all_reduce, abiding.reduce_rms.qk_norm", rows)

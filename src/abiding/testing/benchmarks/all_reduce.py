@@ -1,7 +1,7 @@
-"""Times of the all-reduce: virtual ranks on one GPU beside vLLM's kernel, and CPU processes beside gloo.
+"""Benchmark of the all-reduce: virtual ranks on one GPU against vLLM's kernel, and CPU processes against gloo.
 
-On a GPU all ranks' messages stay in its L2 cache from call to call, as they do for the peer. What lies between several
-GPUs is not in these times.
+Messages are L2-warm, for the peer too. The times of virtual ranks do not include NVLink; for that see
+:mod:`abiding.testing.multi_gpu`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from abiding.testing.timing import Timing
 GPU_RANKS = (2, 4, 8)
 CPU_RANKS = (2, 4)
 PEER_RANKS = 4
-"""Of more, not all blocks of the peer's kernel are resident on one GPU: it would spin for ever."""
+"""With more virtual ranks the CTAs of the peer's kernels are not all co-resident on one GPU, and the peer hangs."""
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
-    """Time every size for every number of ranks."""
+    """Time every message size for every number of ranks."""
     cases = [case for case in PERFORMANCE if not settings.quick or case.bytes in (16, 4096, 65536, 1 << 20)]
     if "all_reduce" in settings.ops and settings.device.type == "cuda":
         peer = _Peer(settings.peer) if settings.peer else None
@@ -53,30 +53,30 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """A share of the peer's time in the same run: on a GPU of vLLM's, by size; on a CPU of gloo's, to 64 KiB."""
+    """A fraction of the peer's time in the same run: on a GPU of vLLM's, by size; on a CPU of gloo's, up to 64 KiB."""
     size = int(case.params["bytes"])
     if case.op == "all_reduce_cpu":
         return case.peers["gloo"] / 3 if size <= 64 << 10 else None
-    share = next((share for limit, share in _SHARES.items() if size <= limit), None)
-    return None if share is None or "vllm" not in case.peers else share * case.peers["vllm"]
+    fraction = next((fraction for limit, fraction in _TARGET_FRACTIONS.items() if size <= limit), None)
+    return None if fraction is None or "vllm" not in case.peers else fraction * case.peers["vllm"]
 
 
-_SHARES = {64 << 10: 0.40, 256 << 10: 0.45, 1 << 20: 0.75, 4 << 20: 0.95}
+_TARGET_FRACTIONS = {64 << 10: 0.40, 256 << 10: 0.45, 1 << 20: 0.75, 4 << 20: 0.95}
 
 
 def row(case: CaseResult) -> str:
-    """The number of ranks."""
+    """The label of a case's row: the number and kind of ranks."""
     where = "CPU processes" if case.op == "all_reduce_cpu" else "virtual ranks"
     return f"{case.params['ranks']} {where}"
 
 
 BENCHMARK = Benchmark(
-    "all_reduce",
-    ("all_reduce", "all_reduce_cpu"),
-    "bytes",
-    measure,
-    row,
-    target_us,
+    group="all_reduce",
+    ops=("all_reduce", "all_reduce_cpu"),
+    axis="bytes",
+    measure=measure,
+    row=row,
+    target_us=target_us,
     overlaid=True,
     prepare=prepare_for_virtual_ranks,
 )
@@ -102,25 +102,25 @@ def _result(
 
 
 def _in_process(rank: int, sizes: Sequence[int]) -> list[tuple[list[float], list[float]]]:
-    """Samples of ours and of gloo, for every size."""
-    found = []
+    """For every size, the samples of Abiding and of gloo."""
+    samples = []
     with Communicator(device="cpu", timeout_s=60.0) as comm:
         for size in sizes:
             x = torch.randn(size).bfloat16()
             ours = processes_us(partial(comm.all_reduce, x, torch.empty_like(x)))
-            found.append((ours, processes_us(partial(dist.all_reduce, x.clone()))))
-    return found
+            samples.append((ours, processes_us(partial(dist.all_reduce, x.clone()))))
+    return samples
 
 
 class _Peer:
-    """vLLM's kernel in this process, with every message in the memory that it calls a registered buffer."""
+    """vLLM's kernel between virtual ranks, with every message in a registered buffer: its fastest case."""
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(str(library.resolve()))
         self._ops: Any = torch.ops._C_custom_ar
 
     def time(self, messages: Sequence[Tensor], expected: Tensor) -> Timing:
-        ops, ranks, most = self._ops, len(messages), 8 << 20
+        ops, ranks, max_bytes = self._ops, len(messages), 8 << 20
         with ExitStack() as stack:
 
             def shared(size: int) -> int:
@@ -128,25 +128,23 @@ class _Peer:
                 stack.callback(ops.free_shared_buffer, address)
                 return address
 
-            signals, buffers = ([shared(size) for _ in messages] for size in (ops.meta_size() + most, most))
-            arenas = [torch.empty(most, dtype=torch.uint8, device=message.device) for message in messages]
+            signals, buffers = ([shared(size) for _ in messages] for size in (ops.meta_size() + max_bytes, max_bytes))
+            arenas = [torch.empty(max_bytes, dtype=torch.uint8, device=message.device) for message in messages]
             handles = [ops.init_custom_ar(signals, arena, rank, True) for rank, arena in enumerate(arenas)]
             for handle in handles:
                 stack.callback(ops.dispose, handle)
                 ops.register_buffer(handle, buffers)
-            registered = [at_address(address, message) for address, message in zip(buffers, messages, strict=True)]
+            registered = [copy_to_address(address, message) for address, message in zip(buffers, messages, strict=True)]
             outs = [torch.empty_like(message) for message in messages]
             calls = [partial(ops.all_reduce, *each, 0, 0) for each in zip(handles, registered, outs, strict=True)]
             timing = virtual_ranks_us(ranks, lambda rank: calls[rank]())
-            said = f"{ranks} ranks, {expected.nbytes} bytes: the peer differs by {max_ulps(outs[0], expected)} ulps"
-            say(said)
+            say(f"{ranks} ranks, {expected.nbytes} bytes: the peer differs by {max_ulps(outs[0], expected)} ulps")
             torch.cuda.synchronize()
             return timing
 
 
-def at_address(address: int, like: Tensor) -> Tensor:
-    """A copy of a tensor at an address of the GPU's memory."""
-
+def copy_to_address(address: int, like: Tensor) -> Tensor:
+    """Copy a tensor to an address of GPU memory; returns the tensor there, which does not own its memory."""
     memory = SimpleNamespace(
         __cuda_array_interface__={"shape": (like.nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
     )

@@ -1,9 +1,9 @@
-"""Times of the reduce-RMS of MiniMax M2 (6144 columns of Q, 1024 of K over all ranks): virtual ranks on one GPU beside
-vLLM's kernel, and CPU processes beside plain PyTorch with gloo. Inputs stay in the L2 cache from call to call.
+"""Benchmark of the QK norm of MiniMax M2 (6144 columns of Q and 1024 of K over all ranks), L2-warm.
 
-On a GPU every call follows an ordinary kernel, as it does in a model, and that kernel's time is taken off: calls of
-vLLM's kernel that follow each other directly may wait for ever, since it reads its counters before the kernel in front
-has ended.
+Virtual ranks on one GPU run against vLLM's kernel, and CPU processes against plain PyTorch around gloo.
+
+On a GPU every call follows a spacer kernel without PDL, as it follows a GEMM in a model, and the spacer's time is
+subtracted. Back-to-back calls of vLLM's kernel may hang, since it reads its counters before griddepcontrol.wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from abiding import reduce_rms as face
+from abiding import reduce_rms
 from abiding.communicator import Communicator
 from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.cases.reduce_rms import PERFORMANCE, Q_COLUMNS, RmsCase, RmsInputs
@@ -36,7 +36,7 @@ from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing
 
 PEER_TOKENS = 2048
-"""Of all ranks together. Beyond that the peer's blocks are not all resident on one GPU: it would spin for ever."""
+"""Of all ranks together. With more, the peer's CTAs are not all co-resident on one GPU, and the peer hangs."""
 _PEER_LIMIT_S = 40.0
 
 
@@ -58,24 +58,24 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """A share of vLLM's time in the same run."""
+    """A fraction of vLLM's time in the same run."""
     if "vllm" not in case.peers:
         return None
     return (0.65 if int(case.params["tokens"]) <= 128 else 0.45) * case.peers["vllm"]
 
 
 def row(case: CaseResult) -> str:
-    """The number of ranks."""
+    """The label of a case's row: the number and kind of ranks."""
     return f"{case.params['ranks']} {'CPU processes' if case.op == 'qk_norm_cpu' else 'virtual ranks'}"
 
 
 BENCHMARK = Benchmark(
-    "reduce_rms",
-    ("qk_norm", "qk_norm_cpu"),
-    "tokens",
-    measure,
-    row,
-    target_us,
+    group="reduce_rms",
+    ops=("qk_norm", "qk_norm_cpu"),
+    axis="tokens",
+    measure=measure,
+    row=row,
+    target_us=target_us,
     overlaid=True,
     prepare=prepare_for_virtual_ranks,
 )
@@ -89,7 +89,7 @@ def _on_gpu(case: RmsCase, settings: Settings, peer: Timing | None) -> CaseResul
     ranks = _ranks(case)
     inputs = case.make(ranks, settings.device)
     with virtual_ranks(ranks, settings.device) as comms, torch.cuda.device(settings.device):
-        ours = _spaced_us(ranks, lambda rank: inputs[rank].run(face, comms[rank]))
+        ours = _spaced_us(ranks, lambda rank: inputs[rank].run(reduce_rms, comms[rank]))
         for comm in comms:
             comm.check()
     peers = {} if peer is None else {"vllm": peer}
@@ -107,7 +107,7 @@ def _spaced_us(ranks: int, call: Callable[[int], object]) -> Timing:
 
 
 class Spacer:
-    """An ordinary kernel, one that does not let the next one start before its end."""
+    """A short kernel that does not trigger dependents early (no PDL), so the next one starts when it has ended."""
 
     def __init__(self, device: torch.device) -> None:
         self._word = torch.zeros(1, device=device)
@@ -128,18 +128,18 @@ def _result(op: str, case: RmsCase, ours: Timing, peers: dict[str, Timing], boun
 
 
 def _in_process(rank: int, tokens: Sequence[int]) -> list[tuple[list[float], list[float]]]:
-    """Samples of ours and of plain PyTorch around gloo, for every number of tokens."""
-    found = []
+    """For every number of tokens, the samples of Abiding and of plain PyTorch around gloo."""
+    samples = []
     with Communicator(device="cpu", timeout_s=60.0) as comm:
         for count in tokens:
             inputs = RmsCase.minimax_m2(count, comm.ranks).make(1)[0]
-            ours = processes_us(partial(inputs.run, face, comm))
-            found.append((ours, processes_us(partial(plain, inputs, comm.ranks))))
-    return found
+            ours = processes_us(partial(inputs.run, reduce_rms, comm))
+            samples.append((ours, processes_us(partial(unfused_qk_norm, inputs, comm.ranks))))
+    return samples
 
 
-def plain(inputs: RmsInputs, ranks: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """What an engine does without the operator."""
+def unfused_qk_norm(inputs: RmsInputs, ranks: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The QK norm without the operator: PyTorch operators around an all-reduce of the sums of squares."""
     case = inputs.case
     parts = [part.float() for part in inputs.rows.split([case.q, case.kv or 0, case.kv or 0], 1)[:2]]
     sums = torch.stack([part.square().sum(1) for part in parts])
@@ -152,12 +152,12 @@ def plain(inputs: RmsInputs, ranks: int, group: dist.ProcessGroup | None = None)
     return outs
 
 
-# The peer: vLLM's kernel, over the table of pointers that its callers allocate.
+# --- the peer: vLLM's kernel, over the workspace that its callers allocate --------------------------------------------
 
 
 def _peer_times(cases: Sequence[RmsCase], ranks: int, settings: Settings) -> dict[int, Timing]:
-    """By tokens, as far as they got: in a process of its own, since where not all of the peer's blocks run at once, it
-    waits without an end."""
+    """The peer's times by tokens, as far as it got. It runs in a process of its own, which is killed if the peer hangs:
+    it has no timeout, and hangs if its CTAs are not all co-resident."""
     if settings.peer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -197,13 +197,13 @@ def _peer_us(inputs: Sequence[RmsInputs], device: torch.device) -> Timing:
 
 
 class VllmTable:
-    """A rank's workspace of vLLM's operator: a table of the ranks' buffers, in rank order, and its own counters."""
+    """A rank's workspace of vLLM's operator: a table of pointers to all ranks' buffers and to its own counters."""
 
     SLOT_BYTES = 2 << 20
 
     @classmethod
     def buffer(cls, device: torch.device) -> Tensor:
-        """A rank's: three slots, empty."""
+        """A rank's Lamport buffer: three slots whose words are all empty, that is -0.0."""
         return torch.full((3 * cls.SLOT_BYTES // 4,), -0.0, device=device)
 
     def __init__(self, buffers: Sequence[int], device: torch.device) -> None:

@@ -1,15 +1,16 @@
-"""Inputs of the all-reduce: `REGULAR[0].make(ranks=2)` has every rank's message, and what the sum has to be."""
+"""Test cases of the all-reduce: `REGULAR[0].make(ranks=2)` creates every rank's message and the expected sum."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from abiding.reference.all_reduce import sum_in_rank_order
+from abiding.testing.cases import describe
 from abiding.testing.guarded import GuardedTensor, guarded
 
 Values = Literal["normal", "zero", "subnormal", "huge", "nan", "inf", "bits"]
@@ -20,12 +21,12 @@ _INTEGER = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class AllReduceCase:
-    """One call's size, layout and contents."""
+    """The shape, dtype, layout and values of one call."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
     order: tuple[int, ...] | None = None
-    """Dimensions from the largest stride to the smallest; as numbered by default, which is contiguous."""
+    """Dimensions from the largest stride to the smallest. Default: contiguous."""
     offset: int = 0
     """Elements from a 64-byte boundary to the message."""
     out_offset: int = 0
@@ -33,13 +34,11 @@ class AllReduceCase:
     values: Values = "normal"
 
     def __str__(self) -> str:
-        parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
-        return "-".join(f"{name}={value}" for name, value in changed).replace(" ", "")
+        return describe(self)
 
     @property
     def bytes(self) -> int:
-        """Of the message."""
+        """Size of the message."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -50,10 +49,10 @@ class AllReduceCase:
         return tuple(strides)
 
     def make(self, ranks: int, device: torch.device | str = "cpu", seed: int = 0) -> AllReduceInputs:
-        """Fresh random messages of all ranks, between canaries, and room for the sums."""
+        """Random messages and output buffers of all ranks, between canaries, and the expected sum."""
         rng = torch.Generator(device).manual_seed(seed)
 
-        def place(fill: Tensor | int, offset: int) -> GuardedTensor:
+        def allocate(fill: Tensor | int, offset: int) -> GuardedTensor:
             return guarded(
                 self.shape,
                 self.dtype,
@@ -64,8 +63,8 @@ class AllReduceCase:
                 margin=512,
             )
 
-        messages = [place(self._values(rng), self.offset) for _ in range(ranks)]
-        outs = messages if self.in_place else [place(0xFF, self.out_offset) for _ in range(ranks)]
+        messages = [allocate(self._values(rng), self.offset) for _ in range(ranks)]
+        outs = messages if self.in_place else [allocate(0xFF, self.out_offset) for _ in range(ranks)]
         expected = sum_in_rank_order([message.tensor for message in messages])
         return AllReduceInputs(self, messages, outs, expected)
 
@@ -86,7 +85,7 @@ class AllReduceCase:
         if self.values == "bits":
             width = 8 * dtype.itemsize
             bits = torch.randint(-(1 << width - 1), 1 << width - 1, shape, generator=rng, device=device)
-            # All ones is the one word that cannot travel as it is.
+            # All ones is the word that the protocol cannot send unchanged: it would encode to "empty".
             bits = torch.where(torch.rand(shape, generator=rng, device=device) < 0.2, -1, bits)
             return bits.to(_INTEGER[dtype.itemsize]).view(dtype)
         return x
@@ -94,7 +93,7 @@ class AllReduceCase:
 
 @dataclass(frozen=True)
 class AllReduceInputs:
-    """Every rank's message and output, and the sum."""
+    """Every rank's message and output, and the expected sum."""
 
     case: AllReduceCase
     messages: list[GuardedTensor]
@@ -108,7 +107,7 @@ class AllReduceInputs:
 
 
 def canonical(x: Tensor) -> Tensor:
-    """`x` with one NaN for all, so that what may differ between NaNs does not count."""
+    """`x` with every NaN replaced by the same one: the payload of a NaN is unspecified."""
     return torch.where(x.isnan(), torch.full_like(x, math.nan), x)
 
 
@@ -147,4 +146,4 @@ CORNER = [
 ]
 
 PERFORMANCE = [AllReduceCase((1 << power,)) for power in (3, 9, 11, 13, 15, 16, 17, 18, 19, 20, 21)]
-"""16 bytes, which are all fixed cost, and 1 KiB to 4 MiB."""
+"""16 bytes, which shows the fixed cost, and 1 KiB to 4 MiB."""

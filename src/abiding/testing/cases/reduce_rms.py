@@ -1,62 +1,61 @@
-"""Inputs of the reduce-RMS: `REGULAR[0].make(ranks=2)` has every rank's rows and weights."""
+"""Test cases of reduce_rms: `REGULAR[0].make(ranks=2)` creates every rank's rows and weights."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from abiding.reference.reduce_rms import normalised
+from abiding.reference.reduce_rms import normalized
+from abiding.testing.cases import describe
 
 ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
-"""Steps of its dtype that a result may be off: of float32 it has sums of up to 64 000 squares."""
+"""Tolerance in units in the last place. float32 results depend on float32 sums of up to 64 000 squares."""
 Q_COLUMNS, K_COLUMNS = 6144, 1024
-"""Of MiniMax M2, all ranks together."""
+"""Widths of MiniMax M2, all ranks together."""
 Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf"]
 
 
 @dataclass(frozen=True)
 class RmsCase:
-    """One call's sizes, layout and contents; without `kv` it is `rms_norm` on `q` columns."""
+    """The sizes, layout and values of one call; without `kv` it is a call of `rms_norm` on `q` columns."""
 
     tokens: int
     q: int = 3072
     kv: int | None = 512
     dtype: torch.dtype = torch.bfloat16
     row_stride: int | None = None
-    """Elements from row to row; the gaps hold NaN."""
+    """In elements; the gaps between rows hold NaN."""
     offset: int = 0
-    """Elements from a 64-byte boundary to the rows."""
+    """Elements from a 64-byte boundary to the first row."""
     eps: float = 1e-6
     values: Values = "normal"
 
     @staticmethod
     def minimax_m2(tokens: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> RmsCase:
-        """The rows of MiniMax M2 as they lie on one of so many ranks."""
+        """One rank's shard of MiniMax M2's fused QKV rows under tensor parallelism over `ranks`."""
         return RmsCase(tokens, Q_COLUMNS // ranks, K_COLUMNS // ranks, dtype)
 
     def __str__(self) -> str:
-        parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
-        return "-".join(f"{name}={value}" for name, value in changed)
+        return describe(self)
 
     @property
     def columns(self) -> int:
-        """Of a row, with V."""
+        """Columns of a row, V included."""
         return self.q + 2 * (self.kv or 0)
 
     @property
     def bytes(self) -> int:
-        """What must cross a rank's memory bus: Q and K in and out, the weights in."""
+        """Minimum HBM traffic of a rank: Q and K read and written, the weights read."""
         return (self.q + (self.kv or 0)) * self.dtype.itemsize * (2 * self.tokens + 1)
 
     def make(self, ranks: int, device: torch.device | str = "cpu", seed: int = 0) -> list[RmsInputs]:
-        """Fresh random inputs of all ranks; V and the gaps between rows hold NaN."""
+        """Random inputs of all ranks; V and the gaps between rows hold NaN."""
         rng = torch.Generator(device).manual_seed(seed)
         shards = [self._rank(rng) for _ in range(ranks)]
         return [RmsInputs(self, *shard, [rows for rows, *_ in shards], rank) for rank, shard in enumerate(shards)]
@@ -64,20 +63,20 @@ class RmsCase:
     def _rank(self, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         stride = self.columns if self.row_stride is None else self.row_stride
         size = self.offset + self.tokens * stride + self.columns
-        around = torch.full((size,), math.nan, dtype=self.dtype, device=rng.device)
-        rows = around.as_strided((self.tokens, self.columns), (stride, 1), self.offset)
-        live = self.q + (self.kv or 0)
-        x = torch.randn(self.tokens, live, generator=rng, device=rng.device)
+        storage = torch.full((size,), math.nan, dtype=self.dtype, device=rng.device)
+        rows = storage.as_strided((self.tokens, self.columns), (stride, 1), self.offset)
+        qk_columns = self.q + (self.kv or 0)
+        x = torch.randn(self.tokens, qk_columns, generator=rng, device=rng.device)
         if self.values == "zero":
             x = torch.zeros_like(x).copysign_(x)
         elif self.values == "tiny":
             x = x * 1e-4
         elif self.values == "huge":
-            # The squares of a row still sum to a finite float32.
+            # Small enough that the sum of a row's squares stays finite in float32.
             x = x * (2.0**56 if self.dtype != torch.float16 else 2.0**13)
         elif self.values in ("nan", "inf"):
             x[::2, ::37] = math.nan if self.values == "nan" else math.inf
-        rows[:, :live] = x.to(self.dtype)
+        rows[:, :qk_columns] = x.to(self.dtype)
         weights = [
             torch.randn(width, generator=rng, device=rng.device).to(self.dtype) for width in (self.q, self.kv or 0)
         ]
@@ -92,29 +91,29 @@ class RmsInputs:
     rows: Tensor
     wq: Tensor
     wk: Tensor | None
-    everyone: list[Tensor]
+    all_rows: list[Tensor]
     rank: int
 
     def run(self, module: ModuleType, comm: Any) -> list[Tensor]:
-        """The results of `module`, which is :mod:`abiding.reduce_rms` or a module with its functions."""
+        """The results of `module`: :mod:`abiding.reduce_rms`, or another module with the same functions."""
         if self.wk is None:
             return [module.rms_norm(self.rows, self.wq, comm, eps=self.case.eps)]
         return list(module.qk_norm(self.rows, self.wq, self.wk, comm, eps=self.case.eps))
 
     def expected(self) -> list[Tensor]:
-        """In float64."""
+        """The unrounded results, in float64."""
         ends = [0, self.case.q] + ([self.case.q + self.case.kv] if self.case.kv is not None else [])
         parts = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
         weights = [weight for weight in (self.wq, self.wk) if weight is not None]
         return [
-            normalised(self.rows[:, part], weight, [rows[:, part] for rows in self.everyone], eps=self.case.eps)
+            normalized(self.rows[:, part], weight, [rows[:, part] for rows in self.all_rows], eps=self.case.eps)
             for part, weight in zip(parts, weights, strict=True)
         ]
 
 
 REGULAR = [
-    RmsCase.minimax_m2(tokens, share, dtype)
-    for share, dtype in ((2, torch.bfloat16), (4, torch.float16), (8, torch.float32))
+    RmsCase.minimax_m2(tokens, ranks, dtype)
+    for ranks, dtype in ((2, torch.bfloat16), (4, torch.float16), (8, torch.float32))
     for tokens in (1, 16, 130)
 ]
 

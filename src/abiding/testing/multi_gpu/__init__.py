@@ -1,7 +1,7 @@
-"""What several GPUs of one host are asked, in order of value: values, many calls, a rank's death, times beside peers.
+"""Checks and benchmarks of the collectives between the GPUs of one host: correctness, stress, a killed rank, times.
 
-A process a GPU for every phase, which the parent kills when the phase's time is over, so that nothing waits for ever;
-:func:`main` is the command line. Everything can be rehearsed between CPU processes, or on one GPU that all ranks share.
+Every phase runs one process per GPU, which the parent kills when the phase's time limit has passed, so nothing hangs.
+:func:`main` is the command line. All phases can be rehearsed between CPU processes, or on one GPU that all ranks share.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.benchmarks.report import table
 from abiding.testing.cases.reduce_rms import RmsCase
 from abiding.testing.multi_gpu import checks, times
-from abiding.testing.multi_gpu.checks import Setting
+from abiding.testing.multi_gpu.checks import RunConfig
 from abiding.testing.multi_gpu.times import Times
 from abiding.testing.ranks import RanksFailedError, prepare_for_virtual_ranks, run_processes
 from abiding.testing.results import CaseResult, Param, Results
 from abiding.testing.timing import Roofline, Timing
 
 TOTAL_S = 470.0
-"""No phase starts, and none goes on, after this."""
+"""No phase starts or continues after this time."""
 
 
 def _measure(_: Settings) -> Iterator[CaseResult]:
-    raise ValueError("several GPUs take a process each: run benchmarks/multi_gpu.py")
+    raise ValueError("several GPUs need one process each: run benchmarks/multi_gpu.py")
 
 
 def row(case: CaseResult) -> str:
-    """The number of ranks, and what has failed if anything has."""
+    """The label of a case's row: the number of ranks, and FAILED if a check failed."""
     return f"{case.params['ranks']} ranks{'' if case.params.get('passed', True) else ', FAILED'}"
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The faster of NCCL and vLLM, of messages up to 1 MiB; between 2 ranks and from a graph also 4 us up to 32 KiB."""
+    """The faster of NCCL and vLLM, for messages up to 1 MiB; from a graph between 2 ranks at most 4 us up to 32 KiB."""
     theirs = [us for name, us in case.peers.items() if name.startswith("nccl") or name == "vllm"]
     if case.op not in BENCHMARK.ops or not theirs:
         return None
@@ -60,21 +60,21 @@ def target_us(case: CaseResult) -> float | None:
 _MODES = ("graph", "eager")
 _NORMS = tuple(f"qk_norm {mode}" for mode in _MODES)
 BENCHMARK = Benchmark(
-    "multi_gpu",
-    (*_MODES, *_NORMS),
-    "bytes",
-    _measure,
-    row,
-    target_us,
+    group="multi_gpu",
+    ops=(*_MODES, *_NORMS),
+    axis="bytes",
+    measure=_measure,
+    row=row,
+    target_us=target_us,
     overlaid=True,
     other_axes=dict.fromkeys(_NORMS, "tokens"),
 )
-"""For tables and plots; not among the groups, since it is not run as they are."""
+"""For tables and plots. Not one of the groups, since `abiding bench` does not run it."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A function that every rank calls, and how long that may take, start of the processes included."""
+    """A function that every rank runs, and its time limit, which includes starting the processes."""
 
     name: str
     function: Callable[..., Any]
@@ -84,15 +84,15 @@ class Phase:
 
 
 class _Run:
-    """Phases one after another, until the time is over; what failed, by phase."""
+    """Runs phases one after another until the total time is over; `errors` has the failed ones."""
 
-    def __init__(self, ranks: int, setting: Setting) -> None:
-        self.ranks, self.setting = ranks, setting
+    def __init__(self, ranks: int, config: RunConfig) -> None:
+        self.ranks, self.config = ranks, config
         self.errors: dict[str, str] = {}
         self._begin = time.monotonic()
 
     def __call__(self, phase: Phase) -> tuple[list[Any] | None, float]:
-        """What each rank returned, or None where one failed; and the seconds it took."""
+        """The result of each rank, or None if one failed; and the seconds it took."""
         limit_s = min(phase.limit_s, TOTAL_S - (time.monotonic() - self._begin))
         begin = time.monotonic()
         say(f"{phase.name} (at most {max(limit_s, 0):.0f} s)")
@@ -101,13 +101,13 @@ class _Run:
             self.errors[phase.name] = "no time was left for it"
         else:
             try:
-                args = (self.setting, *phase.args)
+                args = (self.config, *phase.args)
                 found = run_processes(
                     phase.function, self.ranks, *args, timeout_s=limit_s, may_die=phase.may_die, threads=self._threads
                 )
             except RanksFailedError as error:
                 say(str(error))
-                self.errors[phase.name] = _in_short(error, phase.may_die)
+                self.errors[phase.name] = _summarize(error, phase.may_die)
         took = time.monotonic() - begin
         say(f"{phase.name}: {self.errors.get(phase.name, 'done')}, {took:.1f} s")
         return found, took
@@ -118,34 +118,34 @@ class _Run:
 
 
 def run(
-    ranks: int, setting: Setting, *, output: Path | None = None, commit: str | None = None
+    ranks: int, config: RunConfig, *, output: Path | None = None, commit: str | None = None
 ) -> tuple[Results, dict[str, str]]:
-    """All phases: the results, and what failed; prints a table. Writes after every phase where `output` is given."""
-    go = _Run(ranks, setting)
+    """Run all phases and print a table; returns the results and the errors. Writes to `output` after every phase."""
+    go = _Run(ranks, config)
     per_phase, _ = go(Phase("roofline", times.roofline))
     roofline: Roofline = per_phase[0] if per_phase else Roofline(0.0, 0.0)
-    device = torch.device(setting.device)
+    device = torch.device(config.device)
     results = Results.begin("multi_gpu", device, roofline, commit)
-    results = replace(results, gpu=f"{results.gpu} x{ranks}{' sharing one' if setting.shared_gpu else ''}")
+    results = replace(results, gpu=f"{results.gpu} x{ranks}{' sharing one' if config.shared_gpu else ''}")
 
     def add(cases: Iterable[CaseResult], *, after: int | None = None) -> None:
-        """Also in place of those after so many."""
+        """Append cases, or replace those from index `after` on."""
         results.cases[after if after is not None else len(results.cases) :] = cases
         if output is not None:
             results.write(output)
 
-    # What has to be right.
+    # Checks.
     found, took = go(Phase("correctness", checks.correctness, limit_s=90))
     add([_check("correctness", ranks, go, took * 1e6, {"calls": found[0] if found else 0})])
     found, took = go(Phase("stress", checks.stress, limit_s=90))
     us = max(us for _, us in found) if found else took * 1e6
     add([_check("stress", ranks, go, us, {"calls": found[0][0] if found else 0})])
-    victim, timeout_s = ranks - 1, min(setting.timeout_s, 5.0)
+    victim, timeout_s = ranks - 1, min(config.timeout_s, 5.0)
     found, took = go(Phase("killed", checks.killed, (victim, timeout_s), limit_s=50, may_die={victim}))
-    told_s = max((seconds for seconds in found or [] if seconds is not None), default=took)
-    add([_check("killed", ranks, go, told_s * 1e6, {"timeout_s": timeout_s})])
+    detected_s = max((seconds for seconds in found or [] if seconds is not None), default=took)
+    add([_check("killed", ranks, go, detected_s * 1e6, {"timeout_s": timeout_s})])
 
-    # How long it takes, beside the peers.
+    # Times, and those of the peers.
     def compare(mine: Times, phases: Iterable[tuple[str, Phase]], case: _Case) -> None:
         begin, peers = len(results.cases), dict[str, Times]()
         add(_cases(mine, peers, case))
@@ -154,33 +154,34 @@ def run(
             add(_cases(mine, peers, case), after=begin)
 
     mine = _slowest(go(Phase("times", times.ours, limit_s=60))[0])
-    compare(mine, _peers(setting), partial(_summed, ranks, roofline))
+    compare(mine, _peers(config), partial(_summed, ranks, roofline))
     mine = _slowest(go(Phase("times of qk_norm", times.qk_norm, limit_s=40))[0])
-    compare(mine, _norm_peers(setting), partial(_normed, ranks, roofline))
+    compare(mine, _norm_peers(config), partial(_normed, ranks, roofline))
     add(_algorithms(ranks, go, roofline))
     print(_summary(results, go.errors))
     return results, go.errors
 
 
-def _peers(setting: Setting) -> list[tuple[str, Phase]]:
-    found = [(setting.backend, Phase(f"times of {setting.backend}", times.torch_distributed, limit_s=60))]
-    if setting.backend == "nccl":
+def _peers(config: RunConfig) -> list[tuple[str, Phase]]:
+    found = [(config.backend, Phase(f"times of {config.backend}", times.torch_distributed, limit_s=60))]
+    if config.backend == "nccl":
         found.append(("nccl symmetric", Phase("times of nccl symmetric", times.nccl_symmetric, limit_s=40)))
         for name, op in (("symm_mem one-shot", "one_shot_all_reduce"), ("symm_mem two-shot", "two_shot_all_reduce_")):
             if hasattr(torch.ops.symm_mem, op):
                 found.append((name, Phase(f"times of {name}", times.symmetric_memory, (op,), limit_s=40)))
-    if setting.device == "cuda" and setting.peer is not None:
+    if config.device == "cuda" and config.peer is not None:
         found.append(("vllm", Phase("times of vllm", times.vllm, limit_s=40)))
-    if setting.backend == "nccl" and setting.sglang is not None:
-        found.append(("sglang", Phase("times of sglang", times.sglang, limit_s=120)))  # it may have to compile
+    if config.backend == "nccl" and config.sglang is not None:
+        found.append(("sglang", Phase("times of sglang", times.sglang, limit_s=120)))  # it may JIT-compile
     return found
 
 
-def _norm_peers(setting: Setting) -> list[tuple[str, Phase]]:
-    found = [(setting.backend, Phase(f"times of qk_norm around {setting.backend}", times.plain_qk_norm, limit_s=40))]
-    if setting.device == "cuda" and setting.peer is not None:
+def _norm_peers(config: RunConfig) -> list[tuple[str, Phase]]:
+    unfused = Phase(f"times of qk_norm around {config.backend}", times.torch_qk_norm, limit_s=40)
+    found = [(config.backend, unfused)]
+    if config.device == "cuda" and config.peer is not None:
         found.append(("vllm", Phase("times of vllm's qk_norm", times.vllm_qk_norm, limit_s=40)))
-    if setting.backend == "nccl" and setting.sglang is not None:
+    if config.backend == "nccl" and config.sglang is not None:
         found.append(("sglang", Phase("times of sglang's qk_norm", times.sglang_qk_norm, limit_s=120)))
     return found
 
@@ -190,18 +191,18 @@ def _check(op: str, ranks: int, go: _Run, us: float, more: Mapping[str, Param]) 
     params: dict[str, Param] = {"ranks": ranks, "passed": error is None, **more}
     if error is not None:
         params["error"] = error
-    return CaseResult(op, params, max(round(us, 3), 0.001), 0.0, True, 0.0)
+    return CaseResult(op, params, us=max(round(us, 3), 0.001), spread_us=0.0, l2_warm=True, bound_us=0.0)
 
 
 def _slowest(of_ranks: list[Times] | None) -> Times:
-    """Each time as the slowest rank had it."""
+    """For each point the timing of its slowest rank."""
     if not of_ranks:
         return {}
     return {key: max((found[key] for found in of_ranks), key=lambda timing: timing.us) for key in of_ranks[0]}
 
 
 _Case = Callable[[str, int, Timing, Mapping[str, Timing]], CaseResult]
-"""Of a mode, bytes or tokens, our time and the peers'."""
+"""Creates the result of a mode, a number of bytes or tokens, our timing and the peers'."""
 
 
 def _cases(mine: Times, peers: Mapping[str, Times], case: _Case) -> Iterator[CaseResult]:
@@ -235,8 +236,8 @@ def _timed(
 
 
 def _algorithms(ranks: int, go: _Run, roofline: Roofline) -> Iterator[CaseResult]:
-    """Both of ours at every size, where they can be told apart: on GPUs."""
-    if go.setting.device != "cuda":
+    """Times of one-shot and of two-shot at every size; on GPUs only, as the CPU has one algorithm."""
+    if go.config.device != "cuda":
         return
     for name in ("one-shot", "two-shot"):
         for (mode, size), timing in _slowest(go(Phase(name, times.algorithm, (name,), limit_s=40))[0]).items():
@@ -244,15 +245,15 @@ def _algorithms(ranks: int, go: _Run, roofline: Roofline) -> Iterator[CaseResult
                 yield _summed(ranks, roofline, name, size, timing, {})
 
 
-def _in_short(error: RanksFailedError, may_die: Collection[int]) -> str:
-    """The last line of a rank's error: of one that found something wrong, else of one that did not merely wait."""
+def _summarize(error: RanksFailedError, may_die: Collection[int]) -> str:
+    """The last line of the most telling error: a failed assertion first, a timeout last."""
     failed = [outcome for outcome in error.outcomes if outcome.error is not None and outcome.rank not in may_die]
     lines = [(outcome.rank, (outcome.error or "").strip().splitlines()[-1]) for outcome in failed]
     rank, line = min(lines, key=lambda one: (not one[1].startswith("AssertionError"), "did not end in time" in one[1]))
     return f"rank {rank}: {line}"[:300]
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- the summary ------------------------------------------------------------------------------------------------------
 
 
 def _summary(results: Results, errors: Mapping[str, str]) -> str:
@@ -267,8 +268,8 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
             verdict = "passed" if case.params["passed"] else f"FAILED: {case.params['error']}"
             what = {
                 "correctness": f"{case.params.get('calls')} calls checked",
-                "stress": f"{case.params.get('calls')} calls, {case.us:.1f} us each with their check",
-                "killed": f"told after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
+                "stress": f"{case.params.get('calls')} calls, {case.us:.1f} us per call with its check",
+                "killed": f"detected after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
             }[op]
             parts.append(f"{op}: {verdict} ({what})" if case.params["passed"] else f"{op}: {verdict}")
     parts += [_table(op, by_op[op]) for op in BENCHMARK.ops if op in by_op]
@@ -276,7 +277,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
     if one and two:
         ranks = by_op["one-shot"][0].params["ranks"]
         parts.append(
-            f"One-shot should hand over to two-shot above {times.hand_over(one, two)} bytes: "
+            f"One-shot should be used up to {times.one_shot_limit(one, two)} bytes and two-shot above: "
             f"kOneShotLimits in csrc/all_reduce/params.h, the row for {ranks} ranks"
         )
     parts += [f"no result: {name}: {error}" for name, error in errors.items() if name not in by_op]
@@ -284,7 +285,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
 
 
 def _table(op: str, cases: Sequence[CaseResult]) -> str:
-    """A line a size: ours, for a message also as the bandwidth that a ring would need on each link, then the peers."""
+    """A line per size: our time, for messages the bus bandwidth as nccl-tests define it, then the peers' times."""
     peers = sorted({name for case in cases for name in case.peers})
     axis = BENCHMARK.axis_of(op)
     lines = []
@@ -301,22 +302,26 @@ def _table(op: str, cases: Sequence[CaseResult]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`benchmarks/multi_gpu.py`; exits with 1 if a check or our own times failed."""
+    """The command line of `benchmarks/multi_gpu.py`; exits with 1 if a check or our own times failed."""
     parser = argparse.ArgumentParser(
-        description="Check and time the collectives between GPUs, a process each, in less than 8 minutes."
+        description="Check and time the collectives between GPUs, one process per GPU, in less than 8 minutes."
     )
     parser.add_argument("--ranks", type=int, help="how many processes (default: all GPUs; 2 on a CPU)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--share-gpu", action="store_true", help="all ranks on GPU 0: a rehearsal, and slow")
-    parser.add_argument("--calls", type=int, help="of the stress (default: 100000; 2000 on a CPU or a shared GPU)")
-    parser.add_argument("--quick", action="store_true", help="small messages, few of them: a rehearsal")
-    parser.add_argument("--timeout", type=float, default=20.0, help="of the communicators, in seconds (default: 20)")
-    parser.add_argument("--peer", type=Path, help="shared library with vLLM's kernels, timed as well")
+    parser.add_argument("--share-gpu", action="store_true", help="all ranks on GPU 0: a rehearsal, slow")
+    parser.add_argument("--calls", type=int, help="of the stress test (default: 100000; 2000 on a CPU or a shared GPU)")
+    parser.add_argument("--quick", action="store_true", help="few and small messages: a rehearsal")
     parser.add_argument(
-        "--sglang", type=Path, help="folder with SGLang's package, tvm_ffi and msgspec: compiled by nvcc, timed as well"
+        "--timeout", type=float, default=20.0, help="timeout of the communicators in seconds (default: 20)"
+    )
+    parser.add_argument("--peer", type=Path, help="shared library with vLLM's kernels, which are timed too")
+    parser.add_argument(
+        "--sglang",
+        type=Path,
+        help="folder with SGLang's package, tvm_ffi and msgspec; its kernels are compiled by nvcc and timed too",
     )
     parser.add_argument("--output", type=Path, help=f"where to write the JSON (default, for GPUs: {DEFAULT_OUTPUT})")
-    parser.add_argument("--commit", help="recorded in the results (default: ask git)")
+    parser.add_argument("--commit", help="commit recorded in the results (default: ask git)")
     chosen = parser.parse_args(arguments)
 
     alone = chosen.device == "cpu" or chosen.share_gpu
@@ -328,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--ranks {ranks}, but torch sees {gpus} GPUs; --share-gpu takes one, --device cpu none")
     if chosen.device == "cuda" and not _library.has_cuda_kernels():
         parser.error(_library.cuda_unavailable_reason() or "the CUDA binary is not loaded")
-    setting = Setting(
+    config = RunConfig(
         device=chosen.device,
         shared_gpu=chosen.share_gpu,
         calls=chosen.calls or (2000 if alone else 100_000),
@@ -338,15 +343,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sglang=None if chosen.sglang is None else str(chosen.sglang.resolve()),
     )
     whole = not alone and not chosen.quick
-    # The peers' multicast through the NVLink switch stays off: it is another kind of hardware than is compared here.
+    # NVLink SHARP (multicast in the NVSwitch) stays off for the peers: it is hardware that our kernels do not use.
     os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     prepare_for_virtual_ranks()
     if not chosen.share_gpu:
-        os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # all kernels at once take long in every process
-    # Should the parent itself be stuck, in a driver say, it ends here all the same.
+        os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # eager loading would take long in every process
+    # Ends the parent even if it is stuck itself, for example in the driver.
     faulthandler.dump_traceback_later(TOTAL_S + 9, exit=True)
     output = chosen.output or (DEFAULT_OUTPUT if whole else None)
-    results, errors = run(ranks, setting, output=output, commit=chosen.commit)
+    results, errors = run(ranks, config, output=output, commit=chosen.commit)
     if output is not None:
         say(f"Wrote {output / results.file_name}")
     faulthandler.cancel_dump_traceback_later()

@@ -1,6 +1,6 @@
-"""What has to be right between the ranks: values, many calls without a pause, and what a rank's death does.
+"""The checks between the ranks: correct values, many back-to-back calls, and the death of a rank.
 
-The functions that take a rank run in every process; `Setting` is what the parent has told them.
+The functions that take a rank run in every process; the parent passes them a `RunConfig`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from abiding.testing.comparison import assert_bitwise_equal, assert_close
 from abiding.testing.stress import Stress
 
 GRACE_S = 10.0
-"""How much longer than the timeout a rank may take to say that another is gone."""
-ALIVE_S = 0.5  # how long the victim of `killed` calls along
+"""How much longer than the timeout a rank may take to report that another is gone."""
+ALIVE_S = 0.5  # how long the victim of `killed` takes part in the calls
 
 _BYTES = (
     *(0, 4, 16, 100, 4096, 4100, 64 << 10, 128 << 10, (128 << 10) + 4, 256 << 10, (256 << 10) + 4),
@@ -39,27 +39,27 @@ _BYTES = (
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How the ranks run."""
+class RunConfig:
+    """How the processes of the ranks run."""
 
     device: str
     """"cpu" or "cuda"."""
     shared_gpu: bool = False
-    """All ranks on GPU 0, each in its time slice."""
+    """All ranks on GPU 0, which time-slices between their processes."""
     calls: int = 100_000
-    """Of the stress."""
+    """Calls of the stress test."""
     quick: bool = False
-    """Small messages, few of them: for a rehearsal."""
+    """Few and small messages: a rehearsal."""
     timeout_s: float = 20.0
-    """The communicators'."""
+    """Timeout of the communicators."""
     peer: str | None = None
-    """A library with vLLM's kernels."""
+    """Path of a library with vLLM's kernels."""
     sglang: str | None = None
-    """A folder with SGLang's package and what it imports."""
+    """Path of a folder with SGLang's package and its imports."""
 
     @property
     def backend(self) -> str:
-        """Of the group beside the communicator: NCCL takes no GPU twice."""
+        """Backend of the group beside the communicator: NCCL refuses two ranks on one GPU."""
         return "nccl" if self.device == "cuda" and not self.shared_gpu else "gloo"
 
     @property
@@ -68,63 +68,63 @@ class Setting:
 
 
 @contextmanager
-def joined(
-    rank: int, setting: Setting, *, nccl: bool = True
+def rank_context(
+    rank: int, config: RunConfig, *, nccl: bool = True
 ) -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
-    """This rank's device, current from here on, and the group that its messages may fall back to."""
-    if setting.device == "cpu":
+    """Make this rank's device current; yields it and the group to which its messages may fall back."""
+    if config.device == "cpu":
         yield torch.device("cpu"), None
         return
-    device = torch.device("cuda", 0 if setting.shared_gpu else rank)
+    device = torch.device("cuda", 0 if config.shared_gpu else rank)
     torch.cuda.set_device(device)
-    yield device, dist.new_group(backend="nccl") if nccl and setting.backend == "nccl" else None
+    yield device, dist.new_group(backend="nccl") if nccl and config.backend == "nccl" else None
     torch.cuda.synchronize(device)
 
 
-def insist_on_shared_memory(comm: Communicator) -> None:
+def require_peer_memory(comm: Communicator) -> None:
     if comm.unavailable_reason is not None:
-        raise AssertionError(f"the ranks share no memory, so abiding's kernels cannot run: {comm.unavailable_reason}")
+        raise AssertionError(f"no peer memory, so abiding's kernels cannot run: {comm.unavailable_reason}")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def correctness(rank: int, setting: Setting) -> int:
-    """Both collectives against the reference and against rank 0's bits; how many calls were checked."""
+def correctness(rank: int, config: RunConfig) -> int:
+    """Check both collectives against the reference and rank 0's bits; returns how many calls were checked."""
     checked = 0
     with (
-        joined(rank, setting) as (device, group),
-        Communicator(group, device=device, max_bytes=setting.max_bytes, timeout_s=setting.timeout_s) as comm,
+        rank_context(rank, config) as (device, group),
+        Communicator(group, device=device, max_bytes=config.max_bytes, timeout_s=config.timeout_s) as comm,
     ):
-        insist_on_shared_memory(comm)
-        for seed, case in enumerate(_messages(setting)):
+        require_peer_memory(comm)
+        for seed, case in enumerate(_messages(config)):
             inputs = case.make(comm.ranks, device, seed)
             _sum_and_check(comm, inputs)
             checked += 1
-        for seed, rows in enumerate(_rows(comm.ranks, setting)):
+        for seed, rows in enumerate(_rows(comm.ranks, config)):
             one = rows.make(comm.ranks, device, seed)[rank]
             for out, expected in zip(one.run(reduce_rms, comm), one.expected(), strict=True):
                 assert_close(out, expected, ulps=reduce_rms_cases.ULPS[rows.dtype], name=f"rank {rank}: {rows}")
             checked += 1
         if device.type == "cuda":
-            for count in (500, 50_001, 500_000) if setting.quick else (500, 50_001, 500_000, 4 << 20):
+            for count in (500, 50_001, 500_000) if config.quick else (500, 50_001, 500_000, 4 << 20):
                 checked += _replayed(comm, AllReduceCase((count,)))
         comm.check()
     return checked
 
 
-def _messages(setting: Setting) -> Iterator[AllReduceCase]:
+def _messages(config: RunConfig) -> Iterator[AllReduceCase]:
     for number, (nbytes, dtype) in enumerate(itertools.product(_BYTES, DTYPES)):
-        if not setting.quick or nbytes <= 2 * setting.max_bytes:
+        if not config.quick or nbytes <= 2 * config.max_bytes:
             count = nbytes // dtype.itemsize
             yield AllReduceCase((count,), dtype, in_place=number % 4 == 3, offset=number % 3, out_offset=number % 2)
-    yield from (case for case in all_reduce_cases.ODD if not setting.quick or case.bytes <= setting.max_bytes)
+    yield from (case for case in all_reduce_cases.ODD if not config.quick or case.bytes <= config.max_bytes)
 
 
-def _rows(ranks: int, setting: Setting) -> Iterator[RmsCase]:
-    for tokens, dtype in itertools.product((1, 16) if setting.quick else (1, 16, 130, 1024), DTYPES):
+def _rows(ranks: int, config: RunConfig) -> Iterator[RmsCase]:
+    for tokens, dtype in itertools.product((1, 16) if config.quick else (1, 16, 130, 1024), DTYPES):
         yield RmsCase.minimax_m2(tokens, ranks, dtype)
-    yield from (case for case in reduce_rms_cases.ODD if not setting.quick or case.tokens <= 16)
+    yield from (case for case in reduce_rms_cases.ODD if not config.quick or case.tokens <= 16)
 
 
 def _sum_and_check(comm: Communicator, inputs: AllReduceInputs) -> None:
@@ -133,7 +133,7 @@ def _sum_and_check(comm: Communicator, inputs: AllReduceInputs) -> None:
     route = comm.explain(x)
     if (route.backend == "abiding") != (case.bytes <= comm.max_bytes):
         raise AssertionError(f"{name}: served by {route.backend}, as {route.reason}")
-    # Of torch.distributed only the size of its rounding errors is known.
+    # torch.distributed does not specify the order of its sum, so its result is only within rounding errors.
     total = torch.zeros_like(x, dtype=torch.float64)
     for message in inputs.messages:
         total += message.tensor
@@ -149,7 +149,7 @@ def _sum_and_check(comm: Communicator, inputs: AllReduceInputs) -> None:
 
 
 def _same_on_all(out: Tensor, name: str) -> None:
-    """Hold the result against rank 0's, which travels over gloo."""
+    """Compare the result bit for bit with rank 0's, which is broadcast over gloo."""
     if out.numel() == 0:
         return
     mine = out.cpu().reshape(-1).view(torch.uint8)
@@ -178,22 +178,22 @@ def _replayed(comm: Communicator, case: AllReduceCase) -> int:
 # --- many calls -------------------------------------------------------------------------------------------------------
 
 
-def stress(rank: int, setting: Setting) -> tuple[int, float]:
-    """Calls without a pause, on a GPU from a graph: how many, and microseconds a call with all that checks them."""
-    a_run = 50 if setting.quick else 128
-    runs = -(-setting.calls // a_run)
+def stress(rank: int, config: RunConfig) -> tuple[int, float]:
+    """Back-to-back calls, on a GPU from a graph; returns their number, and microseconds per call with its check."""
+    calls_per_run = 50 if config.quick else 128
+    runs = -(-config.calls // calls_per_run)
     with (
-        joined(rank, setting, nccl=False) as (device, group),
-        Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
+        rank_context(rank, config, nccl=False) as (device, group),
+        Communicator(group, device=device, timeout_s=config.timeout_s) as comm,
     ):
-        insist_on_shared_memory(comm)
-        largest = 5120 if setting.quick else 300_001
-        one = Stress(rank, comm.ranks, device, calls=a_run, seed=comm.ranks, largest=largest)
+        require_peer_memory(comm)
+        largest = 5120 if config.quick else 300_001
+        one = Stress(rank, comm.ranks, device, calls=calls_per_run, seed=comm.ranks, largest=largest)
         for variant in range(one.variants):
             one.load(variant)
             one.collect(one.run(comm))
             comm.check()
-            one.learn(variant)
+            one.record_golden(variant)
         graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
         if graph is not None:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -209,18 +209,19 @@ def stress(rank: int, setting: Setting) -> tuple[int, float]:
             one.collect(returned)
             one.check(run % one.variants, f"rank {rank}, run {run}")
             if rank == 0 and run % max(1, runs // 5) == 0:
-                print(f"  {run * a_run} of {runs * a_run} calls", file=sys.stderr, flush=True)
-        return runs * a_run, (time.monotonic() - begin) * 1e6 / (runs * a_run)
+                print(f"  {run * calls_per_run} of {runs * calls_per_run} calls", file=sys.stderr, flush=True)
+        calls = runs * calls_per_run
+        return calls, (time.monotonic() - begin) * 1e6 / calls
 
 
 # --- a death ----------------------------------------------------------------------------------------------------------
 
 
-def killed(rank: int, setting: Setting, victim: int, timeout_s: float) -> float:
-    """One rank is killed in the middle of its calls: seconds until this one was told."""
-    with joined(rank, setting, nccl=False) as (device, group):
+def killed(rank: int, config: RunConfig, victim: int, timeout_s: float) -> float:
+    """A rank is killed in the middle of its calls; returns after how many seconds this rank raised an error."""
+    with rank_context(rank, config, nccl=False) as (device, group):
         comm = Communicator(group, device=device, timeout_s=timeout_s)
-        insist_on_shared_memory(comm)
+        require_peer_memory(comm)
         x = torch.ones(50_000, device=device)
         comm.all_reduce(x)
         comm.check()
@@ -234,21 +235,21 @@ def killed(rank: int, setting: Setting, victim: int, timeout_s: float) -> float:
                     comm.all_reduce(x)
                 comm.check()
         except RuntimeError as error:
-            told, text = time.monotonic() - end, str(error)
+            detected_s, text = time.monotonic() - end, str(error)
         else:
             raise AssertionError(f"rank {rank}: no error {timeout_s + GRACE_S:g} s after a rank was killed")
-        _insist(f"rank {victim} " in text, f"rank {rank}: the error does not name rank {victim}: {text}")
-        _insist(told < timeout_s + GRACE_S, f"rank {rank}: it took {told:.1f} s to be told")
+        _require(f"rank {victim} " in text, f"rank {rank}: the error does not name rank {victim}: {text}")
+        _require(detected_s < timeout_s + GRACE_S, f"rank {rank}: the error took {detected_s:.1f} s")
         try:
             comm.reset()
         except RuntimeError as error:
-            _insist(f"rank {victim} is" in str(error), f"rank {rank}: reset() does not name rank {victim}: {error}")
+            _require(f"rank {victim} is" in str(error), f"rank {rank}: reset() does not name rank {victim}: {error}")
         else:
             raise AssertionError(f"rank {rank}: reset() without rank {victim} raised nothing")
         comm.close()
-        return told
+        return detected_s
 
 
-def _insist(good: bool, complaint: str) -> None:
-    if not good:
-        raise AssertionError(complaint)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)

@@ -1,9 +1,8 @@
-"""SGLang's custom all-reduce between the GPUs of one host (PyPI sglang, version 2 of it): its own class, which chooses
-among its kernels by size; and its `qk_norm` over the same class. They are compiled where they run.
+"""SGLang's custom all-reduce, version 2 (PyPI sglang), and its QK norm over the same class; both JIT-compiled.
 
-Importing sglang imports a whole server. Here its packages are folders to look in, without their `__init__`, and the few
-modules that would lead to the server are stand-ins. They answer yes to what sglang asks before it takes the class: do
-the ranks share a host, and does NVLink connect them?
+The class chooses among its kernels by message size. Importing sglang normally imports a whole server. Here its packages
+are namespace folders without their `__init__`, and the few modules that would import the server are replaced by stubs.
+The stubs confirm what sglang checks before it uses the class: the ranks share a host, and NVLink connects them.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from abiding.testing.cases.reduce_rms import RmsCase
 _COMMUNICATORS = "sglang.srt.distributed.device_communicators"
 _KERNELS = "sglang.kernels.ops.communication"
 _PACKAGES = ("sglang.srt.utils", _COMMUNICATORS, _KERNELS)
-"""Imported from without their `__init__`, nor their parents'."""
+"""Packages to import from without running their `__init__` or those of their parents."""
 
 
 class _NoVirtualMemory:
-    """In place of what shares the memory of graphs that torch maps itself, which it does only when told to."""
+    """Replaces the class that shares graph inputs which torch maps by itself (expandable segments, off by default)."""
 
     def __init__(self, **_: Any) -> None:
         pass
@@ -43,7 +42,7 @@ class _NoVirtualMemory:
         pass
 
 
-_STAND_INS: Mapping[str, Mapping[str, Any]] = {
+_STUBS: Mapping[str, Mapping[str, Any]] = {
     "sglang.srt.distributed.parallel_state": {
         "in_the_same_node_as": lambda group, source_rank: [True] * dist.get_world_size(group)
     },
@@ -68,7 +67,7 @@ class SGLang:
     """The imported package."""
 
     def __init__(self, folder: Path) -> None:
-        """Import it from a folder, which may also hold tvm_ffi and msgspec."""
+        """Import the package from a folder, which may also hold tvm_ffi and msgspec."""
         sys.path.insert(0, str(folder))
         os.environ.setdefault("SGLANG_JIT_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sglang-jit"))
         for package in _PACKAGES:
@@ -76,20 +75,22 @@ class SGLang:
             for end in range(1, len(parts) + 1):
                 name = ".".join(parts[:end])
                 sys.modules.setdefault(name, _package(name, folder.joinpath(*parts[:end])))
-        for name, content in _STAND_INS.items():
+        for name, content in _STUBS.items():
             sys.modules[name] = ModuleType(name)
             vars(sys.modules[name]).update(content)
         self._class: Any = importlib.import_module(f"{_COMMUNICATORS}.custom_all_reduce_v2").CustomAllReduceV2
         self._kernels: Any = importlib.import_module(f"{_KERNELS}.all_reduce")
 
     def communicator(self, device: torch.device) -> AbstractContextManager[Any]:
-        """A rank's `CustomAllReduceV2`, for bfloat16."""
+        """This rank's `CustomAllReduceV2`, for bfloat16."""
         self._compile(partial(self._kernels.get_all_reduce_module, torch.bfloat16, dist.get_world_size()))
         return self._joined(device)
 
     def norm_communicator(self, device: torch.device, case: RmsCase, tokens: int) -> AbstractContextManager[Any]:
-        """The same as MiniMax M2's layers make it for `qk_norm` of up to so many tokens: a block for every one that the
-        GPU runs at once, and no memory that is read by the other ranks."""
+        """The communicator as MiniMax M2's layers construct it for the QK norm of up to `tokens` tokens.
+
+        It has as many push CTAs as are co-resident on the GPU, and no pull buffer.
+        """
         ranks = dist.get_world_size()
         widths = (ranks * case.q, ranks * (case.kv or 0))
         module = partial(self._kernels.get_fused_parallel_qknorm_module, torch.bfloat16, ranks, *widths)
@@ -99,12 +100,12 @@ class SGLang:
         return self._joined(device, max_pull_size=0, max_pull_blocks=0, **sizes)
 
     def qk_norm(self, communicator: Any, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, eps: float) -> None:
-        """In place."""
+        """Normalize Q and K in place."""
         self._kernels.fused_parallel_qknorm(communicator.obj, q, k, wq, wk, eps)
 
     @contextmanager
     def _joined(self, device: torch.device, **options: int) -> Iterator[Any]:
-        """All ranks of the default group make it at once, and close it once all are done."""
+        """Construct it on all ranks of the default group, and close it when all have finished."""
         communicator = self._class(dist.group.WORLD, device, **options)
         if communicator.disabled:
             raise ValueError(f"SGLang's kernels do not serve {dist.get_world_size()} ranks here")
@@ -114,12 +115,12 @@ class SGLang:
             dist.barrier()
             communicator.close()
         finally:
-            communicator.disabled = True  # otherwise its end waits for the other ranks, also after an error
+            communicator.disabled = True  # otherwise its destructor waits for the other ranks, also after an error
 
     def _compile(self, kernel: Callable[[], Any]) -> None:
-        """The first rank compiles what all of them load, or finds it in the cache."""
+        """Rank 0 compiles the kernels or finds them in the cache; the other ranks then load them from there."""
         if dist.get_rank() == 0:
-            self._kernels.is_arch_support_pdl()  # remembered: the threads below may have another device as current
+            self._kernels.is_arch_support_pdl()  # cached here: the threads below may have another current device
             parts = (self._kernels._init_communicator, self._kernels.IPCManager, kernel)
             importlib.import_module("sglang.kernels.jit.utils").parallel_compile(parts)
         dist.barrier()

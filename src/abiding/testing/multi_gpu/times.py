@@ -1,7 +1,7 @@
-"""How long the collectives take between the ranks, and how long the peers take: one after another, in processes of
-their own, so that a peer that fails takes nothing with it. Inputs stay in the caches from call to call.
+"""Times of the collectives between the ranks, and of the peers, L2-warm.
 
-The functions that take a rank run in every process and return its times; the slowest rank's count.
+Each library runs in processes of its own, so that a peer that fails does not affect the others. The functions that take
+a rank run in every process and return its times; of these the slowest rank's count.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from abiding import reduce_rms
 from abiding.communicator import Communicator
-from abiding.testing.benchmarks.all_reduce import at_address
-from abiding.testing.benchmarks.reduce_rms import Spacer, VllmTable, plain
+from abiding.testing.benchmarks.all_reduce import copy_to_address
+from abiding.testing.benchmarks.reduce_rms import Spacer, VllmTable, unfused_qk_norm
 from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_close
-from abiding.testing.multi_gpu.checks import Setting, insist_on_shared_memory, joined
+from abiding.testing.multi_gpu.checks import RunConfig, rank_context, require_peer_memory
 from abiding.testing.multi_gpu.sglang import SGLang
 from abiding.testing.timing import Roofline, Timing, graph_us
 
 Times = dict[tuple[str, int], Timing]
-"""By "eager" or "graph" and bytes, or tokens."""
-Made = tuple[Tensor, Callable[[], Tensor]]
-"""A message, and a call that sums it up and returns the sum."""
+"""Timings by mode ("eager" or "graph") and message size in bytes or number of tokens."""
+MessageAndCall = tuple[Tensor, Callable[[], Tensor]]
+"""A message, and a call that all-reduces it and returns the sum."""
 
 LARGEST = 64 << 20
 TOKENS = (1, 16, 64, 128, 256, 1024, 2048, 4096)
@@ -38,31 +38,31 @@ _VLLM_LARGEST = 8 << 20
 _NODES, _REPETITIONS = 20, 11
 
 
-def sizes(setting: Setting, largest: int = LARGEST) -> list[int]:
-    """Of the messages, in bytes."""
+def sizes(config: RunConfig, largest: int = LARGEST) -> list[int]:
+    """Message sizes in bytes."""
     every = [1 << power for power in range(10, 27) if 1 << power <= largest]
-    return [size for size in every if size <= 64 << 10][::3] if setting.quick else every
+    return [size for size in every if size <= 64 << 10][::3] if config.quick else every
 
 
-def roofline(rank: int, setting: Setting) -> Roofline | None:
-    """What the device of rank 0 does on its own."""
-    with joined(rank, setting, nccl=False) as (device, _):
+def roofline(rank: int, config: RunConfig) -> Roofline | None:
+    """The measured rates of rank 0's device."""
+    with rank_context(rank, config, nccl=False) as (device, _):
         return Roofline.measure(device) if rank == 0 else None
 
 
-def ours(rank: int, setting: Setting) -> Times:
-    """Abiding's kernels, also for messages that a communicator leaves to torch.distributed unless told otherwise."""
+def ours(rank: int, config: RunConfig) -> Times:
+    """Abiding's kernels, also for messages above the default max_bytes."""
     with (
-        joined(rank, setting, nccl=False) as (device, group),
-        Communicator(group, device=device, max_bytes=LARGEST, timeout_s=setting.timeout_s) as comm,
+        rank_context(rank, config, nccl=False) as (device, group),
+        Communicator(group, device=device, max_bytes=LARGEST, timeout_s=config.timeout_s) as comm,
     ):
-        insist_on_shared_memory(comm)
-        times = _sums(setting, comm.ranks, sizes(setting), partial(_of_communicator, comm))
+        require_peer_memory(comm)
+        times = _time_all_reduce(config, comm.ranks, sizes(config), partial(_of_communicator, comm))
         comm.check()
         return times
 
 
-def _of_communicator(comm: Communicator, size: int) -> Made:
+def _of_communicator(comm: Communicator, size: int) -> MessageAndCall:
     x = torch.empty(size // 2, dtype=torch.bfloat16, device=comm.device)
     return x, partial(comm.all_reduce, x)
 
@@ -70,32 +70,32 @@ def _of_communicator(comm: Communicator, size: int) -> Made:
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
-def torch_distributed(rank: int, setting: Setting) -> Times:
-    """The group's own all-reduce: NCCL, or gloo between CPU processes."""
-    with joined(rank, setting) as (device, group):
+def torch_distributed(rank: int, config: RunConfig) -> Times:
+    """The all-reduce of torch.distributed: NCCL, or gloo between CPU processes."""
+    with rank_context(rank, config) as (device, group):
         memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
-        # Gloo's goes through the host, which no graph can hold.
-        return _of_group(setting, group, memory, graphs=group is not None)
+        # gloo runs on the host and cannot be captured.
+        return _of_group(config, group, memory, graphs=group is not None)
 
 
-def nccl_symmetric(rank: int, setting: Setting) -> Times:
-    """NCCL's all-reduce, its messages in memory that is registered with it as symmetric."""
-    with joined(rank, setting) as (device, group):
+def nccl_symmetric(rank: int, config: RunConfig) -> Times:
+    """NCCL's all-reduce on messages in a registered symmetric-memory window."""
+    with rank_context(rank, config) as (device, group):
         assert group is not None
         backend: Any = group._get_backend(device)
-        dist.all_reduce(torch.zeros(1, device=device), group=group)  # makes NCCL's communicator, which has to exist
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # creates NCCL's communicator, needed below
         pool = torch.cuda.MemPool(backend.mem_allocator)
         with torch.cuda.use_mem_pool(pool):
             memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
         backend.register_mem_pool(pool, symm=True)
-        times = _of_group(setting, group, memory)
+        times = _of_group(config, group, memory)
         torch.cuda.synchronize(device)
         backend.deregister_mem_pool(pool)
         return times
 
 
-def _of_group(setting: Setting, group: dist.ProcessGroup | None, memory: Tensor, *, graphs: bool = True) -> Times:
-    def make(size: int) -> Made:
+def _of_group(config: RunConfig, group: dist.ProcessGroup | None, memory: Tensor, *, graphs: bool = True) -> Times:
+    def make(size: int) -> MessageAndCall:
         x = memory[: size // 2]
 
         def call() -> Tensor:
@@ -104,33 +104,33 @@ def _of_group(setting: Setting, group: dist.ProcessGroup | None, memory: Tensor,
 
         return x, call
 
-    return _sums(setting, dist.get_world_size(), sizes(setting), make, graphs=graphs)
+    return _time_all_reduce(config, dist.get_world_size(), sizes(config), make, graphs=graphs)
 
 
-def symmetric_memory(rank: int, setting: Setting, name: str) -> Times:
-    """An operator of `torch.ops.symm_mem`, its messages in symmetric memory."""
+def symmetric_memory(rank: int, config: RunConfig, name: str) -> Times:
+    """An operator of `torch.ops.symm_mem` on messages in symmetric memory."""
     import torch.distributed._symmetric_memory as symmetric
 
     op = getattr(torch.ops.symm_mem, name)
-    with joined(rank, setting) as (device, group):
+    with rank_context(rank, config) as (device, group):
         assert group is not None
         memory = symmetric.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
         symmetric.rendezvous(memory, group.group_name)
 
-        def make(size: int) -> Made:
+        def make(size: int) -> MessageAndCall:
             x = memory[: size // 2]
             return x, partial(op, x, "sum", group.group_name)
 
-        return _sums(setting, dist.get_world_size(), sizes(setting), make)
+        return _time_all_reduce(config, dist.get_world_size(), sizes(config), make)
 
 
-def vllm(rank: int, setting: Setting) -> Times:
-    """vLLM's kernel. In graphs its messages lie in memory that it calls registered. In an eager call, as its engine
-    makes them, the operator copies the message there first."""
-    assert setting.peer is not None
-    torch.ops.load_library(setting.peer)
+def vllm(rank: int, config: RunConfig) -> Times:
+    """vLLM's kernel. In graphs its messages are in registered buffers. In eager calls, as in the engine, the operator
+    first copies the message into a registered buffer."""
+    assert config.peer is not None
+    torch.ops.load_library(config.peer)
     ops: Any = torch.ops._C_custom_ar
-    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
+    with rank_context(rank, config, nccl=False) as (device, _), ExitStack() as stack:
         signals = _vllm_shared(ops.meta_size() + _VLLM_LARGEST, rank, stack)
         buffers = _vllm_shared(_VLLM_LARGEST, rank, stack)
         arena = torch.empty(8 << 20, dtype=torch.uint8, device=device)
@@ -140,7 +140,7 @@ def vllm(rank: int, setting: Setting) -> Times:
         torch.cuda.synchronize(device)
         dist.barrier()
 
-        def of_engine(size: int) -> Made:
+        def of_engine(size: int) -> MessageAndCall:
             x = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
 
             def call() -> Tensor:
@@ -150,9 +150,9 @@ def vllm(rank: int, setting: Setting) -> Times:
 
             return x, call
 
-        def make(size: int) -> Made:
+        def make(size: int) -> MessageAndCall:
             out = torch.empty(size // 2, dtype=torch.bfloat16, device=device)
-            x = at_address(buffers[rank], torch.zeros_like(out))
+            x = copy_to_address(buffers[rank], torch.zeros_like(out))
 
             def call() -> Tensor:
                 ops.all_reduce(handle, x, out, 0, 0)
@@ -162,7 +162,7 @@ def vllm(rank: int, setting: Setting) -> Times:
 
         @contextmanager
         def capture() -> Iterator[None]:
-            """Gives a graph its peers' addresses: a capture leaves them open, also those of registered buffers."""
+            """Register the graph's buffers after capture, which the operator requires also for registered buffers."""
             yield
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, ops.get_graph_buffer_ipc_meta(handle))
@@ -171,15 +171,15 @@ def vllm(rank: int, setting: Setting) -> Times:
             torch.cuda.synchronize(device)
             dist.barrier()
 
-        some = sizes(setting, _VLLM_LARGEST)
-        times = _sums(setting, dist.get_world_size(), some, make, capture=capture, eager=of_engine)
+        some = sizes(config, _VLLM_LARGEST)
+        times = _time_all_reduce(config, dist.get_world_size(), some, make, capture=capture, eager=of_engine)
         torch.cuda.synchronize(device)
         dist.barrier()
         return times
 
 
 def _vllm_shared(size: int, rank: int, stack: ExitStack) -> list[int]:
-    """Memory of every rank, as addresses here."""
+    """Allocate IPC memory on every rank; returns the addresses of all ranks' memory in this process."""
     ops: Any = torch.ops._C_custom_ar
     address, handle = ops.allocate_shared_buffer_and_handle(size)
     stack.callback(ops.free_shared_buffer, address)
@@ -191,51 +191,53 @@ def _vllm_shared(size: int, rank: int, stack: ExitStack) -> list[int]:
     ]
 
 
-def sglang(rank: int, setting: Setting) -> Times:
-    """SGLang's kernels, as its own class chooses among them, for all messages that it takes by default."""
-    assert setting.sglang is not None
-    package = SGLang(Path(setting.sglang))
-    with joined(rank, setting, nccl=False) as (device, _), package.communicator(device) as comm:
-        # One message for all sizes: the other ranks open its memory, which must not be freed in between.
+def sglang(rank: int, config: RunConfig) -> Times:
+    """SGLang's kernels, as its own class chooses among them, for all message sizes that it accepts by default."""
+    assert config.sglang is not None
+    package = SGLang(Path(config.sglang))
+    with rank_context(rank, config, nccl=False) as (device, _), package.communicator(device) as comm:
+        # One allocation for all sizes: the other ranks map it, so it must stay allocated.
         memory = torch.empty(LARGEST // 2, dtype=torch.bfloat16, device=device)
 
-        def make(size: int) -> Made:
+        def make(size: int) -> MessageAndCall:
             x = memory[: size // 2]
             return x, partial(comm.custom_all_reduce, x)
 
         @contextmanager
         def capture() -> Iterator[None]:
-            """Gives a graph its peers' addresses, at the end of the class's own context."""
+            """Capture in the class's own context, which registers the graph's buffers when it ends."""
             with comm.capture():
                 yield
             dist.barrier()
 
-        some = [size for size in sizes(setting) if comm.should_custom_ar(memory[: size // 2])]
-        return _sums(setting, dist.get_world_size(), some, make, capture=capture)
+        some = [size for size in sizes(config) if comm.should_custom_ar(memory[: size // 2])]
+        return _time_all_reduce(config, dist.get_world_size(), some, make, capture=capture)
 
 
 # --- one-shot and two-shot --------------------------------------------------------------------------------------------
 
 
-def algorithm(rank: int, setting: Setting, name: str) -> Times:
-    """One of our two algorithms at every size around where they change places."""
+def algorithm(rank: int, config: RunConfig, name: str) -> Times:
+    """One of our two algorithms, at every size around the crossover."""
     some = [size for power in range(14, 23) for size in (1 << power, 3 << power - 1)]
     with (
-        joined(rank, setting, nccl=False) as (device, group),
-        Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
+        rank_context(rank, config, nccl=False) as (device, group),
+        Communicator(group, device=device, timeout_s=config.timeout_s) as comm,
     ):
-        insist_on_shared_memory(comm)
+        require_peer_memory(comm)
         assert comm._memory is not None
         limit = {"one-shot": LARGEST, "two-shot": 0}[name]
         torch.ops.abiding_custom_ar.configure(comm._memory.handle, comm.timeout_s, comm._memory.max_ctas, limit)
-        times = _sums(setting, comm.ranks, some, partial(_of_communicator, comm))
+        times = _time_all_reduce(config, comm.ranks, some, partial(_of_communicator, comm))
         comm.check()
         return times
 
 
-def hand_over(one_shot: Sequence[tuple[int, float]], two_shot: Sequence[tuple[int, float]]) -> int | None:
-    """The size up to which one-shot should go, from (bytes, us) of both: the one that costs least, where a size costs
-    the time of its algorithm over that of the faster one. None where two-shot is better from the start."""
+def one_shot_limit(one_shot: Sequence[tuple[int, float]], two_shot: Sequence[tuple[int, float]]) -> int | None:
+    """The largest size for which to use one-shot, from (bytes, us) of both algorithms; None: use two-shot always.
+
+    It minimizes the sum over all sizes of the chosen algorithm's time relative to the faster one's.
+    """
     one, two = dict(one_shot), dict(two_shot)
     both = sorted(one.keys() & two.keys())
 
@@ -249,49 +251,51 @@ def hand_over(one_shot: Sequence[tuple[int, float]], two_shot: Sequence[tuple[in
 # --- qk_norm ----------------------------------------------------------------------------------------------------------
 
 
-def qk_norm(rank: int, setting: Setting) -> Times:
-    """Abiding's kernel."""
+def qk_norm(rank: int, config: RunConfig) -> Times:
+    """Abiding's QK norm."""
     with (
-        joined(rank, setting, nccl=False) as (device, group),
-        Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
+        rank_context(rank, config, nccl=False) as (device, group),
+        Communicator(group, device=device, timeout_s=config.timeout_s) as comm,
     ):
-        insist_on_shared_memory(comm)
-        times = _norms(setting, rank, device, lambda one: partial(one.run, reduce_rms, comm))
+        require_peer_memory(comm)
+        times = _time_qk_norm(config, rank, device, lambda one: partial(one.run, reduce_rms, comm))
         comm.check()
         return times
 
 
-def plain_qk_norm(rank: int, setting: Setting) -> Times:
+def torch_qk_norm(rank: int, config: RunConfig) -> Times:
     """Torch's operators around the group's all-reduce of the sums of squares."""
-    with joined(rank, setting) as (device, group):
+    with rank_context(rank, config) as (device, group):
         world = dist.get_world_size()
-        return _norms(setting, rank, device, lambda one: partial(plain, one, world, group), graphs=group is not None)
+        return _time_qk_norm(
+            config, rank, device, lambda one: partial(unfused_qk_norm, one, world, group), graphs=group is not None
+        )
 
 
-def vllm_qk_norm(rank: int, setting: Setting) -> Times:
-    """vLLM's kernel over a workspace as its callers make it."""
-    assert setting.peer is not None
-    torch.ops.load_library(setting.peer)
-    with joined(rank, setting, nccl=False) as (device, _), ExitStack() as stack:
+def vllm_qk_norm(rank: int, config: RunConfig) -> Times:
+    """vLLM's kernel over a workspace as its callers allocate it."""
+    assert config.peer is not None
+    torch.ops.load_library(config.peer)
+    with rank_context(rank, config, nccl=False) as (device, _), ExitStack() as stack:
         empty = VllmTable.buffer(device)
         buffers = _vllm_shared(empty.nbytes, rank, stack)
-        at_address(buffers[rank], empty)
+        copy_to_address(buffers[rank], empty)
         table = VllmTable(buffers, device)
         torch.cuda.synchronize(device)
         dist.barrier()
-        times = _norms(setting, rank, device, lambda one: partial(table.qk_norm, one, rank))
+        times = _time_qk_norm(config, rank, device, lambda one: partial(table.qk_norm, one, rank))
         torch.cuda.synchronize(device)
         dist.barrier()
         return times
 
 
-def sglang_qk_norm(rank: int, setting: Setting) -> Times:
-    """SGLang's kernel, which writes over its inputs."""
-    assert setting.sglang is not None
-    package = SGLang(Path(setting.sglang))
+def sglang_qk_norm(rank: int, config: RunConfig) -> Times:
+    """SGLang's kernel, which works in place."""
+    assert config.sglang is not None
+    package = SGLang(Path(config.sglang))
     case = RmsCase.minimax_m2(1, dist.get_world_size())
     with (
-        joined(rank, setting, nccl=False) as (device, _),
+        rank_context(rank, config, nccl=False) as (device, _),
         package.norm_communicator(device, case, TOKENS[-1]) as comm,
     ):
 
@@ -306,19 +310,21 @@ def sglang_qk_norm(rank: int, setting: Setting) -> Times:
 
             return call
 
-        return _norms(setting, rank, device, norm)
+        return _time_qk_norm(config, rank, device, norm)
 
 
-def _norms(
-    setting: Setting,
+def _time_qk_norm(
+    config: RunConfig,
     rank: int,
     device: torch.device,
     norm: Callable[[RmsInputs], Callable[[], Sequence[Tensor]]],
     *,
     graphs: bool = True,
 ) -> Times:
-    """`norm` makes a call for some inputs, which returns Q and K. It is timed behind an ordinary kernel, as
-    `benchmarks.reduce_rms` says, and without that one's time."""
+    """Time a QK norm; `norm` creates a call from inputs, which returns Q and K.
+
+    As in `benchmarks.reduce_rms`, every call follows a spacer kernel, whose time is subtracted.
+    """
     spacer = Spacer(device)
 
     def make(tokens: int) -> Callable[[], object]:
@@ -335,37 +341,39 @@ def _norms(
 
         return both
 
-    points = TOKENS[:2] if setting.quick else TOKENS
-    times = _measure(setting, points, make, graphs=graphs)
-    alone = _measure(setting, points[:1], lambda _: spacer, graphs=graphs)
+    points = TOKENS[:2] if config.quick else TOKENS
+    times = _time(config, points, make, graphs=graphs)
+    alone = _time(config, points[:1], lambda _: spacer, graphs=graphs)
     return {(mode, tokens): timing - alone[mode, points[0]] for (mode, tokens), timing in times.items()}
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
-def _sums(
-    setting: Setting,
+def _time_all_reduce(
+    config: RunConfig,
     ranks: int,
     some: Sequence[int],
-    make: Callable[[int], Made],
+    make: Callable[[int], MessageAndCall],
     *,
     graphs: bool = True,
     capture: Callable[[], AbstractContextManager[object]] = nullcontext,
-    eager: Callable[[int], Made] | None = None,
+    eager: Callable[[int], MessageAndCall] | None = None,
 ) -> Times:
-    """`make` makes the calls in graphs, each captured within a context of `capture`, and, unless `eager` does, those
-    without."""
+    """Time an all-reduce.
 
-    def checked(of: Callable[[int], Made]) -> Callable[[int], Callable[[], object]]:
+    `make` creates the call to capture, in a context of `capture`; `eager`, by default `make`, creates the eager call.
+    """
+
+    def checked(of: Callable[[int], MessageAndCall]) -> Callable[[int], Callable[[], object]]:
         return lambda size: _checked(of(size), ranks)
 
     others = None if eager is None else checked(eager)
-    return _measure(setting, some, checked(make), graphs=graphs, capture=capture, eager=others)
+    return _time(config, some, checked(make), graphs=graphs, capture=capture, eager=others)
 
 
-def _measure(
-    setting: Setting,
+def _time(
+    config: RunConfig,
     points: Sequence[int],
     make: Callable[[int], Callable[[], object]],
     *,
@@ -373,20 +381,20 @@ def _measure(
     capture: Callable[[], AbstractContextManager[object]] = nullcontext,
     eager: Callable[[int], Callable[[], object]] | None = None,
 ) -> Times:
-    """Of calls for each point, which have been checked when they are made."""
+    """Time a call per point, eager and, if `graphs`, replayed; `make` returns calls whose result has been checked."""
     times: Times = {}
     for point in points:
         call = (eager or make)(point)
-        times["eager", point] = Timing.of(list(_eager_us(call, setting.device, 20 if point <= 1 << 20 else 5)))
-        if setting.device == "cuda" and graphs:
+        times["eager", point] = Timing.of(list(_eager_us(call, config.device, 20 if point <= 1 << 20 else 5)))
+        if config.device == "cuda" and graphs:
             call = make(point)
             dist.barrier()
             times["graph", point] = graph_us([call], replays=_REPETITIONS, nodes=_NODES, capture=capture)
     return times
 
 
-def _checked(made: Made, ranks: int) -> Callable[[], Tensor]:
-    """The call, once it has summed ones up. Its message is zeros from then on, which stay zeros in place."""
+def _checked(made: MessageAndCall, ranks: int) -> Callable[[], Tensor]:
+    """Check the call on a message of ones; then set the message to zeros, which stay zeros if the call is in place."""
     x, call = made
     x.fill_(1)
     out = call()
@@ -397,11 +405,11 @@ def _checked(made: Made, ranks: int) -> Callable[[], Tensor]:
 
 
 def _eager_us(call: Callable[[], object], device: str, calls: int) -> Iterator[float]:
-    """Microseconds a call that the host makes, until the device is done with all of them."""
+    """Microseconds per eager call, synchronized after all calls of a repetition."""
     for repetition in range(_REPETITIONS + 2):
         dist.barrier()
         start = time.perf_counter_ns()
-        with torch.inference_mode():  # as engines call
+        with torch.inference_mode():  # as in engines
             for _ in range(calls):
                 call()
         if device == "cuda":
