@@ -320,7 +320,7 @@ ROW_CACHE: dict[str, Spoil] = {
     "misaligned": misaligned(2),
 }
 EPS: dict[str, Spoil] = {"nan": scalar(float("nan")), "inf": scalar(float("inf")), "negative": scalar(-1e-6)}
-BLOCK_SIZE: dict[str, Spoil] = {
+BLOCK_SIZE_SPOILS: dict[str, Spoil] = {
     "zero": scalar(0),
     "negative": scalar(-64),
     "huge": scalar((1 << 63) - 1),
@@ -370,7 +370,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **KV_SIDE,
         "k_cache": RECORD_CACHE,
         "eps": EPS,
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
         "out": OUT,
     },
     QUANT: {
@@ -378,7 +378,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **KV_SIDE,
         "k_cache": RECORD_CACHE,
         "eps": EPS,
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
         "q_head_padded": {
             "too few": scalar(HEADS - 1),
             "none": scalar(0),
@@ -390,12 +390,12 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **KV_SIDE,
         "kv": without(KV_ROWS, "other 16-bit dtype", "fewer rows", "more rows"),
         "k_cache": RECORD_CACHE,
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
     },
     GATHER: {
         "k_cache": RECORD_CACHE,
         "slot_mapping": without(INDICES, "more"),
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
         "out": {
             **without(KV_ROWS, "other 16-bit dtype"),
             "overlapping rows": strided(256, 1),
@@ -412,7 +412,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **KV_SIDE,
         "k_cache": ROW_CACHE,
         "eps": EPS,
-        "cache_block_size": {**BLOCK_SIZE, "other": scalar(BLOCK_SIZE + 1)},
+        "cache_block_size": {**BLOCK_SIZE_SPOILS, "other": scalar(BLOCK_SIZE + 1)},
     },
     FP8: {
         "q": Q_ROWS,
@@ -423,7 +423,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
             "bfloat16": other_dtype(torch.bfloat16),
         },
         "eps": EPS,
-        "cache_block_size": {**BLOCK_SIZE, "other": scalar(BLOCK_SIZE + 1)},
+        "cache_block_size": {**BLOCK_SIZE_SPOILS, "other": scalar(BLOCK_SIZE + 1)},
         "q_fp8": {
             "bfloat16": other_dtype(torch.bfloat16),
             "int8": other_dtype(torch.int8),

@@ -21,7 +21,7 @@ import torch
 import abiding
 from abiding import mxfp8_moe as api
 from abiding.testing.benchmarks.base import say
-from abiding.testing.benchmarks.report import table
+from abiding.testing.benchmarks.report import table, wrap
 from abiding.testing.cases.mxfp8_moe import performance_case
 from abiding.testing.results import CaseResult, Param, Results
 from abiding.testing.timing import Roofline, graph_us
@@ -174,4 +174,4 @@ def to_markdown(results: Results) -> str:
     rows.append(["its SM clock, MHz", *(str(case.params["mhz"]) for case in layers)])
     rows.append(["its board power, W", *(str(case.params["watts"]) for case in layers)])
     head = f"**{results.gpu}** (driver {results.driver}, commit {results.commit[:12]}, {results.date}), "
-    return f"{head}{layers[0].params['shape']}.\n\n" + table(["tokens", *map(str, columns)], rows)
+    return wrap(f"{head}{layers[0].params['shape']}.") + "\n\n" + table(["tokens", *map(str, columns)], rows)
