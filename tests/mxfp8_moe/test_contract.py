@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from abiding import mxfp8_moe
 from abiding.mxfp8_moe import MXFP8
-from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs, ProductCase, ProductInputs
+from abiding.testing.cases.mxfp8_moe import GemmCase, GemmInputs, LayerCase, LayerInputs
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 
 GROUPS = "Tensor problem_sizes, Tensor expert_offsets, Tensor blockscale_offsets"
@@ -35,7 +35,7 @@ SCHEMAS = {
 }
 KERNELS = [name for name in SCHEMAS if name != "mxfp8_moe_workspace_bytes"]
 
-PRODUCT = ProductCase((3, 0, 5), 64, 96)
+PRODUCT = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2, elsewhere=0.2)
 
 
@@ -44,7 +44,8 @@ def operator(name: str) -> Any:
 
 
 def arguments(name: str, device: torch.device, rows: int = 8) -> tuple[list[Any], dict[str, Any]]:
-    """A legal call of a raw operator. uint8 stands for e4m3: opcheck cannot subtract eight-bit floats."""
+    """The arguments of an accepted call of a raw operator; uint8 in place of e4m3, since opcheck cannot subtract 8-bit
+    floats."""
     if name == "mxfp8_moe":
         i = replace(LAYER, tokens=rows).make(device)
         space = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
@@ -147,7 +148,7 @@ Step = Callable[..., Any]
 
 
 def product_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
-    """W8A8 and W8A16 products with ordinary operations around them."""
+    """W8A8 and W8A16 GEMMs among ordinary operations."""
     a = mxfp8_moe.quantize(x * 2, offsets)
     exact = mxfp8_moe.grouped_mm(a, weight, weight_scale, offsets) * 2
     return torch.stack([exact, mxfp8_moe.grouped_mm(mxfp8_moe.round(x), weight, weight_scale, offsets)])
@@ -155,8 +156,8 @@ def product_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tenso
 
 def layer_step(i: tuple[Tensor, ...]) -> Tensor:
     x, *rest = i
-    hidden = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai")
-    return mxfp8_moe.moe(hidden + x, *rest, mode="w8a16", out=torch.empty_like(hidden))
+    first = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai")
+    return mxfp8_moe.moe(first + x, *rest, mode="w8a16", out=torch.empty_like(first))
 
 
 def tensors_of(i: LayerInputs) -> tuple[Tensor, ...]:
@@ -229,7 +230,7 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     ids=str,
 )
 def test_cuda_graph_with_changing_routing(case: LayerCase, replays: int, cuda: torch.device) -> None:
-    """One capture, replayed on other rows and other experts: the bits of an eager call."""
+    """One capture, replayed on other rows and other experts, gives the bits of an eager call."""
     static = case.make(cuda)
     graph, out = captured(lambda: static.run(mxfp8_moe))
     rng = torch.Generator(cuda).manual_seed(1)
@@ -243,8 +244,8 @@ def test_cuda_graph_with_changing_routing(case: LayerCase, replays: int, cuda: t
 
 
 @pytest.mark.gpu
-def test_cuda_graph_of_products_with_changing_offsets(cuda: torch.device) -> None:
-    i = ProductCase((40, 0, 200, 16), 256, 512).make(cuda)
+def test_cuda_graph_of_gemms_with_changing_offsets(cuda: torch.device) -> None:
+    i = GemmCase((40, 0, 200, 16), 256, 512).make(cuda)
 
     def step() -> tuple[Tensor, ...]:
         a = i.quantize(mxfp8_moe)
@@ -271,7 +272,8 @@ def test_checked_indices_do_not_disturb_a_capture(cuda: torch.device, monkeypatc
 
 @pytest.mark.gpu
 def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
-    """Inputs that arrive late on a side stream are seen, though nobody synchronizes with the default stream."""
+    """Inputs that are written late on a side stream are read correctly without synchronizing with the default
+    stream."""
     i = LayerCase(64, 256, 128, 8, 2).make(cuda)
     expected = i.run(mxfp8_moe)
     x = i.x.clone()
@@ -290,10 +292,10 @@ def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
 def test_cpu_and_cuda_agree(mode: mxfp8_moe.Mode, cuda: torch.device) -> None:
-    """Codes and bytes are equal; sums differ by their order alone."""
-    here = ProductCase((5, 0, 70), 128, 256).make("cpu")
+    """Codes and bytes are equal; sums differ only by their order."""
+    here = GemmCase((5, 0, 70), 128, 256).make("cpu")
     moved = {name: getattr(here, name).to(cuda) for name in ("x", "weight", "weight_scale", "codes", "expert_offsets")}
-    there: ProductInputs = replace(here, **moved)
+    there: GemmInputs = replace(here, **moved)
     for ours, theirs in zip(here.quantize(mxfp8_moe), there.quantize(mxfp8_moe), strict=True):
         assert_bitwise_equal(theirs.view(torch.uint8).cpu(), ours.view(torch.uint8))
     rows = MXFP8(*here.quantize(mxfp8_moe))

@@ -20,7 +20,7 @@ Routing = Literal["uniform", "zipf", "one"]
 
 
 @dataclass(frozen=True)
-class ProductCase:
+class GemmCase:
     """A grouped GEMM: rows of several experts, to be quantized and multiplied."""
 
     sizes: tuple[int, ...]
@@ -48,13 +48,13 @@ class ProductCase:
     def rows(self) -> int:
         return self.before + sum(self.sizes) + self.behind
 
-    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> ProductInputs:
+    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> GemmInputs:
         """Random inputs."""
         rng = torch.Generator(device).manual_seed(seed)
         ends = self.before + torch.tensor(self.sizes, device=device).cumsum(0)
         starts = torch.cat([torch.full_like(ends[:1], self.before), ends])
         weight, scales, codes = expert_weights(len(self.sizes), self.n, self.k, rng, self.weights)
-        return ProductInputs(
+        return GemmInputs(
             case=self,
             x=strided(rows_of(self.values, (self.rows, self.k), self.dtype, rng), self.gap),
             weight=weight.transpose(1, 2) if self.transposed else weight,
@@ -66,10 +66,10 @@ class ProductCase:
 
 
 @dataclass(frozen=True)
-class ProductInputs:
+class GemmInputs:
     """The arguments of one grouped GEMM, named as in `abiding.mxfp8_moe.grouped_mm`."""
 
-    case: ProductCase
+    case: GemmCase
     x: Tensor
     weight: Tensor
     weight_scale: Tensor
@@ -232,50 +232,50 @@ def strided(dense: Tensor, gap: int) -> Tensor:
 
 
 REGULAR = [
-    ProductCase((7, 0, 33, 1), 128, 256),
-    ProductCase((130, 128, 5), 256, 128, out_dtype=torch.float32),
-    ProductCase((1,) * 16, 384, 512),
-    ProductCase((64, 200), 512, 384, out_dtype=torch.float16),
+    GemmCase((7, 0, 33, 1), 128, 256),
+    GemmCase((130, 128, 5), 256, 128, out_dtype=torch.float32),
+    GemmCase((1,) * 16, 384, 512),
+    GemmCase((64, 200), 512, 384, out_dtype=torch.float16),
 ]
 
 ODD = [
-    ProductCase((3,), 32, 32),
-    ProductCase((3, 1, 0), 32, 96, form="ends"),
-    ProductCase((17, 5), 96, 32, out_dtype=torch.float32),
-    ProductCase((9, 140), 160, 96, transposed=True),
-    ProductCase((2, 129), 96, 160, out_dtype=torch.float16),
-    ProductCase((31, 8), 224, 160, gap=16, before=5, behind=3),
-    ProductCase((6,), 64, 64, form="whole"),
-    ProductCase((300,), 32, 160, form="whole", out_dtype=torch.float32),
-    ProductCase((0, 0, 5), 128, 128, form="ends", behind=2),
-    ProductCase((4, 4), 32, 32, dtype=torch.float16),
-    ProductCase((1, 0) * 40, 64, 96),
-    ProductCase((150, 0, 170), 160, 96),
-    ProductCase((0, 300, 0, 320), 96, 160),
-    ProductCase((20, 70), 1056, 64, gap=48),
-    ProductCase((5, 11), 64, 2080),
+    GemmCase((3,), 32, 32),
+    GemmCase((3, 1, 0), 32, 96, form="ends"),
+    GemmCase((17, 5), 96, 32, out_dtype=torch.float32),
+    GemmCase((9, 140), 160, 96, transposed=True),
+    GemmCase((2, 129), 96, 160, out_dtype=torch.float16),
+    GemmCase((31, 8), 224, 160, gap=16, before=5, behind=3),
+    GemmCase((6,), 64, 64, form="whole"),
+    GemmCase((300,), 32, 160, form="whole", out_dtype=torch.float32),
+    GemmCase((0, 0, 5), 128, 128, form="ends", behind=2),
+    GemmCase((4, 4), 32, 32, dtype=torch.float16),
+    GemmCase((1, 0) * 40, 64, 96),
+    GemmCase((150, 0, 170), 160, 96),
+    GemmCase((0, 300, 0, 320), 96, 160),
+    GemmCase((20, 70), 1056, 64, gap=48),
+    GemmCase((5, 11), 64, 2080),
     # Few rows, so that the kernel uses split-K: 2 parts, and 8 parts of which the last are empty.
-    ProductCase((1, 0, 2, 1), 160, 2048, out_dtype=torch.float32),
-    ProductCase((1, 2), 32, 4192, form="ends"),
+    GemmCase((1, 0, 2, 1), 160, 2048, out_dtype=torch.float32),
+    GemmCase((1, 2), 32, 4192, form="ends"),
     # Several tile widths, and more tiles than SMs.
-    ProductCase((700, 449, 33, 225), 1440, 160),
-    ProductCase((3,) * 1024, 32, 64),
-    ProductCase((41,) * 1024, 32, 32),
+    GemmCase((700, 449, 33, 225), 1440, 160),
+    GemmCase((3,) * 1024, 32, 64),
+    GemmCase((41,) * 1024, 32, 32),
 ]
 
 CORNER = [
-    ProductCase((0,), 64, 64),
-    ProductCase((0, 0), 64, 64, form="ends"),
-    ProductCase((0,), 64, 64, form="whole"),
-    ProductCase((1,) + (0,) * 1023, 32, 32),
-    ProductCase((0,) * 9 + (70,), 64, 64),
+    GemmCase((0,), 64, 64),
+    GemmCase((0, 0), 64, 64, form="ends"),
+    GemmCase((0,), 64, 64, form="whole"),
+    GemmCase((1,) + (0,) * 1023, 32, 32),
+    GemmCase((0,) * 9 + (70,), 64, 64),
     *(
-        ProductCase((9, 6), 64, 160, values=values, dtype=dtype, out_dtype=torch.float32)
+        GemmCase((9, 6), 64, 160, values=values, dtype=dtype, out_dtype=torch.float32)
         for values in ("zero", "tiny", "huge", "nan", "inf", "bits")
         for dtype in (torch.bfloat16, torch.float16)
     ),
     *(
-        ProductCase((9, 6), 96, 96, weights=weights, out_dtype=out_dtype)
+        GemmCase((9, 6), 96, 96, weights=weights, out_dtype=out_dtype)
         for weights in ("zero", "tiny", "huge", "nan", "bits")
         for out_dtype in (torch.bfloat16, torch.float16, torch.float32)
     ),
