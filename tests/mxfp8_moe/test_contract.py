@@ -35,7 +35,7 @@ SCHEMAS = {
 }
 KERNELS = [name for name in SCHEMAS if name != "mxfp8_moe_workspace_bytes"]
 
-PRODUCT = GemmCase((3, 0, 5), 64, 96)
+GEMM = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2, elsewhere=0.2)
 
 
@@ -51,7 +51,7 @@ def arguments(name: str, device: torch.device, rows: int = 8) -> tuple[list[Any]
         space = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
         weights = [w.view(torch.uint8) if w.element_size() == 1 else w for w in (i.w13, i.s13, i.w2, i.s2)]
         return [i.x, *weights, i.topk_ids, i.topk_weights, 1, True, space], {"out": torch.zeros_like(i.x)}
-    i = (PRODUCT if rows else replace(PRODUCT, sizes=(0, 0, 0))).make(device)
+    i = (GEMM if rows else replace(GEMM, sizes=(0, 0, 0))).make(device)
     data, scales = i.quantize(mxfp8_moe)
     data, weight = data.view(torch.uint8), i.weight.view(torch.uint8)
     sizes = i.expert_offsets.diff()
@@ -97,7 +97,7 @@ def test_opcheck_without_the_optional_arguments(device: torch.device) -> None:
     args, kwargs = arguments("mxfp8_moe", device)
     torch.library.opcheck(operator("mxfp8_moe"), [*args[:-1], None], kwargs)
     args, kwargs = arguments("mxfp8_grouped_mm", device)
-    x = PRODUCT.make(device).x
+    x = GEMM.make(device).x
     one = [x, None, args[2][:1], args[3][:1].contiguous(), None, False]
     torch.library.opcheck(operator("mxfp8_grouped_mm"), one, kwargs)
     args, kwargs = arguments("mxfp8_quantize", device)
@@ -123,9 +123,9 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
     def looks(x: Tensor) -> tuple[Any, ...]:
         return x.shape, x.stride(), x.dtype, x.device, x.storage_offset()
 
-    product = (PRODUCT if rows else replace(PRODUCT, sizes=(0, 0, 0))).make(device)
+    gemm = (GEMM if rows else replace(GEMM, sizes=(0, 0, 0))).make(device)
     layer = replace(LAYER, tokens=rows).make(device)
-    tensors = [product.x, product.weight, product.weight_scale, product.expert_offsets, layer.x, layer.w13, layer.s13]
+    tensors = [gemm.x, gemm.weight, gemm.weight_scale, gemm.expert_offsets, layer.x, layer.w13, layer.s13]
     tensors += [layer.w2, layer.s2, layer.topk_ids, layer.topk_weights]
 
     def calls(*t: Tensor) -> list[Any]:
@@ -147,7 +147,7 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
 Step = Callable[..., Any]
 
 
-def product_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
+def gemm_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
     """W8A8 and W8A16 GEMMs among ordinary operations."""
     a = mxfp8_moe.quantize(x * 2, offsets)
     exact = mxfp8_moe.grouped_mm(a, weight, weight_scale, offsets) * 2
@@ -164,24 +164,24 @@ def tensors_of(i: LayerInputs) -> tuple[Tensor, ...]:
     return i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights
 
 
-def assert_compiles(compiled_product: Step, compiled_layer: Step, rows: int, device: torch.device) -> None:
-    product = replace(PRODUCT, sizes=(rows, 0, 2)).make(device, rows)
-    given = (product.x, product.weight, product.weight_scale, product.expert_offsets)
-    assert_bitwise_equal(compiled_product(*given), product_step(*given))
+def assert_compiles(compiled_gemm: Step, compiled_layer: Step, rows: int, device: torch.device) -> None:
+    gemm = replace(GEMM, sizes=(rows, 0, 2)).make(device, rows)
+    given = (gemm.x, gemm.weight, gemm.weight_scale, gemm.expert_offsets)
+    assert_bitwise_equal(compiled_gemm(*given), gemm_step(*given))
     layer = tensors_of(replace(LAYER, tokens=rows).make(device, rows))
     assert_bitwise_equal(compiled_layer(layer), layer_step(layer))
 
 
 def test_compile(device: torch.device) -> None:
     torch._dynamo.reset()
-    steps = (torch.compile(step, fullgraph=True, backend="aot_eager") for step in (product_step, layer_step))
+    steps = (torch.compile(step, fullgraph=True, backend="aot_eager") for step in (gemm_step, layer_step))
     assert_compiles(*steps, 5, device)
 
 
 def test_compile_with_dynamic_shapes(device: torch.device) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    steps = [torch.compile(step, fullgraph=True, dynamic=True, backend=counter) for step in (product_step, layer_step)]
+    steps = [torch.compile(step, fullgraph=True, dynamic=True, backend=counter) for step in (gemm_step, layer_step)]
     compilations = []
     for rows in (5, 7, 19):
         assert_compiles(*steps, rows, device)
@@ -192,7 +192,7 @@ def test_compile_with_dynamic_shapes(device: torch.device) -> None:
 @pytest.mark.usefixtures("inductor")
 def test_compile_with_inductor(device: torch.device) -> None:
     torch._dynamo.reset()
-    assert_compiles(*(torch.compile(step, fullgraph=True) for step in (product_step, layer_step)), 5, device)
+    assert_compiles(*(torch.compile(step, fullgraph=True) for step in (gemm_step, layer_step)), 5, device)
 
 
 def test_inference_mode(device: torch.device) -> None:
@@ -200,8 +200,8 @@ def test_inference_mode(device: torch.device) -> None:
     expected = i.run(mxfp8_moe)
     with torch.inference_mode():
         assert_bitwise_equal(LAYER.make(device).run(mxfp8_moe), expected)
-        product = PRODUCT.make(device)
-        product.run(mxfp8_moe, product.quantize(mxfp8_moe))
+        gemm = GEMM.make(device)
+        gemm.run(mxfp8_moe, gemm.quantize(mxfp8_moe))
 
 
 # --- the GPU ----------------------------------------------------------------------------------------------------------

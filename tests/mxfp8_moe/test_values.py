@@ -1,4 +1,4 @@
-"""What the group computes: the quantizer bit for bit, products within what float32 sums lose, layers as compositions.
+"""Results: the quantizer bit for bit, GEMMs within the error bound of float32 sums, layers as compositions.
 
 Rules that decide bits are written a second time here, by rational numbers and by a table of the 127 magnitudes of e4m3,
 so that reference and kernel cannot be wrong together.
@@ -219,7 +219,7 @@ def test_case(case: GemmCase, device: torch.device) -> None:
     assert out.dtype == case.out_dtype
     assert out.shape == (case.rows, case.n)
     assert_gemm(out, rounded, i)
-    assert_close(i.run(mxfp8_moe, ours)[live], out[live], name="product of e4m3 rows")
+    assert_close(i.run(mxfp8_moe, ours)[live], out[live], name="GEMM of e4m3 rows")
     if case.dtype == torch.bfloat16:
         assert_gemm(i.run(mxfp8_moe, i.x), i.x, i)
     for tensor, before in zip((i.x, i.weight.view(torch.uint8), i.weight_scale), given, strict=True):
@@ -557,5 +557,5 @@ def test_a_layer_at_real_width(device: torch.device) -> None:
     i = case.make(device)
     assert_close(i.run(mxfp8_moe), composition(i))
     weight, scale, _ = expert_weights(1, 64, 6144, torch.Generator(device).manual_seed(0))
-    product = GemmInputs(GemmCase((6,), 64, 6144, form="whole"), i.x, weight, scale, scale, None, None)
-    assert_gemm(product.run(mxfp8_moe, i.x), i.x, product)
+    gemm = GemmInputs(GemmCase((6,), 64, 6144, form="whole"), i.x, weight, scale, scale, None, None)
+    assert_gemm(gemm.run(mxfp8_moe, i.x), i.x, gemm)
