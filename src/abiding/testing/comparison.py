@@ -44,11 +44,10 @@ def assert_close(
 ) -> None:
     """Raise AssertionError unless every element is within a tolerance.
 
-    `ulps` counts representable steps of the dtype of `actual`; `atol` and `rtol` bound |actual - expected| by atol +
-    rtol
-    * |expected|. An element passes by either measure; without any, it must be equal. `expected` has the dtype of
-    `actual` or is float32 or float64; for `ulps` it is rounded once, to the dtype of `actual`. NaNs are compared first,
-    then infinities.
+    `ulps` counts representable steps of the dtype of `actual`; `atol` and `rtol` bound |actual - expected| by
+    atol + rtol * |expected|. An element passes by either measure; without any, it must be equal. `expected` has the
+    dtype of `actual` or is float32 or float64; for `ulps` it is rounded once, to the dtype of `actual`. NaNs are
+    compared first, then infinities.
     """
     _assert_same_shape(actual, expected, name)
     if expected.dtype not in (actual.dtype, torch.float32, torch.float64):
