@@ -16,7 +16,8 @@ from abiding.testing.results import CaseResult, Results
 CSV = """==PROF== Connected to process 12
 ==PROF== Disconnected from process 12
 "ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
-"lts__throughput.avg.pct_of_peak_sustained_elapsed","sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",\
+"lts__throughput.avg.pct_of_peak_sustained_elapsed",\
+"sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",\
 "smsp__inst_issued.avg.pct_of_peak_sustained_active"
 "","","%","ns","%","%","%"
 "0","grouped_mm_kernel<1, 2>","52.4","387,424","62.36","60.55","40.78"

@@ -44,7 +44,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
         if op in settings.ops:
             for width in sorted({case.hidden for case in cases}):
                 for tokens in sorted({case.tokens for case in cases}):
-                    yield _time_rows(op, tokens, width, settings)
+                    yield _time_quantizer(op, tokens, width, settings)
     libraries = _libraries(settings) if settings.device.type == "cuda" else []
     for name in dict.fromkeys(case.name for case in cases):
         some = [case for case in cases if case.name == name]
@@ -196,7 +196,7 @@ def _time(calls: Calls, bound_us: float, device: torch.device) -> Timing:
 # --- rows and layers --------------------------------------------------------------------------------------------------
 
 
-def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResult:
+def _time_quantizer(op: str, tokens: int, width: int, settings: Settings) -> CaseResult:
     device = settings.device
     written = width * 2 if op == "round" else width
     tiles = 0 if op == "round" else -(-tokens // 128) * 128 * (-(-width // 128) * 4)

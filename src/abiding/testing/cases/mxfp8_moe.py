@@ -56,7 +56,7 @@ class GemmCase:
         weight, scales, codes = expert_weights(len(self.sizes), self.n, self.k, rng, self.weights)
         return GemmInputs(
             case=self,
-            x=strided(rows_of(self.values, (self.rows, self.k), self.dtype, rng), self.gap),
+            x=strided(activations(self.values, (self.rows, self.k), self.dtype, rng), self.gap),
             weight=weight.transpose(1, 2) if self.transposed else weight,
             weight_scale=scales,
             codes=codes,
@@ -124,7 +124,7 @@ class LayerCase:
         width = self.intermediate if self.activation == "none" else 2 * self.intermediate
         w13, s13, _ = expert_weights(self.experts, width, self.hidden, rng)
         w2, s2, _ = expert_weights(self.experts, self.hidden, self.intermediate, rng)
-        x = rows_of(self.values, (self.tokens, self.hidden), torch.bfloat16, rng)
+        x = activations(self.values, (self.tokens, self.hidden), torch.bfloat16, rng)
         ids, weights = self.route(rng)
         return LayerInputs(self, x, w13, s13, w2, s2, ids, weights)
 
@@ -203,7 +203,7 @@ def expert_weights(
     return weight.view(torch.float8_e4m3fn), swizzle_scales(codes), codes
 
 
-def rows_of(values: Values, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+def activations(values: Values, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Activations; special values are mixed in so that scale blocks with and without them are neighbors."""
     x = torch.randn(shape, generator=rng, device=rng.device)
     if values == "bits":
