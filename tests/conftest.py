@@ -1,4 +1,4 @@
-"""What every test may ask for: the device to run on, a seed, a fresh interpreter."""
+"""Fixtures for all tests: devices, a seed, a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-# Test processes share few cores: OpenMP threads that spin while they wait slow each other down several times.
+# Test processes share few cores, where OpenMP threads that spin-wait slow each other down several times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# As abiding.testing.ranks says of virtual ranks: before anything uses a GPU.
+# Virtual ranks (abiding.testing.ranks) need these before anything uses a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
@@ -24,7 +24,7 @@ from abiding import _library
 
 
 def require_cuda(gpus: int = 1) -> torch.device:
-    """The CUDA device. Where there is none the calling test skips, or fails if ABIDING_REQUIRE_CUDA=1 demands one."""
+    """The CUDA device. Without one the calling test skips, or fails if ABIDING_REQUIRE_CUDA=1."""
     reason = None
     if torch.cuda.device_count() < gpus:
         reason = (
@@ -41,7 +41,7 @@ def require_cuda(gpus: int = 1) -> torch.device:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that kernels exist for."""
+    """Each device that has kernels."""
     return torch.device("cpu") if request.param == "cpu" else require_cuda()
 
 
@@ -58,7 +58,7 @@ def two_gpus() -> tuple[torch.device, torch.device]:
 
 @pytest.fixture
 def inductor(device: torch.device) -> None:
-    """Skips where torch.compile's own backend cannot make code for the device."""
+    """Skips if inductor cannot generate code for the device."""
     if device.type == "cpu" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
     if device.type == "cpu" and " " in torch.__file__:
@@ -73,7 +73,7 @@ def seed() -> int:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs code in a fresh interpreter that finds the same abiding and torch; `first` heads its path."""
+    """Runs code in a fresh interpreter with the same abiding and torch; `first` is put first on its path."""
 
     def run(
         code: str, *, first: Path | None = None, check: bool = True, **environ: str

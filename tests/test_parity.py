@@ -18,7 +18,7 @@ from abiding.compat import vllm
 ROOT = Path(__file__).resolve().parents[1]
 
 # Where a group's functions are, if not in abiding.<group>.
-FACES = {"all_reduce": "abiding.communicator"}
+PUBLIC_MODULES = {"all_reduce": "abiding.communicator"}
 # Operators that an engine calls in turn, over handles: there is nothing to trace, and nothing to differ from.
 LIFECYCLE = "abiding_custom_ar::"
 
@@ -89,8 +89,8 @@ def missing(op: str) -> list[str]:
     if not implemented_in_cuda(group, op.partition("::")[2]):
         lacks.append(f"CUDA kernel in csrc/{group}/cuda.cpp")
 
-    face, reference = module(FACES.get(group, f"abiding.{group}")), module(f"abiding.reference.{group}")
-    functions = [] if face is None else public_functions(face).values()
+    public, reference = module(PUBLIC_MODULES.get(group, f"abiding.{group}")), module(f"abiding.reference.{group}")
+    functions = [] if public is None else public_functions(public).values()
     callers = [function for function in functions if re.search(rf"\.{name}\b", inspect.getsource(function))]
     if not callers and not any(alias.name.endswith(f"::{name}") for alias in vllm.ALIASES):
         lacks.append(f"function in abiding.{group}, or name in another engine")
@@ -133,12 +133,12 @@ def test_operator_has_everything(op: str) -> None:
     assert missing(op) == []
 
 
-@pytest.mark.parametrize("group", [group for group in groups() if group not in FACES])
-def test_reference_has_the_signatures_of_the_face(group: str) -> None:
-    face, reference = (
+@pytest.mark.parametrize("group", [group for group in groups() if group not in PUBLIC_MODULES])
+def test_reference_has_the_signatures_of_the_public_api(group: str) -> None:
+    public, reference = (
         public_functions(importlib.import_module(name)) for name in (f"abiding.{group}", f"abiding.reference.{group}")
     )
-    for name, function in face.items():
+    for name, function in public.items():
         assert inspect.getdoc(function), f"{name} has no docstring"
         if not any(parameter.annotation == "Tensor" for parameter in inspect.signature(function).parameters.values()):
             continue

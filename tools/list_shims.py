@@ -2,8 +2,8 @@
 
     python tools/list_shims.py FOLDER_OF_TORCH_2_10 > src/abiding/abi/shims_2_10.txt
 
-FOLDER holds the `torch` package. Only the headers that `torch/csrc/stable` builds on count: the rest of torch's C
-functions (one per operator of a compiled model) come without the promise to stay.
+FOLDER holds the `torch` package. Only the headers that `torch/csrc/stable` is built on count: torch's other C functions
+(one per operator of a compiled model) carry no promise of stability.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_tor
 
 
 def shims(torch_package: Path) -> list[str]:
-    """Names of all exported functions, sorted."""
+    """The names of all exported functions, sorted."""
     include = torch_package / "include/torch/csrc"
     code = "".join(re.sub(r"//.*", "", (include / header).read_text()) for header in HEADERS)
     return sorted(set(re.findall(r"AOTI_TORCH_EXPORT[\w\s*]+?(\w+)\s*\(", code)))

@@ -3,10 +3,10 @@
     python tools/torch_matrix.py FOLDER [VERSION ...]
     PYTHONPATH=FOLDER/2.10.0 python -m pytest
 
-The wheels on the package index are built for CUDA and want gigabytes of NVIDIA libraries before they can be imported.
-Here a wheel is unpacked without its CUDA part, and one small generated library stands in for everything that is absent:
-it defines each symbol that the rest of torch wants from elsewhere. Calls into it find no device. Linux with gcc and
-binutils; the running Python must have torch's Python dependencies.
+The wheels on the package index are built for CUDA and cannot be imported without gigabytes of NVIDIA libraries. This
+unpacks a wheel without its CUDA part and generates one small stub library for everything that is absent: it defines
+each symbol that the rest of torch needs from elsewhere, and its functions report that there is no device. It needs
+Linux with gcc and binutils, and a Python that has torch's Python dependencies.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SYSTEM_LIBRARY = re.compile(r"lib(c|m|dl|rt|pthread|util|stdc\+\+|gcc_s)\.so|ld-
 SYSTEM_VERSION = re.compile(r"GLIBC|CXXABI|GCC_")
 STAND_IN = "libstand_in.so"
 
-# What may stand in for a symbol, chosen by its mangled name below. `nothing` is aligned so that the low bits of its
-# address are zero: taken for a bool or a short number it says 0, taken for a pointer it leads to zeros.
+# The kinds of stub, chosen by the mangled name of a symbol below. `nothing` is aligned so that the low bits of its
+# address are zero: read as a bool or a small integer it is 0, read as a pointer it points to zeros.
 PRELUDE = r"""
 static char nothing[1 << 16] __attribute__((aligned(1 << 16)));
 static void *do_nothing(void) { return nothing; }
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def make(version: str, folder: Path) -> None:
-    """Make one release, unless an earlier run finished it."""
+    """Unpack one release, unless an earlier run finished it."""
     finished = folder / "finished"
     if finished.exists():
         return
@@ -81,7 +81,7 @@ def make(version: str, folder: Path) -> None:
 
 
 def download(version: str, folder: Path) -> Path:
-    """Fetch the wheel of a release. Settings of pip may cap torch's version: if it fails with them, without them."""
+    """Download the wheel of a release. pip's configuration may cap torch's version: on failure, retry without it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     command += ["--dest", str(folder), f"torch=={version}"]
     if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
@@ -92,7 +92,7 @@ def download(version: str, folder: Path) -> Path:
 
 
 def build_stand_in(lib: Path) -> None:
-    """Compile the stand-in and give it the name of every library that is absent."""
+    """Compile the stub library, and link it under the name of every library that is absent."""
     libraries = closure(lib, ["libtorch_global_deps.so", "libtorch_python.so"])
     present = [lib / name for name in libraries if (lib / name).exists()]
     wanted = missing_symbols(present)
@@ -108,7 +108,7 @@ def build_stand_in(lib: Path) -> None:
 
 
 def closure(lib: Path, roots: list[str]) -> list[str]:
-    """Names of all libraries that the roots need, the system's own left out."""
+    """The names of all libraries that the roots need, except the system's."""
     names = list(roots)
     for name in names:  # grows as it is walked
         if (lib / name).exists():
@@ -122,7 +122,7 @@ def needed(library: Path) -> list[str]:
 
 
 def missing_symbols(libraries: Iterable[Path]) -> dict[str, str]:
-    """Symbols that these libraries want and neither they nor the system define, with the version they are wanted in."""
+    """Symbols, with their versions, that these libraries need and that neither they nor the system define."""
     defined: set[str] = set()
     wanted: dict[str, str] = {}
     for library in libraries:

@@ -1,5 +1,5 @@
-// One warp per row of 512 values: lane l holds values [8l, 8l + 8) in Row::low and [256 + 8l, 256 + 8l + 8) in Row::high,
-// so that each 16-byte access of the warp covers 512 contiguous bytes. Row::high of lanes 24..31 holds the RoPE values.
+// One warp per row of 512 values: lane l holds [8l, 8l + 8) in Row::low and [256 + 8l, 256 + 8l + 8) in Row::high,
+// so each 16-byte access of the warp covers 512 contiguous bytes. In lanes 24..31, Row::high holds the 64 RoPE values.
 #include <cuda_runtime.h>
 
 #include <type_traits>

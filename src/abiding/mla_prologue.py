@@ -1,20 +1,22 @@
-"""DeepSeek V4's fused MLA prologue: what stands between the projections and sparse attention, in one launch.
+"""DeepSeek V4's fused MLA prologue: the steps between the projections and sparse attention, in one launch.
 
-For each token: every head of Q gets RMSNorm without weight and RoPE on its last 64 dimensions; the (already
-normalised) KV row gets the same RoPE, is quantised to e4m3 with one UE8M0 scale for 64 values, and goes to its slot
-of a paged cache.
+For each token, every head of Q gets RMSNorm without a weight, and RoPE on its last 64 dimensions. The KV row, which is
+already normalized, gets the same RoPE, is quantized to e4m3 with one UE8M0 scale per quantization block of 64 values,
+and is inserted into its slot of a paged cache.
 
-A cache is ``uint8[pages, ...]`` whose pages lie ``cache.stride(0)`` bytes apart. A page of ``block_size`` tokens
-begins with ``block_size`` records of 576 bytes (448 e4m3 values, then 64 RoPE values of 16 bits), followed by
-``block_size`` groups of 8 bytes (7 UE8M0 codes and a zero): 584 bytes a token. Bytes behind those are never touched.
-This is the record that FlashMLA reads for DeepSeek V4 ("MODEL1", ``fp8_ds_mla`` in vLLM).
+A cache is ``uint8[pages, ...]`` with ``cache.stride(0)`` bytes from page to page. Each token has a record of 584 bytes:
+576 bytes of data (448 e4m3 values, then 64 RoPE values of 16 bits) and 8 bytes of scales (7 UE8M0 codes and a zero). A
+page of ``block_size`` tokens holds the data of all its tokens first, then the scales of all. Bytes of a page beyond
+``584 * block_size`` are never written. FlashMLA reads this record for DeepSeek V4 ("MODEL1"); vLLM calls it
+``fp8_ds_mla``.
 
-Indices that only the device knows never lead outside the tensors: a row whose slot is negative or too large is not
-inserted, a row whose position lies outside ``cos_sin`` is not inserted and its Q is NaN. ``ABIDING_CHECK_INDICES=1``
-turns those (negative slots aside) into errors, at the price of a synchronisation on a GPU.
+Slots and positions, whose values only the device knows, never lead outside of the tensors. A row whose slot is negative
+or too large is not inserted. A row whose position lies outside of ``cos_sin`` is not inserted, and its Q is NaN.
+``ABIDING_CHECK_INDICES=1`` turns these cases (negative slots excepted) into errors, which costs a synchronization on a
+GPU.
 
-All functions accept bfloat16 and float16 rows, int32 and int64 indices, CPU and CUDA tensors (compute capability >=
-8.0), work under ``torch.compile(fullgraph=True)`` and in CUDA graphs, and launch on the current stream. None is
+All functions accept bfloat16 and float16 rows, int32 and int64 indices, and CPU and CUDA tensors (compute capability >=
+8.0). They work under ``torch.compile(fullgraph=True)`` and in CUDA graphs, and launch on the current stream. None is
 differentiable.
 """
 
@@ -29,7 +31,7 @@ from abiding._fakes import register_fake, writes_in_place
 HEAD_DIM = 512
 ROPE_DIM = 64
 NOPE_DIM = HEAD_DIM - ROPE_DIM
-TOKEN_BYTES = 584  # a token's share of a cache page
+RECORD_BYTES = 584  # per token in a cache page: 576 bytes of data, 8 of scales
 
 _ops = torch.ops.abiding
 _PUBLIC_NAMES = {
@@ -47,8 +49,8 @@ _PUBLIC_NAMES = {
 
 
 def page_bytes(block_size: int, multiple: int = 576) -> int:
-    """Bytes of a cache page for ``block_size`` tokens, rounded up to ``multiple`` (576 is what FlashMLA asks for)."""
-    return -(-block_size * TOKEN_BYTES // multiple) * multiple
+    """Bytes of a cache page of ``block_size`` tokens, rounded up to ``multiple`` (FlashMLA requires 576)."""
+    return -(-block_size * RECORD_BYTES // multiple) * multiple
 
 
 def qnorm_rope_kv_insert(
@@ -67,37 +69,37 @@ def qnorm_rope_kv_insert(
     zero_padding: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Normalise and rotate Q; rotate, quantise and insert KV, in one launch.
+    r"""Apply RMSNorm and RoPE to Q; apply RoPE to KV, quantize and insert it; in one launch.
 
-    With :math:`r = 1/\sqrt{\mathrm{mean}(x^2) + \epsilon}` a head ``x`` of Q becomes ``rope(x * r)``, in float32,
-    rounded once. A KV row becomes ``rope(kv)`` rounded to its dtype; its first 448 values are quantised in blocks of
-    64 with ``scale = 2^ceil(log2(max(amax, 1e-4) / 448))``, its last 64 are stored as they are.
+    With :math:`r = 1/\sqrt{\mathrm{mean}(x^2) + \epsilon}`, a head ``x`` of Q becomes ``rope(x * r)``, computed in
+    float32 and rounded once. A KV row becomes ``rope(kv)``, rounded to its dtype. Its first 448 values are quantized in
+    quantization blocks of 64 with ``scale = 2^ceil(log2(max(amax, 1e-4) / 448))``; its last 64 are stored unquantized.
 
     Args:
-        q: ``[T, H, 512]`` bfloat16 or float16, rows dense and 16-byte aligned, any row strides. Not modified unless
-            ``out`` is q.
-        kv: ``[T, 512]`` of q's dtype, already normalised.
-        cache: ``uint8[pages, ...]`` as in the module's description, written in place; 8-byte aligned, page stride >=
-            584 * block_size.
-        slots: ``[T' <= T]`` int32 or int64: ``page * block_size + index``; rows with a negative slot and rows from T'
-            on are not inserted.
+        q: ``[T, H, 512]`` bfloat16 or float16; rows are dense and 16-byte aligned, with any row strides. Not modified
+            unless ``out`` is q.
+        kv: ``[T, 512]`` of q's dtype, already normalized.
+        cache: ``uint8[pages, ...]`` as described above, written in place; 8-byte aligned, with a page stride of at
+            least 584 * block_size.
+        slots: ``[T' <= T]`` int32 or int64: ``page * block_size + index in the page``. Rows with a negative slot, and
+            rows from T' on, are not inserted.
         positions: ``[T]`` int32 or int64, rows of ``cos_sin``.
-        cos_sin: ``[P, 64]`` float32, 32 cosines and then 32 sines for each position; pair j is
-            ``(x[448 + 2j], x[449 + 2j])``.
-        block_size: tokens of a cache page.
-        eps: added to the mean square, inside the root.
+        cos_sin: ``[P, 64]`` float32; per position 32 cosines, then 32 sines. Pair j is ``(x[448 + 2j], x[449 + 2j])``.
+        block_size: tokens per cache page.
+        eps: added to the mean square.
         padded_heads: heads of the result, >= H; the added ones are zero. Default H.
-        apply_q_norm: normalise Q; off where the norm is folded in elsewhere.
-        apply_q_rope: rotate Q.
-        zero_padding: write the zeros of the padding heads; False skips those bytes where ``out`` holds zeros already.
-        out: ``[T, padded_heads, 512]`` of q's dtype to write to, possibly q itself. Default a new tensor.
+        apply_q_norm: apply RMSNorm to Q; turn it off if the norm was applied elsewhere.
+        apply_q_rope: apply RoPE to Q.
+        zero_padding: write the zeros of the padding heads. False leaves them as they are, for an ``out`` that already
+            holds zeros there.
+        out: ``[T, padded_heads, 512]`` of q's dtype to write to; may be q itself. Default a new tensor.
 
     Returns:
         ``out``, or a new tensor ``[T, padded_heads, 512]``.
 
     Raises:
-        TypeError: an argument has a dtype that is not accepted, or is not a tensor.
-        ValueError: an argument's device, shape, strides, alignment or value is not accepted.
+        TypeError: the dtype of an argument is not accepted, or an argument is not a tensor.
+        ValueError: the device, shape, strides, alignment or value of an argument is not accepted.
     """
     function = "qnorm_rope_kv_insert"
     check_shape(function, "q", q, ("T", "H", HEAD_DIM))
@@ -133,15 +135,15 @@ def qnorm_rope_kv_insert(
 
 
 def insert_kv(kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor, *, block_size: int) -> None:
-    """The KV side of :func:`qnorm_rope_kv_insert` alone: rotate, quantise and insert rows.
+    """The KV side of :func:`qnorm_rope_kv_insert` alone: apply RoPE, quantize, insert.
 
     Args:
-        kv: ``[T, 512]`` bfloat16 or float16, already normalised.
+        kv: ``[T, 512]`` bfloat16 or float16, already normalized.
         cache: ``uint8[pages, ...]``, written in place.
         slots: ``[T' <= T]`` int32 or int64.
         positions: ``[T]`` int32 or int64.
         cos_sin: ``[P, 64]`` float32.
-        block_size: tokens of a cache page.
+        block_size: tokens per cache page.
 
     Raises:
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
@@ -151,16 +153,16 @@ def insert_kv(kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_s
 
 
 def gather_kv(cache: Tensor, slots: Tensor, *, block_size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Read cache rows back: ``e4m3 * 2^(code - 127)`` rounded to ``dtype``, then the 64 RoPE values.
+    """Gather and dequantize cache rows: ``e4m3 * 2^(code - 127)`` rounded to ``dtype``, then the 64 RoPE values.
 
     Args:
         cache: ``uint8[pages, ...]`` as :func:`insert_kv` wrote it.
-        slots: ``[n]`` int32 or int64; rows of slots that are negative or too large come back as zeros.
-        block_size: tokens of a cache page.
-        dtype: bfloat16 or float16, the dtype that the rows were inserted with.
+        slots: ``[n]`` int32 or int64. Rows of slots that are negative or too large are zeros.
+        block_size: tokens per cache page.
+        dtype: bfloat16 or float16; the dtype of the rows that were inserted.
 
     Returns:
-        ``[n, 512]`` of ``dtype``. A block whose code is 255, and a value whose byte is 0x7F or 0xFF, read as NaN.
+        ``[n, 512]`` of ``dtype``. Quantization blocks with code 255, and bytes 0x7F and 0xFF, read as NaN.
 
     Raises:
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
@@ -184,12 +186,12 @@ def qnorm_rope_full_cache_bf16_insert(
     *,
     eps: float = 1e-6,
 ) -> None:
-    """Normalise and rotate Q in place; rotate KV and insert it unquantised.
+    """Apply RMSNorm and RoPE to Q in place; apply RoPE to KV and insert it unquantized.
 
     Args:
-        q: ``[T, H, 512]`` bfloat16, rewritten in place.
-        kv: ``[T, 512]`` bfloat16, already normalised.
-        cache: ``bfloat16[pages, block_size, 512]``, rows dense, any page and row strides.
+        q: ``[T, H, 512]`` bfloat16, updated in place.
+        kv: ``[T, 512]`` bfloat16, already normalized.
+        cache: ``bfloat16[pages, block_size, 512]``, with dense rows and any page and row strides.
         slots, positions, cos_sin, eps: as :func:`qnorm_rope_kv_insert`.
 
     Raises:
@@ -225,18 +227,18 @@ def qnorm_rope_full_cache_fp8_insert(
     eps: float = 1e-6,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise and rotate Q to e4m3; rotate KV and insert it as e4m3, each with one scale for the whole tensor.
+    """Apply RMSNorm and RoPE to Q, RoPE to KV; quantize both to e4m3 with one scale per tensor, and insert KV.
 
-    Both are rounded once, from float32: Q after ``* q_scale_inv``, KV after ``* (1 / kv_scale)``; both saturate at
+    Both are rounded once, from float32: Q after ``* q_scale_inv``, KV after ``* (1 / kv_scale)``. Both saturate at
     +-448.
 
     Args:
         q: ``[T, H, 512]`` bfloat16 or float16.
-        kv: ``[T, 512]`` of q's dtype, already normalised.
-        cache: ``float8_e4m3fn`` or ``uint8`` ``[pages, block_size, 512]``, rows dense, any page and row strides.
+        kv: ``[T, 512]`` of q's dtype, already normalized.
+        cache: ``float8_e4m3fn`` or ``uint8`` ``[pages, block_size, 512]``, with dense rows, any page and row strides.
         slots, positions, cos_sin, eps: as :func:`qnorm_rope_kv_insert`.
-        kv_scale: one float32 on the device, what a cached value is multiplied with when it is read.
-        q_scale_inv: one float32 on the device, what Q is multiplied with.
+        kv_scale: one float32 on the device; readers multiply cached values by it.
+        q_scale_inv: one float32 on the device; Q is multiplied by it.
         out: ``float8_e4m3fn`` or ``uint8`` ``[T, H, 512]`` to write to. Default a new float8_e4m3fn tensor.
 
     Returns:

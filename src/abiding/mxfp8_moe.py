@@ -1,28 +1,28 @@
-"""MXFP8 mixture of experts: quantiser, grouped product, and the layer that they make.
+"""MXFP8 mixture of experts: quantizer, grouped GEMM, and the MoE layer that they make.
 
-MXFP8 is one e4m3 byte an element and one UE8M0 scale (a power of two, in a byte) for 32 of them along a row; an
-element stands for ``e4m3 * 2^(code - 127)``. Products here are those of Blackwell's tensor cores on any GPU: both
-operands become bfloat16, which holds such a number exactly for codes 3 to 246, products are summed in float32, and a
-sum is rounded once.
+In MXFP8 an element is one e4m3 byte, and each scale block of 32 elements along a row (an MX block) has one UE8M0 scale,
+a power of two in one byte; an element stands for ``e4m3 * 2^(code - 127)``. The GEMMs here compute, on any GPU, what
+Blackwell's tensor cores compute: both operands become bfloat16, which holds such a number exactly for codes 3 to 246,
+products are summed in float32, and each sum is rounded once.
 
-Scales lie in tiles of 128 rows by 4 codes, 512 bytes each: what torch calls ``SWIZZLE_32_4_4`` and cuBLAS
-``VEC32_UE8M0``. :func:`swizzle_scales` makes them from the plain ``[N, K / 32]`` of a checkpoint, once, at load. They
-are ``uint8`` or ``float8_e8m0fnu``, of any shape over dense memory: a layout has no shape of its own.
+Scales are stored in tiles of 128 rows by 4 codes, 512 bytes each: torch's ``SWIZZLE_32_4_4``, cuBLAS's ``VEC32_UE8M0``.
+:func:`swizzle_scales` makes them from the plain ``[N, K / 32]`` of a checkpoint, once, at load. They are ``uint8`` or
+``float8_e8m0fnu``; any shape over dense memory is accepted, since the layout has none of its own.
 
-How rows belong to experts is read on the device, so nothing here waits for it. Offsets are int32, either
-``expert_offsets[E + 1]``, where each expert's rows start and the total last, or ``offs[E]``, where they end, as torch's
-grouped products take them. A range that leads outside the tensors is empty. Rows of no expert are neither read nor
-written. ``ABIDING_CHECK_INDICES=1`` turns offsets outside the tensors and experts that do not exist into errors, at the
-price of a synchronisation on a GPU.
+Offsets assign rows to experts. They are int32 and are read on the device, so nothing here waits for it: either
+``expert_offsets[E + 1]``, where each expert's rows start, with the total last, or ``offs[E]``, where they end, as
+torch's grouped GEMMs take them. A range that leads outside of the tensors counts as empty. Rows of no expert are
+neither read nor written. ``ABIDING_CHECK_INDICES=1`` turns offsets outside of the tensors and experts that do not exist
+into errors, which costs a synchronization on a GPU.
 
-All functions take CPU and CUDA tensors (compute capability >= 8.0), rows of any stride that is a multiple of 16 bytes,
-up to 1024 experts, N and K in multiples of 32; they work under ``torch.compile(fullgraph=True)`` and in CUDA graphs,
-and launch on the current stream. None is differentiable.
+All functions take CPU and CUDA tensors (compute capability >= 8.0), row strides in multiples of 16 bytes, up to 1024
+experts, and N and K in multiples of 32. They work under ``torch.compile(fullgraph=True)`` and in CUDA graphs, and
+launch on the current stream. None is differentiable.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,22 +30,22 @@ from torch import Tensor
 from abiding._api import call, check_shape, check_tensor
 from abiding._fakes import register_fake, writes_in_place
 
-BLOCK = 32
-TILE_ROWS = 128
+BLOCK = 32  # elements per scale block
+TILE_ROWS = 128  # rows per tile of scales
 
 Activation = Literal["silu", "swiglu_oai", "none"]
 Mode = Literal["w8a8", "w8a16"]
 
 _ops = torch.ops.abiding
-_ACTIVATIONS = ("silu", "swiglu_oai", "none")  # in the order of the operator's numbers
+_ACTIVATIONS = get_args(Activation)  # in the order of the operator's numbers
 _NAMES = {"input": "x", "a_scales": "a.scales", "weight_scales": "weight_scale"}
 
 
 class MXFP8(NamedTuple):
-    """Quantised rows.
+    """Quantized rows.
 
-    ``data`` is float8_e4m3fn ``[M, K]``. ``scales`` is uint8 ``[R, align(K / 32, 4)]`` in 128x4 tiles: each group's
-    rows padded to a multiple of 128, one group after the other.
+    ``data`` is float8_e4m3fn ``[M, K]``. ``scales`` is uint8 ``[R, align(K / 32, 4)]`` in 128x4 tiles: the rows of each
+    expert are padded to a multiple of 128.
     """
 
     data: Tensor
@@ -53,35 +53,35 @@ class MXFP8(NamedTuple):
 
 
 def quantize(x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | None = None) -> MXFP8:
-    r"""Quantise rows to MXFP8, each expert's scales in whole tiles.
+    r"""Quantize rows to MXFP8, with the scales of each expert in whole tiles.
 
-    With amax a block's largest magnitude, NaN aside, the scale is the least :math:`2^{code - 127}` of at least
-    amax / 448 (so that no finite element saturates), and an element ``e4m3(x * 2^(127 - code))``, to nearest even.
-    Zeros keep their sign, a block of zeros has code 0; a NaN is byte 0x7F, and a block of nothing else has code 255;
-    beside an infinity, which saturates to +-448, the code is 254. This is the rule of NVIDIA's hardware and torchao's
-    RCEIL.
+    With amax the largest magnitude of a scale block, ignoring NaN, the scale is the smallest :math:`2^{code - 127}`
+    that is at least amax / 448, so that no finite element saturates; an element is ``e4m3(x * 2^(127 - code))``,
+    rounded to nearest even. Zeros keep their sign, and a scale block of zeros has code 0. A NaN is byte 0x7F, and a
+    scale block of NaN alone has code 255. An infinity saturates to +-448, and its scale block has code 254. This is the
+    rule of NVIDIA's hardware, called RCEIL in torchao.
 
     Args:
         x: ``[M, K]`` bfloat16 or float16.
         expert_offsets: ``[E + 1]`` int32, where each expert's rows start, and the total. Default one expert.
-        offs: ``[E]`` int32, where they end, instead.
+        offs: ``[E]`` int32, where each expert's rows end; given instead of ``expert_offsets``.
 
     Returns:
-        Data ``[M, K]``, and scales of ``R = floor128(M + 127 * E)`` rows, enough however rows are spread. Scale bytes
-        that belong to no element are zero; data of rows of no expert are left as memory was.
+        Data ``[M, K]``, and scales of ``R = (M + 127 * E) // 128 * 128`` rows, enough for any distribution of rows over
+        experts. Scale bytes that belong to no element are zero; data of rows of no expert are uninitialized.
 
     Raises:
-        TypeError: an argument has a dtype that is not accepted, or is not a tensor.
-        ValueError: an argument's device, shape, strides, alignment or value is not accepted.
+        TypeError: the dtype of an argument is not accepted, or an argument is not a tensor.
+        ValueError: the device, shape, strides, alignment or value of an argument is not accepted.
     """
     check_shape("quantize", "x", x, ("M", "K"))
     offsets, ends = _offsets("quantize", expert_offsets, offs)
-    rows, width = x.shape
-    groups = 1 if offsets is None else max(offsets.numel() - (0 if ends else 1), 1)
-    data = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    m, k = x.shape
+    experts = 1 if offsets is None else max(offsets.numel() - (0 if ends else 1), 1)
+    data = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(
-        (rows + (TILE_ROWS - 1) * groups) // TILE_ROWS * TILE_ROWS,
-        _aligned(-(-width // BLOCK), 4),
+        (m + (TILE_ROWS - 1) * experts) // TILE_ROWS * TILE_ROWS,
+        _aligned(-(-k // BLOCK), 4),
         dtype=torch.uint8,
         device=x.device,
     )
@@ -91,18 +91,18 @@ def quantize(x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | 
 
 
 def round(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Rows holding exactly what :func:`quantize` keeps of them: ``e4m3 * 2^(code - 127)`` as bfloat16.
+    """Quantize rows to MXFP8 and dequantize them again: ``e4m3 * 2^(code - 127)`` as bfloat16.
 
-    What a W8A8 product has for activations, in the form that is fastest to multiply with: ``grouped_mm(round(x), ...)``
+    These are the activations of a W8A8 GEMM in the form that is fastest to multiply: ``grouped_mm(round(x), ...)``
     equals ``grouped_mm(quantize(x, ...), ...)`` bit for bit.
 
     Args:
         x: ``[M, K]`` bfloat16 or float16.
-        out: bfloat16 ``[M, K]`` to write to, apart from x. Default a new tensor.
+        out: bfloat16 ``[M, K]`` to write to; must not overlap x. Default a new tensor.
 
     Returns:
-        ``out``, or a new tensor. A NaN reads back as 0x7FC0, an infinity as one. Codes below 3 (amax <= 448 * 2^-125)
-        leave multiples of 2^-133, bfloat16's least step.
+        ``out``, or a new tensor. A NaN becomes 0x7FC0; an infinity stays an infinity. With codes below 3 (amax <= 448 *
+        2^-125), values are multiples of 2^-133, the spacing of bfloat16's subnormals.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`.
@@ -124,23 +124,23 @@ def grouped_mm(
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply each expert's rows with its weights: ``out[rows of e] = a[rows of e] @ weight[e].T``.
+    """Grouped GEMM of each expert's rows with its weights: ``out[rows of e] = a[rows of e] @ weight[e].T``.
 
     Args:
-        a: :class:`MXFP8` of the same offsets (W8A8), or bfloat16 ``[M, K]`` (W8A16, and W8A8 by way of :func:`round`).
-        weight: ``[E, N, K]`` float8_e4m3fn, or uint8 of the same bytes, K dense; or the view ``[E, K, N]`` of that
-            which ``weight.transpose(1, 2)`` makes, as torch and vLLM pass it. Which one it is, strides say: a last
-            dimension of stride 1 is K.
+        a: :class:`MXFP8` that was quantized with the same offsets (W8A8), or bfloat16 ``[M, K]`` (W8A16, and W8A8 after
+            :func:`round`).
+        weight: ``[E, N, K]`` float8_e4m3fn, or uint8 of the same bytes, with K dense; or its transposed view ``[E, K,
+            N]``, as torch and vLLM pass it. Strides tell the two apart: the dimension of stride 1 is K.
         weight_scale: its scales in tiles, ``E * align(N, 128) * align(K / 32, 4)`` bytes.
-        expert_offsets: ``[E + 1]`` int32, where each expert's rows start, and the total. Without any, E is 1.
-        offs: ``[E]`` int32, where they end, instead.
-        out_dtype: bfloat16, float16 or float32, of a new result.
-        out: ``[M, N]`` of one of those to write to, apart from a. Rows of no expert are left as they are.
+        expert_offsets: ``[E + 1]`` int32, where each expert's rows start, and the total. Default one expert.
+        offs: ``[E]`` int32, where each expert's rows end; given instead of ``expert_offsets``.
+        out_dtype: the dtype of a new result: bfloat16, float16 or float32.
+        out: ``[M, N]`` of one of these dtypes to write to; must not overlap a. Rows of no expert are not written.
 
     Returns:
         ``out``, or a new tensor ``[M, N]``: float32 sums of products of bfloat16 numbers, rounded once. A row's result
-        does not depend on what other rows hold. Rows of no expert are left as memory was; those of an expert whose
-        scales would lie outside of ``a.scales`` are NaN.
+        does not depend on the contents of other rows. In a new tensor, rows of no expert are uninitialized. Rows of an
+        expert whose scales would lie outside of ``a.scales`` are NaN.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`.
@@ -174,29 +174,31 @@ def moe(
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A layer of experts: each token through its top-k, the results weighted and summed.
+    """An MoE layer: each token through its top-k experts, then the top-k weighted sum of their results.
 
-    For token t and its j-th expert e, with h its row of x: ``h = act(h @ w13[e].T) @ w2[e].T``, then
-    ``out[t] = sum over j of topk_weights[t, j] * h``. In "w8a8" mode both products have rows that went through
-    :func:`round`. Both are rounded to bfloat16; the activation runs in float32 and is rounded to bfloat16; the sum over
-    j is one of float32 products and additions, none fused, in order, rounded once. So the layer equals, bit for bit,
-    the composition of this module's functions on as many rows as there are pairs of a token and an expert.
+    For token t and its j-th expert e: ``y[t, j] = activation(x[t] @ w13[e].T) @ w2[e].T``, then
+    ``out[t] = sum over j of topk_weights[t, j] * y[t, j]``. In mode "w8a8" the input rows of both GEMMs go through
+    :func:`round`. The results of both GEMMs are rounded to bfloat16. The activation is computed in float32 and rounded
+    to bfloat16. The weighted sum over j multiplies and adds in float32, in order, without FMA, and is rounded once. So
+    the layer equals, bit for bit, the composition of this module's functions on one row per pair of a token and an
+    expert.
 
     Args:
         x: ``[T, K]`` bfloat16.
-        w13: ``[E, 2 * I, K]`` as :func:`grouped_mm` takes weights, gate rows first, then up rows; with activation
-            "none" ``[E, I, K]``.
+        w13: ``[E, 2 * I, K]``, weights as :func:`grouped_mm` takes them: gate rows, then up rows. With activation
+            "none", ``[E, I, K]``.
         s13: its scales in tiles.
         w2: ``[E, K, I]``.
         s2: its scales in tiles.
-        topk_ids: ``[T, top_k]`` int32 or int64, 1 to 16 experts a token. Negative ones are elsewhere (expert
-            parallelism) and add nothing; so do those from E on, unless ``ABIDING_CHECK_INDICES=1`` makes them an error.
+        topk_ids: ``[T, top_k]`` int32 or int64, 1 to 16 experts per token. A negative id is an expert of another rank
+            (expert parallelism) and adds nothing, as does an id >= E, unless ``ABIDING_CHECK_INDICES=1`` makes that an
+            error.
         topk_weights: ``[T, top_k]`` float32.
         activation: "silu" is ``gate * sigmoid(gate) * up``; "swiglu_oai" is ``g * sigmoid(1.702 * g) * (u + 1)`` with
             g = min(gate, 7) and u = up in [-7, 7]; "none" has no gate.
-        mode: "w8a8" quantises activations as Blackwell's products do; "w8a16" leaves them bfloat16.
-        workspace: uint8, at least :func:`workspace_bytes`; its contents mean nothing. Default memory of torch's.
-        out: bfloat16 ``[T, K]`` to write to, apart from x. Default a new tensor.
+        mode: "w8a8" quantizes activations to MXFP8, "w8a16" leaves them bfloat16.
+        workspace: scratch memory, uint8, of at least :func:`workspace_bytes`. Default memory from torch's allocator.
+        out: bfloat16 ``[T, K]`` to write to; must not overlap x. Default a new tensor.
 
     Returns:
         ``out``, or a new tensor ``[T, K]``.
@@ -204,14 +206,14 @@ def moe(
     Raises:
         TypeError, ValueError: as :func:`quantize`.
 
-    A shared expert is one more expert: stack its weights onto w13 and w2, its number onto every row of topk_ids, and
-    its weight (mostly 1) onto topk_weights.
+    A shared expert is one more expert: append its weights to w13 and w2, its id to every row of topk_ids, and its
+    weight (usually 1) to every row of topk_weights.
     """
     function = "moe"
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{function}: activation is {activation!r}; expected one of {', '.join(_ACTIVATIONS)}")
-    if mode not in ("w8a8", "w8a16"):
-        raise ValueError(f"{function}: mode is {mode!r}; expected w8a8 or w8a16")
+    if mode not in get_args(Mode):
+        raise ValueError(f"{function}: mode is {mode!r}; expected {' or '.join(get_args(Mode))}")
     check_shape(function, "x", x, ("T", "K"))
     if out is None:
         out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
@@ -235,20 +237,21 @@ def moe(
 
 
 def workspace_bytes(tokens: int, top_k: int, experts: int, hidden: int, intermediate: int) -> int:
-    """Bytes of a workspace for :func:`moe` on up to so many tokens: about ``tokens * top_k * (2 * hidden + 6 *
+    """Bytes of workspace that :func:`moe` needs for up to so many tokens: about ``tokens * top_k * (2 * hidden + 6 *
     intermediate)``.
 
-    It has no tensor to trace, so call it outside of compiled functions; ``moe`` without a workspace works in them.
+    It takes no tensor that could be traced, so call it outside of compiled functions; ``moe`` without a workspace works
+    inside.
 
     Args:
         tokens: T, rows of x.
-        top_k: experts a token.
-        experts: E, those of the weights.
+        top_k: experts per token.
+        experts: E, experts of the weights.
         hidden: K, columns of x.
         intermediate: I, columns of w2.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
     op = _ops.mxfp8_moe_workspace_bytes.default
     size: int = call("workspace_bytes", _NAMES, op, tokens, top_k, experts, hidden, intermediate)
@@ -256,20 +259,20 @@ def workspace_bytes(tokens: int, top_k: int, experts: int, hidden: int, intermed
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:
-    """Scales in tiles of 128 rows by 4 codes, from plain ones.
+    """Scales in tiles of 128 rows by 4 codes, from plain scales.
 
     Code c of row r goes to byte ``(r // 128 * columns // 4 + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4``,
-    with columns = align(K / 32, 4); bytes of rows and codes that are not there are zero.
+    with columns = align(K / 32, 4). The bytes that pad rows and columns are zero.
 
     Args:
-        scales: uint8 or float8_e8m0fnu ``[..., N, K / 32]``, as checkpoints have them, any strides.
+        scales: uint8 or float8_e8m0fnu ``[..., N, K / 32]``, as checkpoints store them; any strides.
 
     Returns:
         ``[..., align(N, 128), align(K / 32, 4)]`` of the same dtype.
 
     Raises:
-        TypeError: the dtype is another, or scales is not a tensor.
-        ValueError: it has fewer than 2 dimensions.
+        TypeError: scales has another dtype, or is not a tensor.
+        ValueError: scales has fewer than 2 dimensions.
     """
     codes = _plain_codes("swizzle_scales", scales)
     rows, columns = codes.shape[-2:]
@@ -280,12 +283,12 @@ def swizzle_scales(scales: Tensor) -> Tensor:
 
 
 def unswizzle_scales(scales: Tensor, n: int, k: int) -> Tensor:
-    """Plain scales of n rows of k elements, from tiles: what :func:`swizzle_scales` was given.
+    """Plain scales of n rows of k elements, from tiles: the inverse of :func:`swizzle_scales`.
 
     Args:
         scales: uint8 or float8_e8m0fnu ``[..., align(n, 128), align(k / 32, 4)]``.
         n: rows.
-        k: elements of a row, a multiple of 32.
+        k: elements per row, a multiple of 32.
 
     Returns:
         ``[..., n, k / 32]`` of the same dtype.
@@ -311,14 +314,14 @@ def _aligned(size: int, step: int) -> int:
 
 
 def _offsets(function: str, expert_offsets: Tensor | None, offs: Tensor | None) -> tuple[Tensor | None, bool]:
-    """The offsets given, and whether they are ends."""
+    """The offsets that were given, and whether they say where rows end."""
     if expert_offsets is not None and offs is not None:
         raise ValueError(f"{function}: expert_offsets and offs are both given; expected one of them")
     return (expert_offsets, False) if offs is None else (offs, True)
 
 
 def _codes(scales: Tensor) -> Tensor:
-    """The bytes of scales: torch 2.10's stable ABI does not know their own dtype."""
+    """Scales as uint8: torch 2.10's stable ABI has no float8_e8m0fnu."""
     is_e8m0 = isinstance(scales, Tensor) and scales.dtype == torch.float8_e8m0fnu
     return scales.view(torch.uint8) if is_e8m0 else scales
 
@@ -333,7 +336,7 @@ def _plain_codes(function: str, scales: Tensor) -> Tensor:
 
 
 def _by_rows(function: str, name: str, weight: Tensor) -> Tensor:
-    """Weights as [E, N, K], of that or of a transposed view."""
+    """Weights [E, N, K], given as that or as the transposed view [E, K, N]."""
     check_shape(function, name, weight, ("E", "N", "K"))
     return weight.transpose(1, 2) if weight.stride(2) != 1 and weight.stride(1) == 1 else weight
 

@@ -116,7 +116,7 @@ def test_one_wrong_scale_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(mxfp8_moe, "quantize", wrong)
     status, text = demo()
     assert status == 1
-    assert "WRONG w8a8: quantised activations: 1 of" in text
+    assert "WRONG w8a8: quantized activations: 1 of" in text
 
 
 def test_unknown_groups_and_missing_results_are_told(tmp_path: Path) -> None:

@@ -401,12 +401,12 @@ def test_mxfp8_experts_are_served_and_compile(scenario: Callable) -> None:
     """As vLLM's own test calls them, with scales of either dtype."""
     scenario("""
 from abiding import mxfp8_moe, reference
-from abiding.testing.cases.mxfp8_moe import ProductCase
+from abiding.testing.cases.mxfp8_moe import GemmCase
 report = vllm.install()
 for name in ("mxfp8_experts_quant", "cutlass_mxfp8_grouped_mm"):
     assert report["_C::" + name] == "registered"
     assert str(op(name).default._schema) == str(op(name, "abiding").default._schema).replace("abiding::", "_C::")
-i = ProductCase((5, 0, 130), 128, 256).make()
+i = GemmCase((5, 0, 130), 128, 256).make()
 sizes = i.expert_offsets.diff()
 problems = torch.stack([sizes, torch.full_like(sizes, 128), torch.full_like(sizes, 256)], 1)
 starts, tiles = i.expert_offsets[:-1].clone(), (sizes + 127) // 128 * 128

@@ -40,7 +40,7 @@ SCHEMAS = {
 Step = Callable[..., tuple[Tensor, ...]]
 
 CASE = PrologueCase(6, 3, 5, block_size=4, skipped=0.2)
-BLOCK = CASE.block_size
+BLOCK_SIZE = CASE.block_size
 
 
 def operator(name: str) -> Any:
@@ -51,7 +51,7 @@ def operator(name: str) -> Any:
 def arguments(
     name: str, device: torch.device | str, case: PrologueCase = CASE, seed: int = 0
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A legal call of a raw operator."""
+    """The arguments of an accepted call of a raw operator."""
     i = case.make(device, seed)
     rows = [i.kv, i.cache, i.slots, i.positions, i.cos_sin]
     full = torch.zeros(i.cache.shape[0], case.block_size, 512, dtype=torch.uint8, device=device)
@@ -59,7 +59,7 @@ def arguments(
         return [i.q, i.kv, full.to(torch.bfloat16), *rows[2:], 1e-6, case.block_size], {}
     if name.endswith("fp8_insert"):
         one = torch.ones(1, device=device)
-        # uint8 stands for e4m3: the tools that compare tensors here cannot subtract eight-bit floats.
+        # uint8 in place of e4m3: opcheck cannot subtract 8-bit floats.
         return [
             i.q,
             i.kv,
@@ -78,9 +78,9 @@ def arguments(
     if name.endswith("_kv_rope_quant_insert") and "qnorm" not in name:
         return [*rows, case.block_size], {}
     if name.endswith(".out"):
-        out = torch.zeros(case.tokens, case.live_heads, 512, dtype=case.dtype, device=device)
+        out = torch.zeros(case.tokens, case.out_heads, 512, dtype=case.dtype, device=device)
         return [i.q, *rows, 1e-6, case.block_size, True, True, True], {"out": out}
-    return [i.q, *rows, case.live_heads, 1e-6, case.block_size], {}
+    return [i.q, *rows, case.out_heads, 1e-6, case.block_size], {}
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_fake_results_look_like_real_ones(case: PrologueCase, device: torch.devi
     i = case.make(device)
     tensors = (i.q, i.kv, i.cache, i.slots, i.positions, i.cos_sin)
     one = torch.ones(1, device=device)
-    full = torch.zeros(i.cache.shape[0], BLOCK, 512, dtype=torch.uint8, device=device)
+    full = torch.zeros(i.cache.shape[0], BLOCK_SIZE, 512, dtype=torch.uint8, device=device)
 
     def calls(
         q: Tensor,
@@ -147,17 +147,17 @@ def test_fake_results_look_like_real_ones(case: PrologueCase, device: torch.devi
     ) -> list[Any]:
         rows = (kv, cache, slots, positions, cos_sin)
         rest = (slots, positions, cos_sin)
-        face = mla_prologue
+        api = mla_prologue
         results = [
-            torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(q, *rows, 5, 1e-6, BLOCK),
-            face.qnorm_rope_kv_insert(q, *rows, block_size=BLOCK),
-            face.qnorm_rope_kv_insert(q, *rows, block_size=BLOCK, padded_heads=64, apply_q_norm=False),
-            face.gather_kv(cache, slots, block_size=BLOCK, dtype=torch.float16),
-            face.qnorm_rope_full_cache_fp8_insert(q, kv, full, *rest, kv_scale=one, q_scale_inv=one),
+            torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(q, *rows, 5, 1e-6, BLOCK_SIZE),
+            api.qnorm_rope_kv_insert(q, *rows, block_size=BLOCK_SIZE),
+            api.qnorm_rope_kv_insert(q, *rows, block_size=BLOCK_SIZE, padded_heads=64, apply_q_norm=False),
+            api.gather_kv(cache, slots, block_size=BLOCK_SIZE, dtype=torch.float16),
+            api.qnorm_rope_full_cache_fp8_insert(q, kv, full, *rest, kv_scale=one, q_scale_inv=one),
         ]
-        assert face.insert_kv(*rows, block_size=BLOCK) is None
+        assert api.insert_kv(*rows, block_size=BLOCK_SIZE) is None
         if q.dtype == torch.bfloat16:
-            assert face.qnorm_rope_full_cache_bf16_insert(q, kv, full.to(torch.bfloat16), *rest) is None
+            assert api.qnorm_rope_full_cache_bf16_insert(q, kv, full.to(torch.bfloat16), *rest) is None
         return [looks(result) for result in results]
 
     real = calls(*tensors, full, one)
@@ -174,18 +174,18 @@ def test_fake_results_look_like_real_ones(case: PrologueCase, device: torch.devi
 def decode_step(
     q: Tensor, kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All that a model would do with the group, with ordinary operations around it."""
+    """The group's functions as a model would call them, among ordinary operations."""
     out = mla_prologue.qnorm_rope_kv_insert(
-        q * 2, kv, cache, slots, positions, cos_sin, block_size=BLOCK, padded_heads=q.shape[1] + 2
+        q * 2, kv, cache, slots, positions, cos_sin, block_size=BLOCK_SIZE, padded_heads=q.shape[1] + 2
     )
-    mla_prologue.insert_kv(kv * 0.5, cache, slots, positions, cos_sin, block_size=BLOCK)
-    return out + 1, mla_prologue.gather_kv(cache, slots, block_size=BLOCK) * 2
+    mla_prologue.insert_kv(kv * 0.5, cache, slots, positions, cos_sin, block_size=BLOCK_SIZE)
+    return out + 1, mla_prologue.gather_kv(cache, slots, block_size=BLOCK_SIZE) * 2
 
 
 def siblings(
     q: Tensor, kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor
 ) -> tuple[Tensor, ...]:
-    full = torch.zeros(cache.shape[0], BLOCK, 512, dtype=torch.uint8, device=q.device)
+    full = torch.zeros(cache.shape[0], BLOCK_SIZE, 512, dtype=torch.uint8, device=q.device)
     one = torch.ones(1, device=q.device)
     q8 = mla_prologue.qnorm_rope_full_cache_fp8_insert(
         q, kv, full, slots, positions, cos_sin, kv_scale=one, q_scale_inv=one
@@ -193,7 +193,7 @@ def siblings(
     rows = full.to(torch.bfloat16)
     own = q.clone()
     mla_prologue.qnorm_rope_full_cache_bf16_insert(own, kv, rows, slots, positions, cos_sin)
-    mla_prologue.qnorm_rope_kv_insert(q, kv, cache, slots, positions, cos_sin, block_size=BLOCK, out=own)
+    mla_prologue.qnorm_rope_kv_insert(q, kv, cache, slots, positions, cos_sin, block_size=BLOCK_SIZE, out=own)
     return q8.view(torch.uint8), full, rows, own
 
 
@@ -223,7 +223,7 @@ def test_compile_with_dynamic_shapes(step: Step, device: torch.device) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
-    for tokens in (6, 7, 19):  # 11 heads: sizes that are equal by chance would be guarded as one
+    for tokens in (6, 7, 19):  # 11 heads: torch.compile would guard sizes that are equal by chance as one
         assert_compiles(step, compiled, replace(CASE, tokens=tokens, heads=11), device)
         compilations.append(counter.frame_count)
     assert compilations == compilations[:1] * 3, "another number of tokens compiles again"
@@ -237,13 +237,13 @@ def test_compile_with_inductor(device: torch.device) -> None:
 
 
 def test_export(device: torch.device) -> None:
-    """The operators stand in an exported graph under their own names."""
+    """An exported graph contains the operators under their own names."""
 
     class Module(torch.nn.Module):
         def forward(
             self, q: Tensor, kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor
         ) -> Tensor:
-            return mla_prologue.qnorm_rope_kv_insert(q, kv, cache, slots, positions, cos_sin, block_size=BLOCK)
+            return mla_prologue.qnorm_rope_kv_insert(q, kv, cache, slots, positions, cos_sin, block_size=BLOCK_SIZE)
 
     ours, theirs = CASE.make(device), CASE.make(device)
     inputs = (ours.q, ours.kv, ours.cache.clone(), ours.slots, ours.positions, ours.cos_sin)
@@ -259,7 +259,7 @@ def test_export(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 64, 1100])
 def test_cuda_graph_with_changing_contents(tokens: int, cuda: torch.device) -> None:
-    """One capture, replayed on other rows, slots and positions, some of them wild."""
+    """One capture, replayed on other rows, slots and positions, some of them out of range."""
     case = replace(CASE, tokens=tokens, block_size=64, padded_heads=8, skipped=0.1, wild=0.1)
     static = case.make(cuda, 0)
     full = torch.zeros(static.cache.shape[0], 64, 512, dtype=torch.uint8, device=cuda)
@@ -313,7 +313,8 @@ def test_checked_indices_do_not_disturb_a_capture(cuda: torch.device, monkeypatc
 
 @pytest.mark.gpu
 def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
-    """Inputs that arrive late on a side stream are seen, though nobody synchronises with the default stream."""
+    """Inputs that are written late on a side stream are read correctly without synchronizing with the default
+    stream."""
     case = replace(CASE, tokens=64, heads=16, padded_heads=None, block_size=64)
     expected, late = case.make(cuda), case.make(cuda)
     wanted = expected.run(mla_prologue)

@@ -1,4 +1,4 @@
-"""What the prologue refuses, how it says so, and that nothing is written then or outside of the tensors ever."""
+"""Refused arguments: error types and messages; nothing is written after an error, and never outside of the tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from abiding.testing.cases.mla_prologue import PrologueCase
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 from abiding.testing.guarded import GuardedTensor, guarded
 
-TOKENS, HEADS, PADDED, BLOCK, PAGES, POSITIONS = 4, 3, 5, 4, 3, 32
-PAGE = BLOCK * 584
+TOKENS, HEADS, PADDED, BLOCK_SIZE, PAGES, POSITIONS = 4, 3, 5, 4, 3, 32
+PAGE = BLOCK_SIZE * 584
 
 QUANT = "fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert"
 BF16 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert"
@@ -26,7 +26,7 @@ FP8 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert"
 INSERT = "fused_deepseek_v4_kv_rope_quant_insert"
 GATHER = "deepseek_v4_gather_kv"
 
-FACE_NAMES = {
+PUBLIC_NAMES = {
     "q_in": "q",
     "k_cache": "cache",
     "slot_mapping": "slots",
@@ -45,7 +45,7 @@ FACE_NAMES = {
 
 @dataclass
 class Call:
-    """One call of a raw operator: its arguments by name, and what guards the memory behind them."""
+    """One call of a raw operator: its arguments by name, and the guards of their memory."""
 
     op: str
     args: dict[str, Any]
@@ -58,9 +58,9 @@ class Call:
             return packet.out(**self.args)
         return packet.default(**self.args)
 
-    def face(self) -> Any:
-        function, same = FACES[self.op]
-        args = {FACE_NAMES.get(name, name): value for name, value in self.args.items()}
+    def public(self) -> Any:
+        function, same = PUBLIC_FUNCTIONS[self.op]
+        args = {PUBLIC_NAMES.get(name, name): value for name, value in self.args.items()}
         if same:
             args.pop("block_size")
         if self.op == GATHER:
@@ -80,7 +80,7 @@ class Call:
             guard.check()
 
 
-FACES: dict[str, tuple[Callable[..., Any], bool]] = {
+PUBLIC_FUNCTIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     QUANT: (mla_prologue.qnorm_rope_kv_insert, False),
     QUANT + ".out": (mla_prologue.qnorm_rope_kv_insert, False),
     INSERT: (mla_prologue.insert_kv, False),
@@ -91,16 +91,16 @@ FACES: dict[str, tuple[Callable[..., Any], bool]] = {
 
 
 def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random | None = None) -> Call:
-    """A legal call; with `rng` its sizes, dtypes, strides and contents vary."""
+    """An accepted call; with `rng` its sizes, dtypes, strides and contents vary."""
     vary = rng is not None
     rng = rng or random.Random(0)
     tokens = rng.choice([0, 1, 2, 5, 9]) if vary else TOKENS
     heads = rng.choice([0, 1, 3]) if vary else HEADS
     padded = heads + rng.choice([0, 0, 2]) if vary else PADDED
-    block = rng.choice([1, 2, 3, 4, 7]) if vary else BLOCK
+    block_size = rng.choice([1, 2, 3, 4, 7]) if vary else BLOCK_SIZE
     pages = rng.choice([0, 1, 2, 4]) if vary else PAGES
     positions = rng.choice([1, 5, 32]) if vary else POSITIONS
-    half = rng.choice([torch.bfloat16, torch.float16]) if vary and op != BF16 else torch.bfloat16
+    row_dtype = rng.choice([torch.bfloat16, torch.float16]) if vary and op != BF16 else torch.bfloat16
     slot_dtype = rng.choice([torch.int32, torch.int64]) if vary else torch.int64
     position_dtype = rng.choice([torch.int32, torch.int64]) if vary else torch.int64
     wild = vary and rng.random() < 0.3
@@ -117,8 +117,8 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
             strides.insert(0, size * strides[0] + step // 8 * gap())
         return guarded(shape, dtype, device, strides=strides, fill=fill, offset_bytes=offset(16), margin=512)
 
-    def half_rows(*shape: int) -> GuardedTensor:
-        return rows(shape, half, fill=torch.randn(shape, dtype=half, device=device))
+    def random_rows(*shape: int) -> GuardedTensor:
+        return rows(shape, row_dtype, fill=torch.randn(shape, dtype=row_dtype, device=device))
 
     def indices(size: int, limit: int, dtype: torch.dtype) -> GuardedTensor:
         least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
@@ -130,21 +130,21 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
         filled = torch.tensor(values, dtype=dtype, device=device)
         return guarded((size,), dtype, device, fill=filled, offset_bytes=offset(dtype.itemsize), margin=512)
 
-    kv = half_rows(tokens, 512)
+    kv = random_rows(tokens, 512)
     inserted = rng.choice([tokens, tokens, tokens // 2, 0]) if vary else tokens
-    slots = indices(inserted, pages * block, slot_dtype)
+    slots = indices(inserted, pages * block_size, slot_dtype)
     position = indices(tokens, positions, position_dtype)
-    if not wild and tokens > positions:  # more tokens than there are positions: they may repeat
+    if not wild and tokens > positions:  # more tokens than positions: positions may repeat
         position.tensor.clamp_(min=0)
     table = torch.rand(positions, 64, device=device)
     cos_sin = guarded((positions, 64), torch.float32, device, fill=table, offset_bytes=offset(16), margin=512)
     eps = rng.choice([0.0, 1e-6, 0.1]) if vary else 1e-6
 
-    q = half_rows(tokens, heads, 512)
+    q = random_rows(tokens, heads, 512)
     if op in (BF16, FP8):
         size = 2 if op == BF16 else 1
-        dtype = half if op == BF16 else rng.choice([torch.uint8, torch.float8_e4m3fn]) if vary else torch.uint8
-        cache = rows((pages, block, 512), dtype, 16 // size)
+        dtype = row_dtype if op == BF16 else rng.choice([torch.uint8, torch.float8_e4m3fn]) if vary else torch.uint8
+        cache = rows((pages, block_size, 512), dtype, 16 // size)
         rest = {"slot_mapping": slots, "position_ids": position, "cos_sin_cache": cos_sin}
         tensors = {"q": q, "kv": kv, "k_cache": cache, **rest}
         if op == FP8:
@@ -153,17 +153,17 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
             tensors = {"q": q, "kv": kv, "q_fp8": rows((tokens, heads, 512), out_dtype, 16), "k_cache": cache, **rest}
             for name in ("fp8_scale", "q_fp8_scale_inv"):
                 tensors[name] = guarded((1,), torch.float32, device, fill=one, margin=512)
-        scalars: dict[str, Any] = {"eps": eps, "cache_block_size": block}
+        scalars: dict[str, Any] = {"eps": eps, "cache_block_size": block_size}
     else:
-        stride = block * 584 + 8 * rng.choice([0, 1, 50]) if vary else PAGE
-        width = rng.randint(block * 584, stride) if vary else PAGE
+        stride = block_size * 584 + 8 * rng.choice([0, 1, 50]) if vary else PAGE
+        width = rng.randint(block_size * 584, stride) if vary else PAGE
         cache = guarded((pages, width), torch.uint8, device, strides=(stride, 1), offset_bytes=offset(8), margin=512)
         if op == GATHER:
             for page in range(pages):  # codes and bytes of every kind
                 cache.tensor[page] = torch.randint(0, 256, (width,), dtype=torch.uint8, device=device)
-            result = rows((inserted, 512), half)
+            result = rows((inserted, 512), row_dtype)
             guards = {"k_cache": cache, "slot_mapping": slots, "out": result}
-            return Call(op, {**{name: g.tensor for name, g in guards.items()}, "cache_block_size": block}, guards)
+            return Call(op, {**{name: g.tensor for name, g in guards.items()}, "cache_block_size": block_size}, guards)
         tensors = {
             "kv": kv,
             "k_cache": cache,
@@ -171,22 +171,22 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
             "position_ids": position,
             "cos_sin_cache": cos_sin,
         }
-        scalars = {"cache_block_size": block}
+        scalars = {"cache_block_size": block_size}
         if op != INSERT:
             tensors = {"q_in": q, **tensors}
-            scalars = {"q_head_padded": padded, "eps": eps, "cache_block_size": block}
+            scalars = {"q_head_padded": padded, "eps": eps, "cache_block_size": block_size}
         if op == QUANT + ".out":
             del scalars["q_head_padded"]
             for flag in ("apply_q_norm", "apply_q_rope", "zero_padding"):
                 scalars[flag] = rng.random() < 0.7 if vary else True
-            tensors["out"] = half_rows(tokens, padded, 512)
+            tensors["out"] = random_rows(tokens, padded, 512)
     return Call(op, {**{name: guard.tensor for name, guard in tensors.items()}, **scalars}, tensors)
 
 
-# --- what spoils them -------------------------------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------------------------------
 
 Spoil = Callable[[Call, str], Any]
-"""Takes a call and an argument's name, and returns a value for it that has to be refused."""
+"""Takes a call and the name of an argument, and returns a value for it that must be refused."""
 
 
 def other_dtype(dtype: torch.dtype) -> Spoil:
@@ -247,7 +247,7 @@ HALF_ROWS: dict[str, Spoil] = {
     "rank + 1": DEEPER,
     "meta": to_meta,
     "misaligned": misaligned(2),
-    "half aligned": misaligned(8),
+    "8-byte aligned": misaligned(8),
 }
 Q_ROWS: dict[str, Spoil] = {
     **HALF_ROWS,
@@ -259,7 +259,7 @@ Q_ROWS: dict[str, Spoil] = {
 }
 KV_ROWS: dict[str, Spoil] = {
     **HALF_ROWS,
-    "other half": other_dtype(torch.float16),
+    "other 16-bit dtype": other_dtype(torch.float16),
     "256 dims": resized(d1=256),
     "fewer rows": resized(d0=TOKENS - 1),
     "more rows": resized(d0=TOKENS + 1),
@@ -303,8 +303,8 @@ RECORD_CACHE: dict[str, Spoil] = {
     "same page": lambda call, name: call.args[name].new_zeros(1, PAGE).expand(PAGES, PAGE),
     "odd page stride": strided(PAGE + 4, 1),
     "spread bytes": strided(2 * PAGE, 2),
-    "holes in pages": lambda call, name: call.args[name].new_zeros(PAGES, BLOCK, 592)[:, :, :584],
-    "transposed": lambda call, name: call.args[name].new_zeros(PAGES, 584, BLOCK).transpose(1, 2),
+    "holes in pages": lambda call, name: call.args[name].new_zeros(PAGES, BLOCK_SIZE, 592)[:, :, :584],
+    "transposed": lambda call, name: call.args[name].new_zeros(PAGES, 584, BLOCK_SIZE).transpose(1, 2),
 }
 ROW_CACHE: dict[str, Spoil] = {
     "float32": other_dtype(torch.float32),
@@ -313,14 +313,14 @@ ROW_CACHE: dict[str, Spoil] = {
     "rank 4": DEEPER,
     "meta": to_meta,
     "256 dims": resized(d2=256),
-    "last stride 2": strided(BLOCK * 1024, 1024, 2),
-    "odd row stride": strided(BLOCK * 520, 516, 1),
-    "overlapping rows": strided(BLOCK * 512, 256, 1),
+    "last stride 2": strided(BLOCK_SIZE * 1024, 1024, 2),
+    "odd row stride": strided(BLOCK_SIZE * 520, 516, 1),
+    "overlapping rows": strided(BLOCK_SIZE * 512, 256, 1),
     "same page": strided(0, 512, 1),
     "misaligned": misaligned(2),
 }
 EPS: dict[str, Spoil] = {"nan": scalar(float("nan")), "inf": scalar(float("inf")), "negative": scalar(-1e-6)}
-BLOCK_SIZE: dict[str, Spoil] = {
+BLOCK_SIZE_SPOILS: dict[str, Spoil] = {
     "zero": scalar(0),
     "negative": scalar(-64),
     "huge": scalar((1 << 63) - 1),
@@ -328,7 +328,7 @@ BLOCK_SIZE: dict[str, Spoil] = {
 }
 OUT: dict[str, Spoil] = {
     **Q_ROWS,
-    "other half": other_dtype(torch.float16),
+    "other 16-bit dtype": other_dtype(torch.float16),
     "fewer heads": resized(d1=HEADS - 1),
     "fewer tokens": resized(d0=TOKENS - 1),
     "more tokens": resized(d0=TOKENS + 1),
@@ -354,7 +354,7 @@ KV_SIDE = {
 
 
 def shifted(call: Call, elements: int, strides: tuple[int, ...]) -> Tensor:
-    """An output that overlaps q, which moves into the same memory."""
+    """An output that overlaps q; q moves into the same memory."""
     memory = torch.zeros(TOKENS * HEADS * 600, dtype=torch.bfloat16, device=call.args["kv"].device)
     call.args["q_in"] = memory.as_strided((TOKENS, HEADS, 512), (HEADS * 512, 512, 1))
     return memory.as_strided((TOKENS, HEADS, 512), strides, elements)
@@ -370,7 +370,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **KV_SIDE,
         "k_cache": RECORD_CACHE,
         "eps": EPS,
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
         "out": OUT,
     },
     QUANT: {
@@ -378,7 +378,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **KV_SIDE,
         "k_cache": RECORD_CACHE,
         "eps": EPS,
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
         "q_head_padded": {
             "too few": scalar(HEADS - 1),
             "none": scalar(0),
@@ -388,16 +388,16 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
     },
     INSERT: {
         **KV_SIDE,
-        "kv": without(KV_ROWS, "other half", "fewer rows", "more rows"),
+        "kv": without(KV_ROWS, "other 16-bit dtype", "fewer rows", "more rows"),
         "k_cache": RECORD_CACHE,
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
     },
     GATHER: {
         "k_cache": RECORD_CACHE,
         "slot_mapping": without(INDICES, "more"),
-        "cache_block_size": BLOCK_SIZE,
+        "cache_block_size": BLOCK_SIZE_SPOILS,
         "out": {
-            **without(KV_ROWS, "other half"),
+            **without(KV_ROWS, "other 16-bit dtype"),
             "overlapping rows": strided(256, 1),
             "one row": strided(0, 1),
         },
@@ -405,14 +405,14 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
     BF16: {
         "q": {
             **Q_ROWS,
-            "other half": other_dtype(torch.float16),
+            "other 16-bit dtype": other_dtype(torch.float16),
             "overlapping": strided(512, 512, 1),
             "expanded": strided(0, 0, 1),
         },
         **KV_SIDE,
         "k_cache": ROW_CACHE,
         "eps": EPS,
-        "cache_block_size": {**BLOCK_SIZE, "other": scalar(BLOCK + 1)},
+        "cache_block_size": {**BLOCK_SIZE_SPOILS, "other": scalar(BLOCK_SIZE + 1)},
     },
     FP8: {
         "q": Q_ROWS,
@@ -423,7 +423,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
             "bfloat16": other_dtype(torch.bfloat16),
         },
         "eps": EPS,
-        "cache_block_size": {**BLOCK_SIZE, "other": scalar(BLOCK + 1)},
+        "cache_block_size": {**BLOCK_SIZE_SPOILS, "other": scalar(BLOCK_SIZE + 1)},
         "q_fp8": {
             "bfloat16": other_dtype(torch.bfloat16),
             "int8": other_dtype(torch.int8),
@@ -461,7 +461,7 @@ def test_the_call_that_gets_spoiled_is_accepted(op: str, device: torch.device) -
     for call in (well_formed(op, device), well_formed(op, device)):
         call.raw()
         call.check()
-    well_formed(op, device).face()
+    well_formed(op, device).public()
 
 
 @pytest.mark.parametrize(("op", "name", "spoil"), SPOILED)
@@ -480,68 +480,68 @@ def test_operator_refuses(op: str, name: str, spoil: Spoil, device: torch.device
     call.assert_untouched()
 
 
-def is_in_the_face(op: str, name: str) -> bool:
-    """gather_kv makes its own output; the siblings take the block size from their cache."""
+def is_a_public_argument(op: str, name: str) -> bool:
+    """gather_kv allocates its own output; the full-cache functions take the block size from their cache."""
     return (op, name) != (GATHER, "out") and not (op in (BF16, FP8) and name == "cache_block_size")
 
 
-@pytest.mark.parametrize(("op", "name", "spoil"), [p for p in SPOILED if is_in_the_face(*p.values[:2])])
-def test_face_refuses(op: str, name: str, spoil: Spoil) -> None:
+@pytest.mark.parametrize(("op", "name", "spoil"), [p for p in SPOILED if is_a_public_argument(*p.values[:2])])
+def test_public_function_refuses(op: str, name: str, spoil: Spoil) -> None:
     call = well_formed(op).remember()
     before = call.args[name]
     call.args[name] = spoil(call, name)
     wrong_dtype = isinstance(before, Tensor) and before.dtype != call.args[name].dtype
     with pytest.raises(TypeError if wrong_dtype else ValueError) as caught:
-        call.face()
+        call.public()
     text = str(caught.value)
-    function = FACES[op][0].__name__
+    function = PUBLIC_FUNCTIONS[op][0].__name__
     assert "expected" in text
     assert len(text.splitlines()) == 1, text
     assert mentions(op.removesuffix(".out"), text) or mentions(function, text), (
         f"neither operator nor function named: {text}"
     )
-    wanted = FACE_NAMES.get(name, name)
+    wanted = PUBLIC_NAMES.get(name, name)
     blamed = {wanted} | ({"kv", "q", "out"} if name in ("q_in", "q", "kv", "out", "q_fp8") else set())
     assert any(mentions(argument, text) for argument in blamed), text
     call.assert_untouched()
 
 
 @pytest.mark.parametrize("wrong", [None, 3, [1.0, 2.0], "cache"], ids=str)
-def test_face_refuses_what_is_no_tensor(wrong: Any) -> None:
+def test_public_function_refuses_what_is_no_tensor(wrong: Any) -> None:
     for op in SPOILS:
         template = well_formed(op)
         for name, value in template.args.items():
             if not isinstance(value, Tensor) or (wrong is None and name in ("out", "q_fp8")):
                 continue
-            if not is_in_the_face(op, name):
+            if not is_a_public_argument(op, name):
                 continue
             call = well_formed(op).remember()
             call.args[name] = wrong
             with pytest.raises(TypeError) as caught:
-                call.face()
-            assert mentions(FACE_NAMES.get(name, name), str(caught.value)), f"{op}, {name}: {caught.value}"
+                call.public()
+            assert mentions(PUBLIC_NAMES.get(name, name), str(caught.value)), f"{op}, {name}: {caught.value}"
             call.assert_untouched()
 
 
-def test_face_refuses_contradictions() -> None:
+def test_public_function_refuses_contradictions() -> None:
     call = well_formed(QUANT + ".out").remember()
-    args = {FACE_NAMES.get(name, name): value for name, value in call.args.items()}
+    args = {PUBLIC_NAMES.get(name, name): value for name, value in call.args.items()}
     with pytest.raises(ValueError, match=r"padded_heads|out has shape"):
         mla_prologue.qnorm_rope_kv_insert(**args, padded_heads=PADDED + 1)
     with pytest.raises(TypeError, match="dtype"):
-        mla_prologue.gather_kv(args["cache"], args["slots"], block_size=BLOCK, dtype=torch.float32)
+        mla_prologue.gather_kv(args["cache"], args["slots"], block_size=BLOCK_SIZE, dtype=torch.float32)
     call.assert_untouched()
 
 
-# --- indices that only the data knows ---------------------------------------------------------------------------------
+# --- index values out of range ----------------------------------------------------------------------------------------
 
-BAD_SLOTS = [PAGES * BLOCK, PAGES * BLOCK + 1, 1 << 31, 1 << 40, (1 << 63) - 1]
+BAD_SLOTS = [PAGES * BLOCK_SIZE, PAGES * BLOCK_SIZE + 1, 1 << 31, 1 << 40, (1 << 63) - 1]
 BAD_POSITIONS = [-1, -(1 << 63), POSITIONS, POSITIONS + 1, 1 << 31, 1 << 57, (1 << 63) - 1]
 
 
 @pytest.mark.parametrize("op", SPOILS)
 def test_wild_indices_stay_inside(op: str, device: torch.device) -> None:
-    """A bad slot or position is skipped: the memory around every tensor and the cache itself stay as they were."""
+    """A row with a bad slot or position is skipped: the cache and the memory around every tensor stay unchanged."""
     slots = [*BAD_SLOTS, -1, -(1 << 63)]
     for index, slot in enumerate(slots):
         call = well_formed(op, device).remember()
@@ -564,7 +564,7 @@ def test_wild_indices_stay_inside(op: str, device: torch.device) -> None:
 def test_checked_indices_raise(
     op: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = PAGES * BLOCK
+    limit = PAGES * BLOCK_SIZE
     bad = [("slot_mapping", value, limit) for value in BAD_SLOTS]
     if op != GATHER:
         bad += [("position_ids", value, POSITIONS) for value in BAD_POSITIONS]
@@ -583,8 +583,8 @@ def test_checked_indices_raise(
             assert part in text, (part, text)
         if op != QUANT:
             call.assert_untouched()
-        with pytest.raises((RuntimeError, ValueError), match=rf"{FACE_NAMES[name]}.*2.*{value}|{name}.*2.*{value}"):
-            call.face()
+        with pytest.raises((RuntimeError, ValueError), match=rf"{PUBLIC_NAMES[name]}.*2.*{value}|{name}.*2.*{value}"):
+            call.public()
         for off in ("0", ""):
             monkeypatch.setenv("ABIDING_CHECK_INDICES", off)
             call.raw()
@@ -594,7 +594,7 @@ def test_checked_indices_raise(
 def test_checked_indices_accept_what_is_legal(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABIDING_CHECK_INDICES", "1")
     call = well_formed(op, device)
-    call.args["slot_mapping"][:] = torch.tensor([-1, -(1 << 63), PAGES * BLOCK - 1, 0])
+    call.args["slot_mapping"][:] = torch.tensor([-1, -(1 << 63), PAGES * BLOCK_SIZE - 1, 0])
     if op != GATHER:
         call.args["position_ids"][:] = torch.tensor([0, POSITIONS - 1, 3, 3])
     call.raw()
@@ -608,7 +608,7 @@ READ_ONLY = {"q_in", "kv", "slot_mapping", "position_ids", "cos_sin_cache", "fp8
 
 
 def random_spoil(call: Call, rng: random.Random) -> None:
-    """Turn some arguments of a call into something else, legal or not."""
+    """Change some arguments of a call to other values, accepted or not."""
     for name in rng.sample(list(call.args), rng.choice([1, 1, 2, 4]) if len(call.args) >= 4 else 1):
         value = call.args[name]
         if isinstance(value, bool):
@@ -632,7 +632,7 @@ def random_spoil(call: Call, rng: random.Random) -> None:
                 (1 << 63) - 1,
                 -(1 << 63),
             ]
-            # An output of 2^20 heads for a few tokens would be legal, and gigabytes.
+            # An output of 2^20 heads would be accepted, and takes gigabytes.
             call.args[name] = rng.choice(
                 [e for e in extremes if name != "q_head_padded" or e < 1 << 10 or e >= 1 << 40]
             )
@@ -677,26 +677,26 @@ def random_view(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def assert_as_the_reference(call: Call) -> None:
-    """Compare what a call has written with what the reference makes of the same arguments."""
-    a = {FACE_NAMES.get(name, name): value for name, value in call.args.items()}
-    face = reference.mla_prologue
+    """Compare what a call wrote with what the reference writes for the same arguments."""
+    a = {PUBLIC_NAMES.get(name, name): value for name, value in call.args.items()}
+    api = reference.mla_prologue
     if call.op == GATHER:
-        expected = face.gather_kv(a["cache"], a["slots"], block_size=a["block_size"], dtype=a["out"].dtype)
+        expected = api.gather_kv(a["cache"], a["slots"], block_size=a["block_size"], dtype=a["out"].dtype)
         assert_close(a["out"], expected, name="out")
         return
     given = call.guards["k_cache"]
     before = GuardedTensor(given.tensor, call.before["k_cache"], given.start).clone()
     inputs = [a["kv"], before.tensor, a["slots"], a["positions"], a["cos_sin"]]
     if call.op == INSERT:
-        face.insert_kv(*inputs, block_size=a["block_size"])
+        api.insert_kv(*inputs, block_size=a["block_size"])
     elif call.op == BF16:
-        face.qnorm_rope_full_cache_bf16_insert(a["q"].clone(), *inputs, eps=a["eps"])
+        api.qnorm_rope_full_cache_bf16_insert(a["q"].clone(), *inputs, eps=a["eps"])
     elif call.op == FP8:
         scales = {"kv_scale": a["kv_scale"], "q_scale_inv": a["q_scale_inv"], "eps": a["eps"]}
-        face.qnorm_rope_full_cache_fp8_insert(a["q"], *inputs, **scales)
+        api.qnorm_rope_full_cache_fp8_insert(a["q"], *inputs, **scales)
     else:
         flags = {name: a[name] for name in ("apply_q_norm", "apply_q_rope") if name in a}
-        expected = face.qnorm_rope_kv_insert(a["q"], *inputs, block_size=a["block_size"], eps=a["eps"], **flags)
+        expected = api.qnorm_rope_kv_insert(a["q"], *inputs, block_size=a["block_size"], eps=a["eps"], **flags)
         if "out" in a:
             assert_close(a["out"][:, : expected.shape[1]], expected, ulps=1, atol=1e-5, name="out")
     assert_bitwise_equal(given.storage, before.storage, "cache, with what lies around it")
@@ -733,7 +733,7 @@ def test_fuzz(op: str) -> None:
 
 
 def test_fuzz_of_index_contents() -> None:
-    """Any bits in slots and positions: what is out of range is skipped, as the reference says."""
+    """Random bits in slots and positions: rows out of range are skipped, as in the reference."""
     rng = random.Random(5)
     for step in range(300):
         case = PrologueCase(

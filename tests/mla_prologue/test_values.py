@@ -20,29 +20,29 @@ from abiding.testing.cases.mla_prologue import CORNER, ODD, REGULAR, PrologueCas
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, ulp_distance
 from abiding.testing.guarded import guarded
 
-HALVES = (torch.bfloat16, torch.float16)
-FACES = pytest.mark.parametrize("face", [mla_prologue, reference.mla_prologue], ids=["kernel", "reference"])
-DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+DTYPES_16_BIT = (torch.bfloat16, torch.float16)
+APIS = pytest.mark.parametrize("api", [mla_prologue, reference.mla_prologue], ids=["kernel", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", DTYPES_16_BIT, ids=["bfloat16", "float16"])
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def assert_query(actual: Tensor, inputs: PrologueInputs, **options: bool) -> None:
-    """Live heads within 1 ulp of the exact value; nearly all of them are that value, rounded once."""
+    """Unpadded heads are within 1 ulp of the exact value, and nearly all equal it, rounded once."""
     case, heads = inputs.case, inputs.case.heads
     exact = reference.mla_prologue.qnorm_rope(inputs.q, inputs.positions, inputs.cos_sin, eps=case.eps, **options)
     before = reference.mla_prologue.qnorm_rope(
         inputs.q, inputs.positions, inputs.cos_sin, eps=case.eps, **{**options, "apply_q_rope": False}
     )
     live = actual[:, :heads]
-    # In float32 the error of a rotation is relative to the pair that enters it, also where the two terms cancel.
+    # The error of a float32 rotation is relative to its input pair, also where the two terms cancel.
     pair = before.unflatten(-1, (-1, 2)).abs().sum(-1, keepdim=True).expand(-1, -1, -1, 2).flatten(-2)
     cancelled = (live.double() - exact).abs() <= 2.0**-23 * pair
     assert_close(torch.where(cancelled, exact.to(live.dtype), live), exact, ulps=1, name="q")
     off = int((ulp_distance(live, exact) > 0).sum())
     if case.values == "subnormal":
-        return  # inputs of few bits times a round number: ties, which any error in the last place of the norm decides
+        return  # few mantissa bits make ties, which an error in the last place of the norm breaks either way
     assert off <= 2 + live.numel() / 2000, f"{off} of {live.numel()} Q values are not the exact ones rounded once"
 
 
@@ -51,23 +51,23 @@ def assert_padding(actual: Tensor, heads: int) -> None:
 
 
 def unrotated(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots 0.., positions and a table that rotate nothing."""
+    """Slots 0.., positions, and a table of zero angles."""
     table = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1).to(device)
     return torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device), table
 
 
-def insert_unrotated(face: ModuleType, kv: Tensor, block_size: int = 1) -> tuple[Tensor, Tensor]:
-    """The e4m3 bytes [T, 448] and scale codes [T, 8] of rows that are not rotated."""
+def insert_unrotated(api: ModuleType, kv: Tensor, block_size: int = 1) -> tuple[Tensor, Tensor]:
+    """The e4m3 bytes [T, 448] and scale codes [T, 8] of rows inserted with zero angles."""
     slots, positions, table = unrotated(len(kv), kv.device)
     pages = -(-len(kv) // block_size)
     cache = torch.full((pages, block_size * 584), 0xEE, dtype=torch.uint8, device=kv.device)
-    face.insert_kv(kv, cache, slots, positions, table, block_size=block_size)
+    api.insert_kv(kv, cache, slots, positions, table, block_size=block_size)
     data = cache[:, : block_size * 576].reshape(pages * block_size, 576)[: len(kv), :448]
     return data, cache[:, block_size * 576 :].reshape(pages * block_size, 8)[: len(kv)]
 
 
 def rows_of_blocks(blocks: Tensor) -> Tensor:
-    """Blocks [n, 64] as KV rows [ceil(n / 7), 512]; what is left over is zero."""
+    """Quantization blocks [n, 64] as KV rows [ceil(n / 7), 512], padded with zeros."""
     rows = -(-len(blocks) // 7)
     kv = torch.zeros(rows, 512, dtype=blocks.dtype, device=blocks.device)
     padded = torch.zeros(rows * 7, 64, dtype=blocks.dtype, device=blocks.device)
@@ -82,13 +82,13 @@ def every(dtype: torch.dtype) -> Tensor:
 
 
 def e4m3_by_torch(x: Tensor) -> Tensor:
-    """torch's cast of float32 with the rules for what lies outside of its range; NaN is 0x7F."""
+    """torch's cast of float32 to e4m3, with saturation, and NaN as 0x7F."""
     bytes_ = x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
     return bytes_.masked_fill(x.isnan(), 0x7F)
 
 
 def exact_exponent(amax: float) -> int:
-    """The least e with max(amax, 1e-4) <= 448 * 2^e, in rational numbers."""
+    """The smallest e with max(amax, 1e-4) <= 448 * 2^e, in rational numbers."""
     wanted = max(Fraction(amax), Fraction(1, 10_000)) / 448
     e = wanted.numerator.bit_length() - wanted.denominator.bit_length() - 1
     while Fraction(2) ** e < wanted:
@@ -97,7 +97,7 @@ def exact_exponent(amax: float) -> int:
 
 
 def nearest(exact: Fraction, dtype: torch.dtype) -> float:
-    """The representable value nearest to a rational number, ties to the even one."""
+    """The representable value nearest to a rational number; ties go to even."""
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[dtype]
     guess = int(torch.tensor(float(abs(exact)), dtype=torch.float64).to(dtype).view(bits))
     candidates = torch.tensor([max(guess - 1, 0), guess, guess + 1]).to(bits)
@@ -116,7 +116,7 @@ def test_case(case: PrologueCase, device: torch.device) -> None:
     theirs, kv_only = ours.clone(), ours.clone()
     out = ours.run(mla_prologue)
     expected = theirs.run(reference.mla_prologue)
-    assert out.shape == expected.shape == (case.tokens, case.live_heads, 512)
+    assert out.shape == expected.shape == (case.tokens, case.out_heads, 512)
     assert out.dtype == case.dtype
 
     ours.check()
@@ -158,7 +158,7 @@ def test_query_options(options: dict[str, bool], values: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 31, 64, 257])
-def test_plain_operator_agrees_with_the_face(tokens: int, device: torch.device) -> None:
+def test_plain_operator_agrees_with_the_public_api(tokens: int, device: torch.device) -> None:
     case = PrologueCase(tokens, 3, 5, skipped=0.1, wild=0.1)
     ours, theirs = case.make(device), case.make(device)
     out = torch.ops.abiding.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(
@@ -179,27 +179,27 @@ def test_cuda_agrees_with_cpu(cuda: torch.device) -> None:
         assert_bitwise_equal(there.cache.cpu(), here.cache, f"{case}: cache")
 
 
-# --- the scale of a block ---------------------------------------------------------------------------------------------
+# --- the scale of a quantization block --------------------------------------------------------------------------------
 
 
 @DTYPES
 def test_scale_rule_of_the_reference(dtype: torch.dtype) -> None:
     amax = torch.arange(finite_magnitudes(dtype)).to(torch.int16).view(dtype)
     expected = torch.tensor([exact_exponent(value) for value in amax.tolist()])
-    assert_bitwise_equal(reference.mla_prologue.block_exponent(amax).long(), expected, "exponent")
+    assert_bitwise_equal(reference.mla_prologue.quant_block_exponent(amax).long(), expected, "exponent")
     by_logarithm = torch.ceil(torch.log2(amax.double().clamp(min=1e-4) / 448)).long()
     assert_bitwise_equal(by_logarithm, expected, "exponent by logarithm")
 
 
-@FACES
+@APIS
 @DTYPES
-def test_scale_of_every_magnitude(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
-    """Every finite magnitude as the largest of its block, at every place in it."""
+def test_scale_of_every_magnitude(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """Every finite magnitude as the amax of its quantization block, at every position in it."""
     amax = torch.arange(finite_magnitudes(dtype)).to(torch.int16).view(dtype)
     blocks = torch.zeros(len(amax), 64, dtype=dtype)
     index = torch.arange(len(amax))
     blocks[index, index % 64] = torch.where(index % 3 == 0, -amax, amax)
-    data, codes = insert_unrotated(face, rows_of_blocks(blocks).to(device), block_size=64)
+    data, codes = insert_unrotated(api, rows_of_blocks(blocks).to(device), block_size=64)
     expected = torch.tensor([exact_exponent(value) + 127 for value in amax.tolist()], dtype=torch.uint8)
     assert_bitwise_equal(codes[:, :7].cpu().reshape(-1)[: len(amax)], expected, "codes")
     assert not bool(codes[:, 7].any()), "the eighth scale byte is zero"
@@ -208,11 +208,11 @@ def test_scale_of_every_magnitude(face: ModuleType, dtype: torch.dtype, device: 
     assert int(data.cpu().reshape(-1, 64)[64:][: len(amax) - 64].bitwise_and(0x7F).amax()) <= 0x7E
 
 
-@FACES
+@APIS
 @pytest.mark.parametrize("exponent", [-22, -5, 0, 7, 100])
 @DTYPES
-def test_rounding_of_every_value(face: ModuleType, exponent: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Every value up to 448 * 2^exponent, in blocks of that scale."""
+def test_rounding_of_every_value(api: ModuleType, exponent: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Every value up to 448 * 2^exponent, in quantization blocks of that scale."""
     largest = torch.tensor(448.0 * 2.0**exponent, dtype=dtype)
     if not bool(largest.isfinite()) or float(largest) != 448.0 * 2.0**exponent:
         pytest.skip(f"{dtype} does not hold 448 * 2^{exponent}")
@@ -221,16 +221,16 @@ def test_rounding_of_every_value(face: ModuleType, exponent: int, dtype: torch.d
     blocks = torch.zeros(-(-len(values) // 63), 64, dtype=dtype)
     blocks[:, 0] = largest
     blocks[:, 1:] = torch.nn.functional.pad(values, (0, blocks[:, 1:].numel() - len(values))).reshape(-1, 63)
-    data, codes = insert_unrotated(face, rows_of_blocks(blocks).to(device))
+    data, codes = insert_unrotated(api, rows_of_blocks(blocks).to(device))
     assert bool((codes[:, :7].cpu().reshape(-1)[: len(blocks)] == exponent + 127).all())
     expected = e4m3_by_torch((blocks.double() * 2.0**-exponent).float())
     assert_bitwise_equal(data.cpu().reshape(-1, 64)[: len(blocks)], expected, "values")
 
 
-@FACES
+@APIS
 @DTYPES
-def test_special_values(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
-    """The rules for what is not a number of ordinary size, written as bytes."""
+def test_special_values(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """Zeros, tiny values, infinities and NaN, with the expected bytes written out."""
     inf, nan = math.inf, math.nan
     top = torch.finfo(dtype).max
     top_code = 127 + (120 if dtype == torch.bfloat16 else 8)
@@ -249,34 +249,34 @@ def test_special_values(face: ModuleType, dtype: torch.dtype, device: torch.devi
     for row, (values, _, bytes_) in enumerate(table):
         blocks[row, : len(values)] = torch.tensor(values, dtype=dtype)
         expected[row, : len(bytes_)] = torch.tensor(bytes_, dtype=torch.uint8)
-    data, codes = insert_unrotated(face, rows_of_blocks(blocks).to(device))
+    data, codes = insert_unrotated(api, rows_of_blocks(blocks).to(device))
     assert codes.cpu()[:, :7].reshape(-1)[: len(table)].tolist() == [code for _, code, _ in table]
     assert_bitwise_equal(data.cpu().reshape(-1, 64)[: len(table)], expected, "values")
 
 
-@FACES
+@APIS
 @DTYPES
-def test_special_rows_write_only_their_own_record(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def test_special_rows_write_only_their_own_record(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     kv = torch.randn(3, 512, dtype=dtype, device=device)
     slots, positions, table = unrotated(3, device)
     caches = []
     for special in (0.0, math.nan, math.inf):
         kv[1] = special
         cache = torch.full((1, 8 * 584 + 40), 0xEE, dtype=torch.uint8, device=device)
-        face.insert_kv(kv, cache, slots + 2, positions, table, block_size=8)
+        api.insert_kv(kv, cache, slots + 2, positions, table, block_size=8)
         caches.append(cache)
     own = torch.zeros(8 * 584 + 40, dtype=torch.bool, device=device)
     own[3 * 576 : 4 * 576] = True
     own[8 * 576 + 3 * 8 : 8 * 576 + 4 * 8] = True
     for cache in caches[1:]:
-        assert_bitwise_equal(cache[0, ~own], caches[0][0, ~own], "bytes of the neighbours")
+        assert_bitwise_equal(cache[0, ~own], caches[0][0, ~own], "bytes of the neighbors")
 
 
-# --- the rotation -----------------------------------------------------------------------------------------------------
+# --- RoPE -------------------------------------------------------------------------------------------------------------
 
 
 def rotated_exactly(row: list[float], cos: list[float], sin: list[float]) -> list[float]:
-    """fma(e, c, -(o * s)) and fma(e, s, o * c) in float32, one rounding for each product and one for each fma."""
+    """fma(e, c, -(o * s)) and fma(e, s, o * c) in float32, one rounding per product and one per fma."""
     result = []
     for j in range(32):
         e, o, c, s = Fraction(row[2 * j]), Fraction(row[2 * j + 1]), Fraction(cos[j]), Fraction(sin[j])
@@ -286,21 +286,21 @@ def rotated_exactly(row: list[float], cos: list[float], sin: list[float]) -> lis
 
 
 def cancelling_rows(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pairs and tables whose rotation is nothing but rounding error: another contraction changes every bit of it."""
+    """Pairs and angles whose rotation cancels to rounding error, so that another FMA contraction changes all bits."""
     angle = torch.rand(rows, 64)
     angle[:, 32:] = angle[:, :32]
     kv = torch.randn(rows, 512).to(dtype)
     kv[:, 449::2] = kv[:, 448::2]
     kv[::2, 449::2] *= -1
-    # A third of the pairs cancels only nearly, a third not at all.
+    # A third of the pairs cancels nearly, a third not at all.
     kv[::3, 449::2] = torch.randn(len(kv[::3]), 32).to(dtype)
     angle[1::3, 32:] *= 1 + 2.0**-20
     return kv, angle
 
 
-@FACES
+@APIS
 @DTYPES
-def test_rotation_is_two_fused_multiply_adds(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def test_rotation_is_two_fused_multiply_adds(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     rows = 24
     kv, table = cancelling_rows(rows, dtype)
     exact = [rotated_exactly(kv[i, 448:].tolist(), table[i, :32].tolist(), table[i, 32:].tolist()) for i in range(rows)]
@@ -311,20 +311,20 @@ def test_rotation_is_two_fused_multiply_adds(face: ModuleType, dtype: torch.dtyp
     kv, table = kv.to(device), table.to(device)
 
     cache = torch.zeros(rows, 584, dtype=torch.uint8, device=device)
-    face.insert_kv(kv, cache, slots, positions, table, block_size=1)
+    api.insert_kv(kv, cache, slots, positions, table, block_size=1)
     assert_bitwise_equal(cache[:, 448:576].contiguous().view(dtype).cpu(), expected, "cache")
 
     scale = torch.full((1,), 2.0**-24, device=device)
     one = torch.ones(1, device=device)
     cache8 = torch.zeros(rows, 1, 512, dtype=torch.uint8, device=device)
-    face.qnorm_rope_full_cache_fp8_insert(
+    api.qnorm_rope_full_cache_fp8_insert(
         kv[:, None], kv, cache8, slots, positions, table, kv_scale=scale, q_scale_inv=one
     )
     scaled = torch.tensor(exact, dtype=torch.float64).float() * 2.0**24
     assert_bitwise_equal(cache8[:, 0, 448:].cpu(), e4m3_by_torch(scaled), "e4m3 cache")
     if dtype == torch.bfloat16:
         cache16 = torch.zeros(rows, 1, 512, dtype=dtype, device=device)
-        face.qnorm_rope_full_cache_bf16_insert(kv[:, None].clone(), kv, cache16, slots, positions, table)
+        api.qnorm_rope_full_cache_bf16_insert(kv[:, None].clone(), kv, cache16, slots, positions, table)
         assert_bitwise_equal(cache16[:, 0, 448:].cpu(), expected, "bfloat16 cache")
         assert_bitwise_equal(cache16[:, 0, :448], kv[:, :448], "bfloat16 cache")
 
@@ -347,8 +347,8 @@ def test_rotation_of_q_is_the_same(dtype: torch.dtype, device: torch.device) -> 
     assert_bitwise_equal(out[:, 0, :448], q[:, :448], "q")
 
 
-def test_quantised_values_are_rounded_to_the_dtype_of_kv_first(device: torch.device) -> None:
-    """Only the RoPE dimensions change, so a wrong order shows where a row is quantised whole."""
+def test_quantized_values_are_rounded_to_the_dtype_of_kv_first(device: torch.device) -> None:
+    """RoPE comes before quantization, also where a whole row is quantized."""
     kv, table = torch.zeros(1, 512, dtype=torch.bfloat16, device=device), torch.zeros(1, 64, device=device)
     kv[0, 448], table[0, 0] = 1.0, 1.0625 + 2.0**-10  # between two bfloat16 values, just above a tie of e4m3
     zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -363,11 +363,11 @@ def test_quantised_values_are_rounded_to_the_dtype_of_kv_first(device: torch.dev
 # --- reading a cache back ---------------------------------------------------------------------------------------------
 
 
-@FACES
+@APIS
 @DTYPES
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_gather_of_every_code_and_byte(
-    face: ModuleType, dtype: torch.dtype, index_dtype: torch.dtype, device: torch.device
+    api: ModuleType, dtype: torch.dtype, index_dtype: torch.dtype, device: torch.device
 ) -> None:
     block_size, pages = 16, 10
     rows = block_size * pages
@@ -389,7 +389,7 @@ def test_gather_of_every_code_and_byte(
     slots = torch.cat([order, torch.tensor([-1, rows, -(1 << 31), (1 << 31) - 1, rows + 5])]).to(index_dtype)
     if index_dtype == torch.int64:
         slots = torch.cat([slots, torch.tensor([-(1 << 63), (1 << 63) - 1, 1 << 32])])
-    shuffled = face.gather_kv(cache.tensor, slots.to(device), block_size=block_size, dtype=dtype).cpu()
+    shuffled = api.gather_kv(cache.tensor, slots.to(device), block_size=block_size, dtype=dtype).cpu()
     cache.check()
     assert_bitwise_equal(shuffled[rows:], torch.zeros_like(shuffled[rows:]), "rows without a slot")
     actual = torch.empty(rows, 512, dtype=dtype)
@@ -403,16 +403,16 @@ def test_gather_of_every_code_and_byte(
     assert_bitwise_equal(actual[:, 448:].contiguous().view(torch.int16), rope.view(torch.int16), "RoPE values")
 
 
-@FACES
+@APIS
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 300.0])
 @DTYPES
-def test_round_trip(face: ModuleType, scale: float, dtype: torch.dtype, device: torch.device) -> None:
-    """What comes back is within half a step of e4m3 at the block's scale."""
+def test_round_trip(api: ModuleType, scale: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Values read back are within half a step of e4m3 at the scale of their quantization block."""
     kv = (torch.randn(200, 512) * torch.rand(200, 1) * scale).to(dtype).to(device)
     slots, positions, table = unrotated(200, device)
     cache = torch.zeros(4, 64 * 584, dtype=torch.uint8, device=device)
-    face.insert_kv(kv, cache, slots, positions, table, block_size=64)
-    back = face.gather_kv(cache, slots, block_size=64, dtype=dtype)
+    api.insert_kv(kv, cache, slots, positions, table, block_size=64)
+    back = api.gather_kv(cache, slots, block_size=64, dtype=dtype)
     assert_close(back[:, 448:], kv[:, 448:], name="RoPE values")  # -0 may become +0, even when nothing is rotated
     x, y = kv[:, :448].double(), back[:, :448].double()
     amax = x.abs().unflatten(1, (7, 64)).amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1).clamp(min=1e-4)
@@ -462,7 +462,7 @@ def test_out_of_the_caller(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("tokens", [33, 1100])
-def test_rows_do_not_depend_on_their_neighbours(tokens: int, device: torch.device) -> None:
+def test_rows_do_not_depend_on_their_neighbors(tokens: int, device: torch.device) -> None:
     case = PrologueCase(tokens, 5, 7, skipped=0.1)
     together = case.make(device)
     out = together.run(mla_prologue)
@@ -471,9 +471,9 @@ def test_rows_do_not_depend_on_their_neighbours(tokens: int, device: torch.devic
         row = replace(single, **{name: getattr(single, name)[t : t + 1] for name in ("q", "kv", "slots", "positions")})
         assert_bitwise_equal(row.run(mla_prologue)[0], out[t], f"q of token {t}")
     rest = case.make(device)
-    half = replace(rest, **{name: getattr(rest, name)[: tokens // 2] for name in ("q", "kv", "slots", "positions")})
+    first = replace(rest, **{name: getattr(rest, name)[: tokens // 2] for name in ("q", "kv", "slots", "positions")})
     other = replace(rest, **{name: getattr(rest, name)[tokens // 2 :] for name in ("q", "kv", "slots", "positions")})
-    assert_bitwise_equal(torch.cat([half.run(mla_prologue), other.run(mla_prologue)]), out, "q in two calls")
+    assert_bitwise_equal(torch.cat([first.run(mla_prologue), other.run(mla_prologue)]), out, "q in two calls")
     assert_bitwise_equal(rest.guard.storage, together.guard.storage, "cache in two calls")
 
 
@@ -487,7 +487,7 @@ def test_rows_do_not_depend_on_their_neighbours(tokens: int, device: torch.devic
     ids=["many pages", "one large page"],
 )
 def test_cache_over_2_gib(pages: int, stride: int, block_size: int, slots: list[int], device: torch.device) -> None:
-    """Byte offsets that 32 bits do not hold. The memory is taken and not filled, so it costs no time."""
+    """Byte offsets beyond 32 bits. The memory is allocated and not filled, so this is fast."""
     inputs = PrologueCase(5, 2).make(device)
     cache = torch.empty(pages * stride, dtype=torch.uint8, device=device).view(pages, stride)
     where = torch.tensor(slots, device=device)
@@ -506,7 +506,7 @@ def test_cache_over_2_gib(pages: int, stride: int, block_size: int, slots: list[
     assert_bitwise_equal(gathered, expected, "gather_kv")
 
 
-# --- the siblings -----------------------------------------------------------------------------------------------------
+# --- full caches ------------------------------------------------------------------------------------------------------
 
 SIBLING_CASES = [
     PrologueCase(1, 1),
@@ -579,10 +579,10 @@ def test_fp8_sibling(
     assert_bitwise_equal(allocated.view(torch.uint8), out.view(torch.uint8), "q, allocated")
 
 
-@FACES
+@APIS
 @DTYPES
-def test_fp8_sibling_of_every_value(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
-    """Every bit pattern as a KV value, saturated and not; the scale's reciprocal is float32."""
+def test_full_fp8_cache_of_every_value(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """Every bit pattern as a KV value, saturating and not; the reciprocal of the scale is float32."""
     kv = torch.zeros(-(-65536 // 448), 512, dtype=dtype)
     kv[:, :448] = torch.nn.functional.pad(every(dtype), (0, 448 * len(kv) - 65536)).reshape(-1, 448)
     slots, positions, table = unrotated(len(kv), device)
@@ -590,7 +590,7 @@ def test_fp8_sibling_of_every_value(face: ModuleType, dtype: torch.dtype, device
         kv_scale = torch.tensor([scale], device=device)
         cache = torch.zeros(len(kv), 1, 512, dtype=torch.uint8, device=device)
         arguments = (kv[:, None].to(device), kv.to(device), cache, slots, positions, table)
-        face.qnorm_rope_full_cache_fp8_insert(*arguments, kv_scale=kv_scale, q_scale_inv=torch.ones(1, device=device))
+        api.qnorm_rope_full_cache_fp8_insert(*arguments, kv_scale=kv_scale, q_scale_inv=torch.ones(1, device=device))
         factor = nearest(1 / Fraction(float(kv_scale)), torch.float32)
         product = kv[:, :448].double() * factor  # exact in float64; one rounding to float32 follows
         assert_bitwise_equal(cache[:, 0, :448].cpu(), e4m3_by_torch(product.float()), f"scale {scale}")

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from abiding import mxfp8_moe
 from abiding.mxfp8_moe import MXFP8
-from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs, ProductCase, ProductInputs
+from abiding.testing.cases.mxfp8_moe import GemmCase, GemmInputs, LayerCase, LayerInputs
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 
 GROUPS = "Tensor problem_sizes, Tensor expert_offsets, Tensor blockscale_offsets"
@@ -35,7 +35,7 @@ SCHEMAS = {
 }
 KERNELS = [name for name in SCHEMAS if name != "mxfp8_moe_workspace_bytes"]
 
-PRODUCT = ProductCase((3, 0, 5), 64, 96)
+GEMM = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2, elsewhere=0.2)
 
 
@@ -44,13 +44,14 @@ def operator(name: str) -> Any:
 
 
 def arguments(name: str, device: torch.device, rows: int = 8) -> tuple[list[Any], dict[str, Any]]:
-    """A legal call of a raw operator. uint8 stands for e4m3: opcheck cannot subtract eight-bit floats."""
+    """The arguments of an accepted call of a raw operator; uint8 in place of e4m3, since opcheck cannot subtract 8-bit
+    floats."""
     if name == "mxfp8_moe":
         i = replace(LAYER, tokens=rows).make(device)
         space = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
         weights = [w.view(torch.uint8) if w.element_size() == 1 else w for w in (i.w13, i.s13, i.w2, i.s2)]
         return [i.x, *weights, i.topk_ids, i.topk_weights, 1, True, space], {"out": torch.zeros_like(i.x)}
-    i = (PRODUCT if rows else replace(PRODUCT, sizes=(0, 0, 0))).make(device)
+    i = (GEMM if rows else replace(GEMM, sizes=(0, 0, 0))).make(device)
     data, scales = i.quantize(mxfp8_moe)
     data, weight = data.view(torch.uint8), i.weight.view(torch.uint8)
     sizes = i.expert_offsets.diff()
@@ -96,7 +97,7 @@ def test_opcheck_without_the_optional_arguments(device: torch.device) -> None:
     args, kwargs = arguments("mxfp8_moe", device)
     torch.library.opcheck(operator("mxfp8_moe"), [*args[:-1], None], kwargs)
     args, kwargs = arguments("mxfp8_grouped_mm", device)
-    x = PRODUCT.make(device).x
+    x = GEMM.make(device).x
     one = [x, None, args[2][:1], args[3][:1].contiguous(), None, False]
     torch.library.opcheck(operator("mxfp8_grouped_mm"), one, kwargs)
     args, kwargs = arguments("mxfp8_quantize", device)
@@ -122,17 +123,17 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
     def looks(x: Tensor) -> tuple[Any, ...]:
         return x.shape, x.stride(), x.dtype, x.device, x.storage_offset()
 
-    product = (PRODUCT if rows else replace(PRODUCT, sizes=(0, 0, 0))).make(device)
+    gemm = (GEMM if rows else replace(GEMM, sizes=(0, 0, 0))).make(device)
     layer = replace(LAYER, tokens=rows).make(device)
-    tensors = [product.x, product.weight, product.weight_scale, product.expert_offsets, layer.x, layer.w13, layer.s13]
+    tensors = [gemm.x, gemm.weight, gemm.weight_scale, gemm.expert_offsets, layer.x, layer.w13, layer.s13]
     tensors += [layer.w2, layer.s2, layer.topk_ids, layer.topk_weights]
 
     def calls(*t: Tensor) -> list[Any]:
-        face = mxfp8_moe
-        a = face.quantize(t[0], t[3])
-        results = [*a, *face.quantize(t[0]), face.round(t[0]), face.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
-        results += [face.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), face.moe(*t[4:])]
-        return [looks(x) for x in [*results, face.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
+        api = mxfp8_moe
+        a = api.quantize(t[0], t[3])
+        results = [*a, *api.quantize(t[0]), api.round(t[0]), api.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
+        results += [api.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), api.moe(*t[4:])]
+        return [looks(x) for x in [*results, api.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
 
     real = calls(*tensors)
     with FakeTensorMode() as mode:
@@ -146,8 +147,8 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
 Step = Callable[..., Any]
 
 
-def product_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
-    """W8A8 and W8A16 products with ordinary operations around them."""
+def gemm_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
+    """W8A8 and W8A16 GEMMs among ordinary operations."""
     a = mxfp8_moe.quantize(x * 2, offsets)
     exact = mxfp8_moe.grouped_mm(a, weight, weight_scale, offsets) * 2
     return torch.stack([exact, mxfp8_moe.grouped_mm(mxfp8_moe.round(x), weight, weight_scale, offsets)])
@@ -155,32 +156,32 @@ def product_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tenso
 
 def layer_step(i: tuple[Tensor, ...]) -> Tensor:
     x, *rest = i
-    hidden = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai")
-    return mxfp8_moe.moe(hidden + x, *rest, mode="w8a16", out=torch.empty_like(hidden))
+    first = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai")
+    return mxfp8_moe.moe(first + x, *rest, mode="w8a16", out=torch.empty_like(first))
 
 
 def tensors_of(i: LayerInputs) -> tuple[Tensor, ...]:
     return i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights
 
 
-def assert_compiles(compiled_product: Step, compiled_layer: Step, rows: int, device: torch.device) -> None:
-    product = replace(PRODUCT, sizes=(rows, 0, 2)).make(device, rows)
-    given = (product.x, product.weight, product.weight_scale, product.expert_offsets)
-    assert_bitwise_equal(compiled_product(*given), product_step(*given))
+def assert_compiles(compiled_gemm: Step, compiled_layer: Step, rows: int, device: torch.device) -> None:
+    gemm = replace(GEMM, sizes=(rows, 0, 2)).make(device, rows)
+    given = (gemm.x, gemm.weight, gemm.weight_scale, gemm.expert_offsets)
+    assert_bitwise_equal(compiled_gemm(*given), gemm_step(*given))
     layer = tensors_of(replace(LAYER, tokens=rows).make(device, rows))
     assert_bitwise_equal(compiled_layer(layer), layer_step(layer))
 
 
 def test_compile(device: torch.device) -> None:
     torch._dynamo.reset()
-    steps = (torch.compile(step, fullgraph=True, backend="aot_eager") for step in (product_step, layer_step))
+    steps = (torch.compile(step, fullgraph=True, backend="aot_eager") for step in (gemm_step, layer_step))
     assert_compiles(*steps, 5, device)
 
 
 def test_compile_with_dynamic_shapes(device: torch.device) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    steps = [torch.compile(step, fullgraph=True, dynamic=True, backend=counter) for step in (product_step, layer_step)]
+    steps = [torch.compile(step, fullgraph=True, dynamic=True, backend=counter) for step in (gemm_step, layer_step)]
     compilations = []
     for rows in (5, 7, 19):
         assert_compiles(*steps, rows, device)
@@ -191,7 +192,7 @@ def test_compile_with_dynamic_shapes(device: torch.device) -> None:
 @pytest.mark.usefixtures("inductor")
 def test_compile_with_inductor(device: torch.device) -> None:
     torch._dynamo.reset()
-    assert_compiles(*(torch.compile(step, fullgraph=True) for step in (product_step, layer_step)), 5, device)
+    assert_compiles(*(torch.compile(step, fullgraph=True) for step in (gemm_step, layer_step)), 5, device)
 
 
 def test_inference_mode(device: torch.device) -> None:
@@ -199,8 +200,8 @@ def test_inference_mode(device: torch.device) -> None:
     expected = i.run(mxfp8_moe)
     with torch.inference_mode():
         assert_bitwise_equal(LAYER.make(device).run(mxfp8_moe), expected)
-        product = PRODUCT.make(device)
-        product.run(mxfp8_moe, product.quantize(mxfp8_moe))
+        gemm = GEMM.make(device)
+        gemm.run(mxfp8_moe, gemm.quantize(mxfp8_moe))
 
 
 # --- the GPU ----------------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     ids=str,
 )
 def test_cuda_graph_with_changing_routing(case: LayerCase, replays: int, cuda: torch.device) -> None:
-    """One capture, replayed on other rows and other experts: the bits of an eager call."""
+    """One capture, replayed on other rows and other experts, gives the bits of an eager call."""
     static = case.make(cuda)
     graph, out = captured(lambda: static.run(mxfp8_moe))
     rng = torch.Generator(cuda).manual_seed(1)
@@ -243,8 +244,8 @@ def test_cuda_graph_with_changing_routing(case: LayerCase, replays: int, cuda: t
 
 
 @pytest.mark.gpu
-def test_cuda_graph_of_products_with_changing_offsets(cuda: torch.device) -> None:
-    i = ProductCase((40, 0, 200, 16), 256, 512).make(cuda)
+def test_cuda_graph_of_gemms_with_changing_offsets(cuda: torch.device) -> None:
+    i = GemmCase((40, 0, 200, 16), 256, 512).make(cuda)
 
     def step() -> tuple[Tensor, ...]:
         a = i.quantize(mxfp8_moe)
@@ -271,7 +272,8 @@ def test_checked_indices_do_not_disturb_a_capture(cuda: torch.device, monkeypatc
 
 @pytest.mark.gpu
 def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
-    """Inputs that arrive late on a side stream are seen, though nobody synchronises with the default stream."""
+    """Inputs that are written late on a side stream are read correctly without synchronizing with the default
+    stream."""
     i = LayerCase(64, 256, 128, 8, 2).make(cuda)
     expected = i.run(mxfp8_moe)
     x = i.x.clone()
@@ -290,10 +292,10 @@ def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
 def test_cpu_and_cuda_agree(mode: mxfp8_moe.Mode, cuda: torch.device) -> None:
-    """Codes and bytes are equal; sums differ by their order alone."""
-    here = ProductCase((5, 0, 70), 128, 256).make("cpu")
+    """Codes and bytes are equal; sums differ only by their order."""
+    here = GemmCase((5, 0, 70), 128, 256).make("cpu")
     moved = {name: getattr(here, name).to(cuda) for name in ("x", "weight", "weight_scale", "codes", "expert_offsets")}
-    there: ProductInputs = replace(here, **moved)
+    there: GemmInputs = replace(here, **moved)
     for ours, theirs in zip(here.quantize(mxfp8_moe), there.quantize(mxfp8_moe), strict=True):
         assert_bitwise_equal(theirs.view(torch.uint8).cpu(), ours.view(torch.uint8))
     rows = MXFP8(*here.quantize(mxfp8_moe))

@@ -1,4 +1,4 @@
-"""What the group refuses, how it says so, and that nothing is written then or outside of the tensors ever."""
+"""Refused arguments: error types and messages; nothing is written after an error, and never outside of the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from abiding import mxfp8_moe
 from abiding.mxfp8_moe import MXFP8
-from abiding.testing.cases.mxfp8_moe import LayerCase, ProductCase
+from abiding.testing.cases.mxfp8_moe import GemmCase, LayerCase
 from abiding.testing.comparison import assert_bitwise_equal
 from abiding.testing.guarded import GuardedTensor, guarded
 
@@ -22,7 +22,7 @@ QUANT, RAW_MM = "mxfp8_experts_quant", "cutlass_mxfp8_grouped_mm"
 QUANTIZE, ROUND, MM, MOE = "mxfp8_quantize", "mxfp8_round", "mxfp8_grouped_mm", "mxfp8_moe"
 MM_BF16 = "mxfp8_grouped_mm of bfloat16"
 
-PRODUCT = ProductCase((3, 0, 5), 64, 96)
+GEMM = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2)
 WRITTEN = {"quant_output", "scale_factor", "out", "data", "scales", "workspace"}
 
@@ -32,7 +32,7 @@ WRITTEN = {"quant_output", "scale_factor", "out", "data", "scales", "workspace"}
 
 @dataclass
 class Call:
-    """One call of a raw operator: its arguments by name, and what guards the memory behind the tensors."""
+    """One call of a raw operator: its arguments by name, and the guards of their memory."""
 
     op: str
     args: dict[str, Any]
@@ -42,7 +42,7 @@ class Call:
     def raw(self) -> None:
         getattr(torch.ops.abiding, self.op.partition(" ")[0]).default(**self.args)
 
-    def face(self) -> Any:
+    def public(self) -> Any:
         a = dict(self.args)
         if self.op == QUANTIZE:
             return mxfp8_moe.quantize(a["input"], a["offsets"])
@@ -69,7 +69,7 @@ class Call:
 
 
 def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random | None = None) -> Call:
-    """A legal call; with `rng` its sizes, strides and dtypes vary."""
+    """An accepted call; with `rng` its sizes, strides and dtypes vary."""
     vary = rng is not None
     rng = rng or random.Random(0)
 
@@ -106,10 +106,10 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
         guards["out"] = poison(case.tokens, case.hidden, dtype=torch.bfloat16)
         scalars = {"activation": 0, "w8a8": pick(True, False)}
     else:
-        case = PRODUCT
+        case = GEMM
         if vary:
             sizes = tuple(rng.choice([0, 1, 4]) for _ in range(rng.choice([1, 3])))
-            case = ProductCase(sizes, pick(64, 32, 160), pick(96, 32, 128), dtype=pick(torch.bfloat16, torch.float16))
+            case = GemmCase(sizes, pick(64, 32, 160), pick(96, 32, 128), dtype=pick(torch.bfloat16, torch.float16))
         i = case.make(device, seed)
         q = i.quantize(mxfp8_moe)
         e4m3 = pick(torch.float8_e4m3fn, torch.uint8)
@@ -154,10 +154,10 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
     return Call(op, args, guards)
 
 
-# --- what spoils them -------------------------------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------------------------------
 
 Spoil = Callable[[Any], Any]
-"""Takes an argument's value, and returns one that has to be refused."""
+"""Takes the value of an argument, and returns a value that must be refused."""
 
 
 def dtype(other: torch.dtype) -> Spoil:
@@ -190,7 +190,7 @@ def transposed(spoil: Spoil) -> Spoil:
 
 
 def rows(k: int, step: int, *dtypes: torch.dtype) -> dict[str, Spoil]:
-    """What no [M, k] with rows in multiples of `step` elements may be."""
+    """Values that must be refused for an [M, k] with row strides in multiples of `step` elements."""
     return {
         **{str(one): dtype(one) for one in dtypes},
         "rank 1": lambda x: x.flatten(),
@@ -257,14 +257,14 @@ WEIGHT: dict[str, Spoil] = {
     "16 columns less": resized(2, -16),
     "last stride 2": lambda x: torch.stack([x.view(torch.uint8)] * 2, -1)[..., 0].view(x.dtype),
     "odd rows": lambda x: torch.nn.functional.pad(x.view(torch.uint8), (0, 8))[..., : x.size(2)].view(x.dtype),
-    "odd experts": strided(PRODUCT.n * PRODUCT.k + 8, PRODUCT.k, 1),
+    "odd experts": strided(GEMM.n * GEMM.k + 8, GEMM.k, 1),
     "misaligned": misaligned(8),
     "meta": lambda x: x.to("meta"),
 }
 LAYER_WEIGHT = {name: spoil for name, spoil in WEIGHT.items() if name != "odd experts"}
-OTHER_HALVES = (torch.float32, torch.int16, torch.float64)
+OTHER_DTYPES = (torch.float32, torch.int16, torch.float64)
 MM_GROUPS = {"problem_sizes": PROBLEMS, "expert_offsets": PROBLEM_OFFSETS, "blockscale_offsets": PROBLEM_OFFSETS}
-MM_OUT = written(PRODUCT.n, 8, torch.float64, torch.int16)
+MM_OUT = written(GEMM.n, 8, torch.float64, torch.int16)
 MM_REST = {"weight": WEIGHT, "weight_scales": WEIGHT_SCALES, "offsets": {**OFFSETS, "one more": resized(0, 1)}}
 E4M3 = (torch.int8, torch.float8_e5m2, torch.bfloat16)
 
@@ -278,22 +278,22 @@ def overlapping(call: Call) -> Tensor:
 
 SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
     QUANTIZE: {
-        "input": rows(PRODUCT.k, 8, *OTHER_HALVES),
+        "input": rows(GEMM.k, 8, *OTHER_DTYPES),
         "offsets": OFFSETS,
-        "data": written(PRODUCT.k, 16, *E4M3),
+        "data": written(GEMM.k, 16, *E4M3),
         "scales": SCALES,
     },
     QUANT: {
-        "input": rows(PRODUCT.k, 8, *OTHER_HALVES),
+        "input": rows(GEMM.k, 8, *OTHER_DTYPES),
         **MM_GROUPS,
-        "quant_output": written(PRODUCT.k, 16, *E4M3),
+        "quant_output": written(GEMM.k, 16, *E4M3),
         "scale_factor": SCALES,
     },
-    ROUND: {"input": rows(PRODUCT.k, 8, *OTHER_HALVES), "out": written(PRODUCT.k, 8, torch.float16, *OTHER_HALVES)},
-    MM: {"a": rows(PRODUCT.k, 16, *E4M3), "a_scales": SCALES, **MM_REST, "out": MM_OUT},
-    MM_BF16: {"a": rows(PRODUCT.k, 8, torch.float16, *OTHER_HALVES), **MM_REST, "out": MM_OUT},
+    ROUND: {"input": rows(GEMM.k, 8, *OTHER_DTYPES), "out": written(GEMM.k, 8, torch.float16, *OTHER_DTYPES)},
+    MM: {"a": rows(GEMM.k, 16, *E4M3), "a_scales": SCALES, **MM_REST, "out": MM_OUT},
+    MM_BF16: {"a": rows(GEMM.k, 8, torch.float16, *OTHER_DTYPES), **MM_REST, "out": MM_OUT},
     RAW_MM: {
-        "a": rows(PRODUCT.k, 16, *E4M3),
+        "a": rows(GEMM.k, 16, *E4M3),
         "b": {name: transposed(spoil) for name, spoil in WEIGHT.items()},
         "sfa": SCALES,
         "sfb": WEIGHT_SCALES,
@@ -301,7 +301,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         **MM_GROUPS,
     },
     MOE: {
-        "x": rows(LAYER.hidden, 8, torch.float16, *OTHER_HALVES),
+        "x": rows(LAYER.hidden, 8, torch.float16, *OTHER_DTYPES),
         "w13": LAYER_WEIGHT,
         "s13": WEIGHT_SCALES,
         "w2": LAYER_WEIGHT,
@@ -335,7 +335,7 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
             "misaligned": misaligned(8),
             "meta": lambda x: x.to("meta"),
         },
-        "out": written(LAYER.hidden, 8, torch.float16, *OTHER_HALVES),
+        "out": written(LAYER.hidden, 8, torch.float16, *OTHER_DTYPES),
         "activation": {"-1": lambda _: -1, "3": lambda _: 3, "huge": lambda _: 1 << 62},
     },
 }
@@ -348,7 +348,7 @@ def every_spoil(raw: bool) -> Iterator[Any]:
                 continue
             for what, spoil in spoils.items():
                 if not raw and (op, name, what) == (QUANTIZE, "input", "32 columns less"):
-                    continue  # a legal call, with a smaller result
+                    continue  # accepted, with a smaller result
                 yield pytest.param(op, name, spoil, id=f"{op}-{name}-{what}")
 
 
@@ -361,11 +361,11 @@ def test_the_call_that_gets_spoiled_is_accepted(op: str, device: torch.device) -
     for name in WRITTEN & set(call.guards):
         assert not torch.equal(call.guards[name].storage, call.before[name]), name
     if op not in (QUANT, RAW_MM):
-        call.face()
+        call.public()
 
 
 def blamed(op: str, name: str) -> set[str]:
-    """Sizes belong together: an error names one of those that do not fit, and devices are compared with the first."""
+    """Arguments that an error may name: sizes that must match, and for devices the first argument."""
     together = {
         "a",
         "input",
@@ -399,21 +399,21 @@ def test_operator_refuses(op: str, name: str, spoil: Spoil, device: torch.device
     call.assert_untouched()
 
 
-FACE_NAMES = {"input": "x", "offsets": "expert_offsets", "a_scales": "scales", "weight_scales": "weight_scale"}
+PUBLIC_NAMES = {"input": "x", "offsets": "expert_offsets", "a_scales": "scales", "weight_scales": "weight_scale"}
 
 
 @pytest.mark.parametrize(("op", "name", "spoil"), list(every_spoil(raw=False)))
-def test_face_refuses(op: str, name: str, spoil: Spoil) -> None:
+def test_public_function_refuses(op: str, name: str, spoil: Spoil) -> None:
     call = well_formed(op).remember()
     before = call.args[name]
     call.args[name] = spoil(before)
     with pytest.raises(TypeError if before.dtype != call.args[name].dtype else ValueError) as caught:
-        call.face()
+        call.public()
     text = str(caught.value)
     assert "expected" in text
     assert len(text.splitlines()) == 1, text
     named = set(re.findall(r"\w+", text))
-    assert {FACE_NAMES.get(one, one) for one in blamed(op, name)} & named, text
+    assert {PUBLIC_NAMES.get(one, one) for one in blamed(op, name)} & named, text
     call.assert_untouched()
 
 
@@ -434,8 +434,8 @@ def test_an_output_in_the_input_is_refused(op: str, device: torch.device) -> Non
     call.raw()
 
 
-def test_face_refuses_contradictions() -> None:
-    i = PRODUCT.make()
+def test_public_function_refuses_contradictions() -> None:
+    i = GEMM.make()
     with pytest.raises(ValueError, match="both given"):
         mxfp8_moe.quantize(i.x, i.expert_offsets, offs=i.expert_offsets)
     with pytest.raises(ValueError, match=r"weight has shape \[3, 64, 96\]; expected size 1 in dimension 0"):
@@ -475,7 +475,7 @@ def test_sizes_of_a_workspace_are_checked(argument: int) -> None:
             mxfp8_moe.workspace_bytes(*sizes)
 
 
-# --- indices that only the data knows ---------------------------------------------------------------------------------
+# --- index values out of range ----------------------------------------------------------------------------------------
 
 
 def test_checked_indices_raise(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,7 +499,7 @@ def test_checked_indices_raise(device: torch.device, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("op", SPOILS)
-def test_checked_indices_accept_what_is_legal(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checked_indices_accept_valid_values(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABIDING_CHECK_INDICES", "1")
     call = well_formed(op, device)
     if op == MOE:
@@ -549,7 +549,7 @@ def test_fuzz(op: str) -> None:
             tensors = [name for name, value in call.args.items() if isinstance(value, Tensor)]
             for name in rng.sample(tensors, rng.choice([1, 1, 2])):
                 call.args[name] = random_view(call.args[name], rng)
-        elif rng.random() < 0.3:  # any bits among the indices
+        elif rng.random() < 0.3:  # random bits in the indices
             for name in {"offsets", "expert_offsets", "problem_sizes", "blockscale_offsets", "topk_ids"} & set(
                 call.args
             ):

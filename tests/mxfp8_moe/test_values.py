@@ -1,4 +1,4 @@
-"""What the group computes: the quantiser bit for bit, products within what float32 sums lose, layers as compositions.
+"""Results: the quantizer bit for bit, GEMMs within the error bound of float32 sums, layers as compositions.
 
 Rules that decide bits are written a second time here, by rational numbers and by a table of the 127 magnitudes of e4m3,
 so that reference and kernel cannot be wrong together.
@@ -22,18 +22,18 @@ from abiding.testing.cases.mxfp8_moe import (
     LAYERS,
     ODD,
     REGULAR,
+    GemmCase,
+    GemmInputs,
     LayerCase,
     LayerInputs,
-    ProductCase,
-    ProductInputs,
     expert_weights,
 )
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, round_once
 from abiding.testing.guarded import guarded
 
-HALVES = (torch.bfloat16, torch.float16)
-FACES = pytest.mark.parametrize("face", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
-DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+DTYPES_16_BIT = (torch.bfloat16, torch.float16)
+APIS = pytest.mark.parametrize("api", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", DTYPES_16_BIT, ids=["bfloat16", "float16"])
 PRODUCTS = [*REGULAR, *ODD, *CORNER]
 
 ONE = 0x38  # 1.0 in e4m3
@@ -43,7 +43,7 @@ ONE = 0x38  # 1.0 in e4m3
 
 
 def exact_code(amax: float) -> int:
-    """The least code with amax <= 448 * 2^(code - 127), in rational numbers; infinity is above all of them."""
+    """The smallest code with amax <= 448 * 2^(code - 127), in rational numbers; infinity is above all of them."""
     if math.isinf(amax):
         return 254
     wanted = Fraction(amax) / 448
@@ -54,14 +54,14 @@ def exact_code(amax: float) -> int:
 
 
 def magnitudes() -> Tensor:
-    """What the bytes 0 to 0x7E stand for."""
+    """The values of the bytes 0 to 0x7E."""
     byte = torch.arange(127)
     mantissa, exponent = (byte % 8).double(), byte // 8
     return torch.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * torch.exp2(exponent.double() - 7))
 
 
 def exact_bytes(x: Tensor, codes: Tensor) -> Tensor:
-    """The nearest magnitude of each element under its code, ties to the even byte; [n, 32] and [n]."""
+    """The nearest e4m3 magnitude of each element with its code, ties to even; elements [n, 32], codes [n]."""
     scaled = x.double() * torch.exp2(127 - codes.double())[:, None]
     table = magnitudes()
     middles = (table[1:] + table[:-1]) / 2
@@ -73,32 +73,32 @@ def exact_bytes(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def exact_value(byte: Tensor, code: Tensor) -> Tensor:
-    """What a byte under a code stands for, rounded to bfloat16 once, in float64."""
+    """The value of a byte with a code, rounded once to bfloat16, in float64."""
     value = magnitudes()[(byte & 0x7F).clamp(max=126).long()] * torch.exp2(code.double() - 127)
     rounded = round_once(torch.where(byte >= 0x80, -value, value), torch.bfloat16).double()
     return torch.where((code == 255) | (byte & 0x7F == 0x7F), math.nan, rounded)
 
 
-def assert_rows_of_blocks(face: ModuleType, blocks: Tensor, codes: Tensor, device: torch.device) -> None:
-    """Blocks [n, 32], one to a row, have these codes; bytes and rounded values follow from them."""
+def assert_rows_of_blocks(api: ModuleType, blocks: Tensor, codes: Tensor, device: torch.device) -> None:
+    """Scale blocks [n, 32], one per row, get these codes, and the bytes and rounded values that follow from them."""
     x = blocks.to(device)
-    data, scales = face.quantize(x)
-    found = face.unswizzle_scales(scales, len(scales), 32)[: len(x), 0].cpu()
+    data, scales = api.quantize(x)
+    found = api.unswizzle_scales(scales, len(scales), 32)[: len(x), 0].cpu()
     assert_bitwise_equal(found, codes.to(torch.uint8), "codes")
     expected = torch.where((codes == 255)[:, None], 0x7F, exact_bytes(blocks, codes))
     assert_bitwise_equal(data.view(torch.uint8).cpu(), expected, "bytes")
     kept = exact_value(expected, codes[:, None].expand(-1, 32)).to(torch.bfloat16)
     kept[kept.isnan()] = math.nan
-    assert_bitwise_equal(face.round(x).cpu(), kept, "rounded values")
+    assert_bitwise_equal(api.round(x).cpu(), kept, "rounded values")
 
 
-# --- the quantiser ----------------------------------------------------------------------------------------------------
+# --- the quantizer ----------------------------------------------------------------------------------------------------
 
 
-@FACES
+@APIS
 @DTYPES
-def test_every_amax(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
-    """Blocks whose largest magnitude is every finite one of the dtype, and infinity."""
+def test_every_amax(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """Scale blocks whose amax is every finite magnitude of the dtype, and infinity."""
     count = 0x7F81 if dtype == torch.bfloat16 else 0x7C01
     amax = torch.arange(count).to(torch.int16).view(dtype)
     codes = torch.tensor([exact_code(float(value)) for value in amax])
@@ -108,24 +108,24 @@ def test_every_amax(face: ModuleType, dtype: torch.dtype, device: torch.device) 
     place = torch.randint(32, (count, 1))
     sign = torch.randint(0, 2, (count, 1)).mul(2).sub(1).to(dtype)
     blocks.scatter_(1, place, amax[:, None] * sign)
-    assert_rows_of_blocks(face, blocks, codes, device)
+    assert_rows_of_blocks(api, blocks, codes, device)
 
 
-@FACES
+@APIS
 @DTYPES
-def test_every_value_beside_one(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
-    """All 65536 bit patterns, in blocks of one pattern and 448's."""
+def test_every_value_beside_one(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+    """All 65536 bit patterns, in scale blocks of one pattern and 448's."""
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     blocks = torch.full((len(x), 32), 448.0, dtype=dtype)
     blocks[torch.arange(len(x)), torch.arange(len(x)) % 32] = x
     amax = torch.where(x.isnan(), 0, x).abs().clamp(min=448)
     codes = {float(value): exact_code(float(value)) for value in amax.unique()}
-    assert_rows_of_blocks(face, blocks, torch.tensor([codes[float(value)] for value in amax]), device)
+    assert_rows_of_blocks(api, blocks, torch.tensor([codes[float(value)] for value in amax]), device)
 
 
-@FACES
+@APIS
 @DTYPES
-def test_special_blocks(face: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
+def test_special_blocks(api: ModuleType, dtype: torch.dtype, device: torch.device) -> None:
     blocks = torch.zeros(7, 32, dtype=dtype)
     blocks[0, ::2] = -0.0
     blocks[1] = math.nan
@@ -138,16 +138,16 @@ def test_special_blocks(face: ModuleType, dtype: torch.dtype, device: torch.devi
     blocks[5, 31] = -0.0
     blocks[6] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     codes = torch.tensor([0, 255, 119, 254, 254, 0, exact_code(float(blocks[6, 0]))])
-    assert_rows_of_blocks(face, blocks, codes, device)
-    rounded = face.round(blocks.to(device)).cpu()
+    assert_rows_of_blocks(api, blocks, codes, device)
+    rounded = api.round(blocks.to(device)).cpu()
     assert rounded[0].signbit().tolist() == [True, False] * 16
     assert rounded[3, 3:5].tolist() == [math.inf, -math.inf]
 
 
-@FACES
+@APIS
 @pytest.mark.parametrize("tokens", [1, 50, 120, 150])
-def test_every_byte_under_every_code(face: ModuleType, tokens: int, device: torch.device) -> None:
-    """Weights and activations alike: a single byte in one of five blocks, zeros around it, times ones."""
+def test_every_byte_under_every_code(api: ModuleType, tokens: int, device: torch.device) -> None:
+    """For weights and for activations: a single byte in one of five scale blocks, among zeros, times ones."""
     count, k = 1 << 16, 160
     number = torch.arange(count)
     code, byte, block = number // 256, number % 256, number * 7 % 5
@@ -155,47 +155,48 @@ def test_every_byte_under_every_code(face: ModuleType, tokens: int, device: torc
     rows[number, block * 32 + number % 32] = byte.to(torch.uint8)
     codes = torch.full((count, k // 32), 127, dtype=torch.uint8)
     codes[number, block] = code.to(torch.uint8)
-    scales = face.swizzle_scales(codes).to(device)
+    scales = api.swizzle_scales(codes).to(device)
     expected = exact_value(byte, code).float()
     rows = rows.to(device)
 
     ones = torch.ones(tokens, k, dtype=torch.bfloat16, device=device)
-    found = face.grouped_mm(ones, rows[None], scales[None], out_dtype=torch.float32)
+    found = api.grouped_mm(ones, rows[None], scales[None], out_dtype=torch.float32)
     assert_close(found.cpu(), expected.expand(tokens, -1), name="weights")
 
     plain = torch.full((1, 32, k // 32), 127, dtype=torch.uint8, device=device)
     unit = torch.full((1, 32, k), ONE, dtype=torch.uint8, device=device)
-    found = face.grouped_mm(MXFP8(rows, scales), unit, face.swizzle_scales(plain), out_dtype=torch.float32)
+    found = api.grouped_mm(MXFP8(rows, scales), unit, api.swizzle_scales(plain), out_dtype=torch.float32)
     assert_close(found.cpu(), expected[:, None].expand(-1, 32), name="activations")
 
 
-@FACES
+@APIS
 @pytest.mark.parametrize("shape", [(1, 1), (128, 4), (129, 5), (3, 300, 7), (2, 2, 32, 12)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=["uint8", "e8m0"])
-def test_swizzle(face: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_swizzle(api: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     plain = torch.randint(0, 256, shape, dtype=torch.uint8)
     rows, columns = shape[-2:]
-    tiled = face.swizzle_scales(plain.view(dtype))
+    tiled = api.swizzle_scales(plain.view(dtype))
     height, width = -(-rows // 128) * 128, -(-columns // 4) * 4
     assert tiled.dtype == dtype
     assert tiled.shape == (*shape[:-2], height, width)
-    # As cuBLAS documents it, tile by tile.
+    # The layout as cuBLAS documents it, tile by tile.
     padded = torch.nn.functional.pad(plain, (0, width - columns, 0, height - rows))
     tiles = padded.unflatten(-1, (width // 4, 4)).unflatten(-3, (height // 128, 4, 32))
     order = [*range(len(shape) - 2), *(len(shape) - 2 + axis for axis in (0, 3, 2, 1, 4))]
     assert_bitwise_equal(tiled.view(torch.uint8), tiles.permute(order).reshape(padded.shape))
-    assert_bitwise_equal(face.unswizzle_scales(tiled, rows, 32 * columns).view(torch.uint8), plain)
+    assert_bitwise_equal(api.unswizzle_scales(tiled, rows, 32 * columns).view(torch.uint8), plain)
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- GEMMs ------------------------------------------------------------------------------------------------------------
 
 
-def assert_product(found: Tensor, a: Tensor, i: ProductInputs) -> None:
-    """Rows of experts within the rounded ends of exact +- what float32 sums can lose; `a` holds bfloat16 rows."""
-    face, live, k = reference.mxfp8_moe, i.live(), i.case.k
-    exact = i.run(face, a, out_dtype=torch.float64)[live]
+def assert_gemm(found: Tensor, a: Tensor, i: GemmInputs) -> None:
+    """Rows of experts are within the exact result +- the error bound of float32 sums, rounded; `a` holds bfloat16
+    rows."""
+    api, live, k = reference.mxfp8_moe, i.live(), i.case.k
+    exact = i.run(api, a, out_dtype=torch.float64)[live]
     plain = replace(i, weight=(i.weight.view(torch.uint8) & 0x7F))
-    loss = plain.run(face, a.abs(), out_dtype=torch.float64)[live].nan_to_num(0, 0, 0) * k * 2.0**-22 + k * 2.0**-149
+    loss = plain.run(api, a.abs(), out_dtype=torch.float64)[live].nan_to_num(0, 0, 0) * k * 2.0**-22 + k * 2.0**-149
     found = found[live]
     assert_close(found.isnan(), exact.isnan(), name="NaN")
     low, high = (round_once(end, found.dtype) for end in (exact - loss, exact + loss))
@@ -204,7 +205,7 @@ def assert_product(found: Tensor, a: Tensor, i: ProductInputs) -> None:
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_case(case: ProductCase, device: torch.device) -> None:
+def test_case(case: GemmCase, device: torch.device) -> None:
     i = case.make(device, seed=1)
     given = [tensor.clone() for tensor in (i.x, i.weight.view(torch.uint8), i.weight_scale)]
     ours, theirs = i.quantize(mxfp8_moe), i.quantize(reference.mxfp8_moe)
@@ -217,36 +218,36 @@ def test_case(case: ProductCase, device: torch.device) -> None:
     out = i.run(mxfp8_moe, rounded)
     assert out.dtype == case.out_dtype
     assert out.shape == (case.rows, case.n)
-    assert_product(out, rounded, i)
-    assert_close(i.run(mxfp8_moe, ours)[live], out[live], name="product of e4m3 rows")
+    assert_gemm(out, rounded, i)
+    assert_close(i.run(mxfp8_moe, ours)[live], out[live], name="GEMM of e4m3 rows")
     if case.dtype == torch.bfloat16:
-        assert_product(i.run(mxfp8_moe, i.x), i.x, i)
+        assert_gemm(i.run(mxfp8_moe, i.x), i.x, i)
     for tensor, before in zip((i.x, i.weight.view(torch.uint8), i.weight_scale), given, strict=True):
         assert_bitwise_equal(tensor, before, "an input")
 
 
 @pytest.mark.gpu
-def test_many_tiles_whose_k_is_split(cuda: torch.device) -> None:
-    """On Hopper a cluster goes through several, and exchanges parts for one while the next begins."""
-    i = ProductCase((2, 1, 9, 3) * 4, 4096, 3072).make(cuda, seed=3)
+def test_split_k_with_many_tiles(cuda: torch.device) -> None:
+    """On Hopper a cluster computes several tiles, and reduces the split-K parts of one while the next begins."""
+    i = GemmCase((2, 1, 9, 3) * 4, 4096, 3072).make(cuda, seed=3)
     rounded = mxfp8_moe.round(i.x)
-    assert_product(i.run(mxfp8_moe, rounded), rounded, i)
+    assert_gemm(i.run(mxfp8_moe, rounded), rounded, i)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_portable_kernel(case: ProductCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What GPUs that are not Hopper run, on any; e4m3 rows become bfloat16 ones in the order that this kernel reads."""
+def test_portable_kernel(case: GemmCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable kernel, which other GPUs than Hopper run; e4m3 rows become bfloat16 in the order that it reads."""
     monkeypatch.setenv("ABIDING_PORTABLE", "1")
     i = case.make(cuda, seed=2)
     rounded, live = mxfp8_moe.round(i.x), i.live()
     out = i.run(mxfp8_moe, rounded)
-    assert_product(out, rounded, i)
+    assert_gemm(out, rounded, i)
     assert_close(i.run(mxfp8_moe, i.quantize(mxfp8_moe))[live], out[live])
 
 
 @pytest.mark.parametrize("case", [*REGULAR, *ODD], ids=str)
-def test_outputs_are_written_where_they_belong(case: ProductCase, device: torch.device) -> None:
+def test_outputs_are_written_where_they_belong(case: GemmCase, device: torch.device) -> None:
     i = case.make(device)
     live = i.live()
     steps = 16 // case.out_dtype.itemsize
@@ -276,7 +277,7 @@ def test_outputs_are_written_where_they_belong(case: ProductCase, device: torch.
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sums_that_float32_holds_are_exact(out_dtype: torch.dtype, device: torch.device) -> None:
-    case = ProductCase((40, 0, 150), 160, 416, out_dtype=out_dtype)
+    case = GemmCase((40, 0, 150), 160, 416, out_dtype=out_dtype)
     i = case.make(device)
     exponents = torch.randint(-2, 3, i.x.shape, device=device)
     x = torch.exp2(exponents.float()).copysign(i.x).bfloat16()
@@ -290,9 +291,9 @@ def test_sums_that_float32_holds_are_exact(out_dtype: torch.dtype, device: torch
     assert_close(i.run(mxfp8_moe, replace(i, x=x).quantize(mxfp8_moe)), exact)
 
 
-def test_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
-    """Each row alone, and in other company, gives the same bits as among all."""
-    case = ProductCase((70, 1, 200, 0, 3), 96, 160)
+def test_rows_do_not_depend_on_their_neighbors(device: torch.device) -> None:
+    """Each row gives the same bits alone and among other rows."""
+    case = GemmCase((70, 1, 200, 0, 3), 96, 160)
     i = case.make(device)
     x = i.x
     together = i.run(mxfp8_moe, x)
@@ -303,13 +304,13 @@ def test_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
             for end in (begin + 1, min(begin + 20, edges[expert + 1])):
                 alone = mxfp8_moe.grouped_mm(x[begin:end], *some)
                 assert_bitwise_equal(alone, together[begin:end], f"rows {begin} to {end}")
-    quantised = i.quantize(mxfp8_moe)
+    quantized = i.quantize(mxfp8_moe)
     one = mxfp8_moe.quantize(x[71:72])
-    assert_bitwise_equal(one.data, quantised.data[71:72])
+    assert_bitwise_equal(one.data, quantized.data[71:72])
 
 
-def raw(i: ProductInputs, device: torch.device) -> Tensor:
-    """The two operators as vLLM calls them; groups lie in reverse order, tiles in any."""
+def raw(i: GemmInputs, device: torch.device) -> Tensor:
+    """The two operators as vLLM calls them; experts are stored in reverse order, scale tiles in any."""
     case = i.case
     sizes = torch.tensor(case.sizes)
     padded = (sizes + 127) // 128 * 128
@@ -330,9 +331,9 @@ def raw(i: ProductInputs, device: torch.device) -> Tensor:
     return out.tensor
 
 
-@pytest.mark.parametrize("out_dtype", HALVES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES_16_BIT, ids=str)
 def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, device: torch.device) -> None:
-    i = ProductCase((5, 0, 200, 128), 128, 256, out_dtype=out_dtype).make(device)
+    i = GemmCase((5, 0, 200, 128), 128, 256, out_dtype=out_dtype).make(device)
     expected = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
     assert_bitwise_equal(raw(i, device), expected)
     ends = replace(i, expert_offsets=None, offs=i.expert_offsets[1:].clone())
@@ -347,10 +348,10 @@ def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, d
 
 
 def test_upstream_test(device: torch.device) -> None:
-    """vLLM's own: 1 - 2 xy / (x^2 + y^2) against products of what was not quantised, under 0.001 for each expert."""
-    for dtype in HALVES:
+    """vLLM's own criterion: 1 - 2 xy / (x^2 + y^2) against unquantized GEMMs is under 0.001 for each expert."""
+    for dtype in DTYPES_16_BIT:
         sizes = tuple(torch.randint(1, 200, (8,)).tolist())
-        i = ProductCase(sizes, 384, 512, dtype=dtype, out_dtype=dtype).make(device)
+        i = GemmCase(sizes, 384, 512, dtype=dtype, out_dtype=dtype).make(device)
         weight = torch.randn(8, 384, 512, device=device).to(dtype)
         data, scales = mxfp8_moe.quantize(weight.flatten(0, 1))
         i = replace(i, weight=data.view(8, 384, 512), weight_scale=scales.view(8, 384, 16))
@@ -365,7 +366,7 @@ BAD = [[5, 3, 3, 8], [0, 5, 9, 8], [-1, 2, 4, 8], [0, 2, 2**31 - 1, 8], [-(2**31
 
 @pytest.mark.parametrize("edges", BAD, ids=str)
 def test_offsets_that_lead_outside_are_empty(edges: list[int], device: torch.device) -> None:
-    i = replace(ProductCase((2, 3, 3), 64, 96).make(device), expert_offsets=torch.tensor(edges).int().to(device))
+    i = replace(GemmCase((2, 3, 3), 64, 96).make(device), expert_offsets=torch.tensor(edges).int().to(device))
     data = guarded((8, 96), torch.float8_e4m3fn, device)
     scales = guarded((256, 4), torch.uint8, device)
     out = guarded((8, 64), torch.bfloat16, device)
@@ -380,8 +381,8 @@ def test_offsets_that_lead_outside_are_empty(edges: list[int], device: torch.dev
 
 
 def test_scales_outside_of_their_buffer(device: torch.device) -> None:
-    """Such a group is not quantised, and its rows are NaN when they are multiplied."""
-    i = ProductCase((3, 130, 4), 128, 128).make(device)
+    """Rows of such an expert are not quantized, and are NaN in a GEMM."""
+    i = GemmCase((3, 130, 4), 128, 128).make(device)
     problems = torch.tensor([[3, 128, 128], [130, 128, 128], [4, 128, 128]]).int().to(device)
     starts = torch.tensor([0, 3, 133]).int().to(device)
     for begins, held in (([0, 128, 384], (1, 1, 0)), ([64, 128, 0], (0, 1, 1)), ([-128, 256, 256], (0, 0, 1))):
@@ -411,13 +412,13 @@ def test_scales_outside_of_their_buffer(device: torch.device) -> None:
 
 
 def unit_weights(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ones on the diagonal, as MXFP8."""
+    """The identity matrix as MXFP8."""
     weight = torch.eye(rows, columns, device=device).mul(ONE).to(torch.uint8)[None]
     return weight, mxfp8_moe.swizzle_scales(torch.full((1, rows, columns // 32), 127, dtype=torch.uint8, device=device))
 
 
 def activated(h: Tensor, activation: mxfp8_moe.Activation) -> Tensor:
-    """The layer's own activation, between products with unit matrices that change nothing."""
+    """The activation of the layer, between GEMMs with identity matrices."""
     if activation == "none" or len(h) == 0:
         return h[:, : h.size(1) // (1 if activation == "none" else 2)]
     width = h.size(1) // 2
@@ -428,12 +429,12 @@ def activated(h: Tensor, activation: mxfp8_moe.Activation) -> Tensor:
 
 
 def composition(i: LayerInputs) -> Tensor:
-    """The layer out of the group's single functions and elementwise float32 operations of torch."""
+    """The layer, composed of the group's functions and elementwise float32 operations of torch."""
     case, device = i.case, i.x.device
     ids = i.topk_ids.long()
     order = ids.flatten().argsort(stable=True)
     order = order[ids.flatten()[order] >= 0]
-    # As many rows as the layer has room for: how a product is split may depend on that number, and sums with it.
+    # As many rows as the layer has room for: split-K, and with it the order of sums, depends on that number.
     order = torch.nn.functional.pad(order, (0, ids.numel() - len(order)))
     counts = torch.bincount(ids[ids >= 0], minlength=case.experts)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
@@ -462,8 +463,8 @@ def test_layer(case: LayerCase, device: torch.device) -> None:
     exact = reference.mxfp8_moe.layer(
         i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights, activation=case.activation, mode=case.mode
     )
-    # A sum on the other side of a rounding boundary moves one bfloat16 of a product by a step; in w8a8 mode that can
-    # move an e4m3 of the hidden row, 16 times as coarse. All are a small share of a row of many such.
+    # A sum on the other side of a rounding boundary moves one bfloat16 result of GEMM1 by a step; in mode w8a8 that can
+    # move an e4m3 activation, whose steps are 16 times as coarse. These are few among the many terms of a sum.
     spread = exact.nan_to_num().square().mean(1, keepdim=True).sqrt()
     assert_close(out.isnan(), exact.isnan(), name="NaN")
     off = ((out.double() - exact).abs() - 2.0**-8 * exact.abs()).nan_to_num(0) / spread.clamp(min=1e-30)
@@ -476,10 +477,10 @@ def test_activation(activation: mxfp8_moe.Activation, device: torch.device) -> N
     up = torch.randn(48, 64) * 5
     gate[0, 0], up[1, 1], gate[2, 2] = math.nan, math.nan, -0.0
     h = torch.cat([gate, up], 1).bfloat16().to(device)
-    # GEMM1 sums the zeros of a unit matrix and a NaN to a row of NaN: those rows say only that a NaN is not lost.
+    # GEMM1 turns a NaN times the zeros of an identity matrix into a row of NaN: such rows only show that NaN survives.
     expected = reference.mxfp8_moe.activate(h.double(), activation)
     expected[:2] = math.nan
-    # exp(-gate) is infinite from -gate = 88.7 on, where the rest of the tail, under 89 * 2^-128 * up, becomes 0.
+    # exp(-gate) is infinite from -gate = 88.7 on; there the result, less than 89 * 2^-128 * up, becomes 0.
     assert_close(activated(h, activation), expected, ulps=1, atol=2.0**-118)
 
 
@@ -499,7 +500,8 @@ def test_a_nan_in_gate_or_up_alone_survives_the_activation(
 
 @pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[10]], ids=str)
 def test_layer_memory(case: LayerCase, device: torch.device) -> None:
-    """A workspace and a strided output of the caller's: nothing beside them is written, nothing in them is read."""
+    """With a workspace and a strided output of the caller's: nothing outside of them is written, nothing in them is
+    read."""
     i = case.make(device)
     expected = i.run(mxfp8_moe)
     size = mxfp8_moe.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
@@ -512,7 +514,7 @@ def test_layer_memory(case: LayerCase, device: torch.device) -> None:
         assert_bitwise_equal(out.tensor, expected)
 
 
-def test_tokens_do_not_depend_on_their_neighbours(device: torch.device) -> None:
+def test_tokens_do_not_depend_on_their_neighbors(device: torch.device) -> None:
     i = LayerCase(50, 64, 96, 8, 3).make(device)
     together = i.run(mxfp8_moe)
     for some in (slice(0, 1), slice(7, 9), slice(20, 50)):
@@ -529,8 +531,8 @@ def test_experts_that_do_not_exist_add_nothing(device: torch.device) -> None:
         assert_bitwise_equal(replace(i, topk_ids=ids.masked_fill(away, bad)).run(mxfp8_moe), expected)
 
 
-def test_shared_expert_and_quantised_activations_against_plain_ones(device: torch.device) -> None:
-    """A shared expert is one more; leaving activations unquantised is the more accurate reading of a checkpoint."""
+def test_shared_expert_and_quantized_activations_against_plain_ones(device: torch.device) -> None:
+    """A shared expert is one more expert; w8a8 differs from w8a16 by the quantization of activations."""
     case = LayerCase(32, 256, 128, 5, 3)
     i = case.make(device)
     ids = torch.cat([i.topk_ids % 4, torch.full_like(i.topk_ids[:, :1], 4)], 1)
@@ -550,10 +552,10 @@ def test_shared_expert_and_quantised_activations_against_plain_ones(device: torc
 
 
 def test_a_layer_at_real_width(device: torch.device) -> None:
-    """MiniMax-M3's columns, an eighth of its intermediate, a few experts: sums as long as they get."""
+    """MiniMax-M3's hidden size, an eighth of its intermediate size, a few experts: the longest sums in practice."""
     case = LayerCase(6, 6144, 384, 3, 2, activation="swiglu_oai")
     i = case.make(device)
     assert_close(i.run(mxfp8_moe), composition(i))
     weight, scale, _ = expert_weights(1, 64, 6144, torch.Generator(device).manual_seed(0))
-    product = ProductInputs(ProductCase((6,), 64, 6144, form="whole"), i.x, weight, scale, scale, None, None)
-    assert_product(product.run(mxfp8_moe, i.x), i.x, product)
+    gemm = GemmInputs(GemmCase((6,), 64, 6144, form="whole"), i.x, weight, scale, scale, None, None)
+    assert_gemm(gemm.run(mxfp8_moe, i.x), i.x, gemm)

@@ -78,15 +78,15 @@ def test_special_values_are_there() -> None:
 
 
 def test_performance_cases_are_the_whole_table() -> None:
-    found = {(case.tokens, case.heads, case.live_heads) for case in PERFORMANCE}
+    found = {(case.tokens, case.heads, case.out_heads) for case in PERFORMANCE}
     heads = ((16, 16), (16, 64), (64, 64), (128, 128))
     assert found == {(t, *h) for t in (1, 4, 16, 64, 256, 1024, 4096, 16384) for h in heads}
-    one = next(case for case in PERFORMANCE if (case.tokens, case.heads, case.live_heads) == (1, 16, 64))
+    one = next(case for case in PERFORMANCE if (case.tokens, case.heads, case.out_heads) == (1, 16, 64))
     assert one.bytes == 16 * 1024 + 64 * 1024 + 1024 + 584 + 256 + 16
 
 
 @pytest.mark.parametrize("case", [*mxfp8_moe.REGULAR, *mxfp8_moe.ODD, *mxfp8_moe.CORNER], ids=str)
-def test_products_are_as_asked(case: mxfp8_moe.ProductCase) -> None:
+def test_products_are_as_asked(case: mxfp8_moe.GemmCase) -> None:
     i = case.make()
     assert i.x.shape == (case.rows, case.k)
     assert i.x.dtype == case.dtype

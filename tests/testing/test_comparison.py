@@ -111,7 +111,7 @@ def test_ulp_distance_does_not_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=name_of)
 def test_round_once_settles_near_ties_by_the_exact_value(dtype: torch.dtype) -> None:
-    """A hair from the middle between two neighbours, the nearer one wins; a cast by way of float32 fails this."""
+    """A hair from the middle between two neighbors, the nearer one wins; a cast by way of float32 fails this."""
     below = from_bits(0x35, dtype) if dtype.itemsize == 1 else from_bits(0x3A35, dtype)
     above = from_bits(0x36, dtype) if dtype.itemsize == 1 else from_bits(0x3A36, dtype)
     lo, hi = below.double(), above.double()
@@ -127,8 +127,8 @@ def test_round_once_finds_the_nearest_of_all_values(dtype: torch.dtype) -> None:
     x = torch.randn(2000, dtype=torch.float64) * torch.exp2(torch.randint(-30, 15, (2000,)).double())
     rounded = round_once(x, dtype)
     bits = rounded.view(torch.int16)
-    for neighbour in (bits - 1, bits + 1):
-        assert not bool(((neighbour.view(dtype).double() - x).abs() < (rounded.double() - x).abs()).any())
+    for neighbor in (bits - 1, bits + 1):
+        assert not bool(((neighbor.view(dtype).double() - x).abs() < (rounded.double() - x).abs()).any())
 
 
 def test_round_once_at_the_ends_of_the_range() -> None:

@@ -1,4 +1,4 @@
-"""Nsight Compute's CSV becomes shares of the parts of a GPU, and these a table, a column for each number of tokens."""
+"""Nsight Compute's CSV becomes utilization by unit of the GPU, and a table with one column per number of tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from abiding.testing.results import CaseResult, Results
 CSV = """==PROF== Connected to process 12
 ==PROF== Disconnected from process 12
 "ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
-"lts__throughput.avg.pct_of_peak_sustained_elapsed","sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",\
+"lts__throughput.avg.pct_of_peak_sustained_elapsed",\
+"sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",\
 "smsp__inst_issued.avg.pct_of_peak_sustained_active"
 "","","%","ns","%","%","%"
 "0","grouped_mm_kernel<1, 2>","52.4","387,424","62.36","60.55","40.78"
@@ -24,7 +25,7 @@ CSV = """==PROF== Connected to process 12
 """
 
 
-def test_of_each_kernel_the_shares_and_the_microseconds() -> None:
+def test_utilization_and_microseconds_of_each_kernel() -> None:
     first, second = limits.parse(CSV)
     assert first == {"device memory": 52.4, "L2": 62.36, "tensor cores": 60.55, "issue slots": 40.78, "us": 387.424}
     assert second["us"] == 196.512
@@ -79,8 +80,8 @@ def test_a_silent_board_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
     cases = []
     for tokens in (32, 1):
-        for name, share in zip(limits.PRODUCTS, (40.4 + tokens, 30.0), strict=True):
-            params = {"tokens": tokens, "shape": "s"} | dict.fromkeys(limits.SHARES, share)
+        for name, percent in zip(limits.GEMMS, (40.4 + tokens, 30.0), strict=True):
+            params = {"tokens": tokens, "shape": "s"} | dict.fromkeys(limits.UTILIZATION_METRICS, percent)
             cases.append(CaseResult(name, params, 9.0, 0.0, l2_warm=False, bound_us=0.0))
         params = {"tokens": tokens, "shape": "s", "mhz": 1980, "watts": 400 + tokens}
         cases.append(CaseResult("layer", params, 15.6, 0.0, l2_warm=False, bound_us=0.0))
@@ -92,7 +93,7 @@ def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> Non
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert cells[0] == ["tokens", "1", "32"]
     assert ["tensor cores busy", "41 / 30 %", "72 / 30 %"] in cells
-    assert ["a product alone, us", "9 / 9", "9 / 9"] in cells
-    assert ["a layer again and again, us", "16", "16"] in cells
-    assert ["the board's power then, W", "401", "432"] in cells
+    assert ["one GEMM alone, µs", "9 / 9", "9 / 9"] in cells
+    assert ["the layer, back to back, µs", "16", "16"] in cells
+    assert ["its board power, W", "401", "432"] in cells
     assert "old" not in lines

@@ -1,4 +1,4 @@
-"""Tools that keep a C++ extension on the LibTorch Stable ABI; they need ``abiding[cli]``."""
+"""Tools that check whether a C++ extension keeps to the LibTorch Stable ABI; they need ``abiding[cli]``."""
 
 from abiding.abi.audit import Report, audit
 

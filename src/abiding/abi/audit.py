@@ -1,7 +1,7 @@
-"""What a shared library asks of the system it is loaded into, judged by what Abiding promises.
+"""Audit the dynamic dependencies of shared libraries against what Abiding promises.
 
-A library passes if it runs on every torch >= 2.10 and every Linux of ``manylinux_2_34``: it reaches libtorch only
-through C functions that torch 2.10 has, and needs no other library than libtorch and the C and C++ run-times.
+A library passes if it runs on every torch >= 2.10 and every Linux of ``manylinux_2_34``: it calls libtorch only through
+C functions that torch 2.10 exports, and needs no libraries other than libtorch and the C and C++ run-time libraries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch_abi_audit import inspect_extension
 
 OLDEST_TORCH = (2, 10, 0)
 NEWEST_RUNTIME = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29)}
-"""The newest versions of the C and C++ run-time symbols that manylinux_2_34 grants."""
+"""The newest symbol versions of the C and C++ run-time libraries that manylinux_2_34 allows."""
 
 ALLOWED_LIBRARIES = {
     *("libtorch.so", "libstdc++.so.6", "libgcc_s.so.1"),
@@ -33,7 +33,7 @@ Version = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Report:
-    """Findings about one file; it passes if there is no problem."""
+    """The findings about one file; without problems it passes."""
 
     path: Path
     min_torch: str | None = None
@@ -57,7 +57,7 @@ def audit(paths: Iterable[Path]) -> list[Report]:
 
 
 def run(paths: Sequence[Path]) -> int:
-    """Audit, print a table and every problem; 0 if all passed, 1 if not, 2 if there was nothing to audit."""
+    """Audit, and print a table and all problems; returns 0 if all passed, 1 if not, 2 if there was nothing to audit."""
     from rich.console import Console
     from rich.table import Column, Table
 

@@ -8,7 +8,7 @@ _EXTRA = ("typer", "rich", "matplotlib", "elftools", "torch_abi_audit")
 
 
 def main() -> None:
-    """Run the command line, or say what it takes to have one."""
+    """Run the command line, or print which package it lacks."""
     try:
         from abiding.cli.app import app
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,9 +51,14 @@ def bench(
         raise typer.BadParameter(f"{group!r}; expected one of {list(benchmarks.GROUPS)}")
     if group is None and op:
         raise typer.BadParameter(f"--op {op[0]} without a group; expected the group of the operator as well")
+    if group is None:
+        # One process per group: virtual ranks need settings of CUDA that must be made before its first use.
+        for one in benchmarks.GROUPS:
+            if status := subprocess.run([sys.executable, "-m", "abiding", "bench", one, *sys.argv[2:]]).returncode:
+                raise typer.Exit(status)
+        return
     try:
-        for one in [group] if group else benchmarks.GROUPS:
-            benchmarks.run(one, peers=peer or (), output=output, quick=quick, ops=op or (), commit=commit)
+        benchmarks.run(group, peers=peer or (), output=output, quick=quick, ops=op or (), commit=commit)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -1,9 +1,9 @@
-"""vLLM's operator names, served by Abiding's kernels.
+"""vLLM's operator names, implemented by Abiding's kernels.
 
-:func:`install` gives ``torch.ops._C.*`` and ``torch.ops._C_custom_ar.*`` what is missing there, so that an engine
-which calls vLLM's operators by name runs on Abiding without a change. It only fills gaps: an operator that has its own
-kernel keeps it, and one whose schema is not the expected one is not touched. Call it before or after vLLM's own Python,
-which may register fakes for these names itself.
+:func:`install` registers what is missing in ``torch.ops._C.*`` and ``torch.ops._C_custom_ar.*``, so that an engine
+which calls vLLM's operators by name runs on Abiding without a change. It only fills gaps: an operator that has a kernel
+of its own keeps it, and one with another schema is left alone. Call it before or after vLLM's own Python, which may
+register fakes for these names itself.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import abiding  # noqa: F401  (loads the kernels that the aliases below call)
+import abiding  # noqa: F401  (registers the operators that the aliases call)
 
 
 @dataclass(frozen=True)
 class Alias:
-    """One operator name of vLLM: its schema, and what runs under it.
+    """One operator name of vLLM: its schema and its implementation.
 
-    ``implementation`` takes the schema's arguments by position. Newer releases of vLLM append arguments with defaults;
-    those that ``options`` names are passed on by keyword, the others are served at their default value alone. Names of
-    a ``family`` share handles, so they are served together or not at all.
+    ``implementation`` takes the arguments of the schema by position. Newer releases of vLLM append arguments with
+    defaults: those in ``options`` are passed on by keyword, the others are accepted at their default value only. The
+    operators of a ``family`` share handles, so they are implemented together or not at all.
     """
 
     schema: str
@@ -95,7 +95,7 @@ def _codes(scales: Tensor) -> Tensor:
 
 
 def _custom_all_reduce(schema: str) -> Alias:
-    """An operator of the custom all-reduce, whose schemas Abiding's own have."""
+    """An operator of the custom all-reduce; Abiding's operator has the same schema."""
     operator = getattr(torch.ops.abiding_custom_ar, schema.partition("(")[0])
     return Alias(f"_C_custom_ar::{schema}", lambda *args: operator(*args), family="custom all-reduce")
 
@@ -156,22 +156,22 @@ ALIASES = (
     ),
 )
 
-# A torch Library takes its registrations back when it is collected, so these live as long as the process.
+# A torch Library removes its registrations when it is garbage-collected, so these live as long as the process.
 _libraries: dict[str, torch.library.Library] = {}
 _report: dict[str, str] = {}
 
 
 def install() -> dict[str, str]:
-    """Register Abiding's kernels under vLLM's operator names; returns, for each name, what was done.
+    """Register Abiding's kernels under vLLM's operator names; returns what was done, by name.
 
-    * ``registered``: there was no such operator, now there is.
-    * ``implemented``: the schema was there, kernels were missing; Abiding's fill the devices without one.
-    * ``kept: ...``: the operator has its own kernels.
+    * ``registered``: the operator did not exist; now it does.
+    * ``implemented``: the schema existed, kernels were missing; Abiding's serve the devices that had none.
+    * ``kept: ...``: the operator has kernels of its own.
     * ``left alone: ...``: the operator has another schema.
 
-    Operators that share handles, those of the custom all-reduce, are all kept where one of them has a kernel.
+    The operators of the custom all-reduce share handles: if one of them has a kernel, all are kept.
 
-    Calling it again changes nothing and returns the same report.
+    Further calls change nothing and return the same report.
     """
     if not _report:
         _load_vllm()
@@ -185,7 +185,7 @@ def install() -> dict[str, str]:
 
 
 def _load_vllm() -> None:
-    """Let an installed vLLM define its operators first: its binary cannot load once somebody else has defined them."""
+    """Let an installed vLLM define its operators first: its binary fails to load once others have defined them."""
     for module in ("vllm._C", "vllm._C_stable_libtorch"):
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module(module)
@@ -203,8 +203,8 @@ def _install(alias: Alias) -> str:
         return f"kept: {owner}"
     else:
         done = "implemented"
-    # CompositeExplicitAutograd yields to any kernel registered for a device, and claims no Meta kernel: fake tensors
-    # flow on to the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
+    # CompositeExplicitAutograd yields to any kernel that is registered for a device, and it is no Meta kernel: fake
+    # tensors reach the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
     _library(alias).impl(alias.name.partition("::")[2], _adapt(alias, expected, found), "CompositeExplicitAutograd")
     return done
 
@@ -229,7 +229,7 @@ def _has_kernel(name: str) -> bool:
 
 
 def _owner(name: str) -> str | None:
-    """Why nothing is missing from an operator that exists, or None where something is."""
+    """Which kernels make an existing operator complete; None if kernels are missing."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for key in ("CompositeImplicitAutograd", "CompositeExplicitAutograd"):
         if has_kernel(name, key):
@@ -240,7 +240,7 @@ def _owner(name: str) -> str | None:
 
 
 def _difference(found: torch.FunctionSchema, expected: torch.FunctionSchema) -> str | None:
-    """What keeps ``found`` from being called as ``expected`` is; later arguments with a default do not."""
+    """Why ``found`` cannot be called like ``expected``, or None if it can; additional flags with a default are fine."""
 
     def described(argument: torch.Argument) -> str:
         written = argument.alias_info is not None and argument.alias_info.is_write
@@ -262,7 +262,7 @@ def _difference(found: torch.FunctionSchema, expected: torch.FunctionSchema) -> 
 
 
 def _adapt(alias: Alias, expected: torch.FunctionSchema, found: torch.FunctionSchema) -> Callable[..., Any]:
-    """``alias.implementation``, callable with the arguments that ``found`` has beyond ``expected``."""
+    """``alias.implementation``, callable also with the arguments that ``found`` has beyond ``expected``."""
     count = len(expected.arguments)
     extras = found.arguments[count:]
 

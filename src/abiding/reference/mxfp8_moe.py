@@ -1,10 +1,10 @@
 """MXFP8 mixture of experts, in plain PyTorch.
 
-Codes and bytes are part of a format, so the quantiser is pinned down to the bit: its code follows the integer rule of
-:func:`block_code`, and scaling by a power of two is exact in float64. Sums are float64, rounded where the kernels
-round; ``out_dtype=torch.float64`` leaves a product unrounded, and :func:`layer` a whole layer.
+Codes and bytes are a format, so the quantizer is specified to the bit: codes follow the integer rule of
+:func:`scale_code`, and scaling by a power of two is exact in float64. Sums are float64, rounded where the kernels
+round; ``out_dtype=torch.float64`` leaves the result of a GEMM unrounded, and :func:`layer` that of a whole layer.
 
-Rows of no expert are zero here, unless the caller's output holds something else.
+Rows of no expert are zero in a new tensor.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 32
-TILE_ROWS = 128
+BLOCK = 32  # elements per scale block
+TILE_ROWS = 128  # rows per tile of scales
 
 Activation = Literal["silu", "swiglu_oai", "none"]
 Mode = Literal["w8a8", "w8a16"]
 
 
 class MXFP8(NamedTuple):
-    """Quantised rows. As :class:`abiding.mxfp8_moe.MXFP8`."""
+    """Quantized rows. As :class:`abiding.mxfp8_moe.MXFP8`."""
 
     data: Tensor
     scales: Tensor
 
 
 def quantize(x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | None = None) -> MXFP8:
-    """Quantise rows, each expert's scales in whole tiles. As :func:`abiding.mxfp8_moe.quantize`."""
-    rows, width = x.shape
-    spans = list(_spans(rows, expert_offsets, offs))
-    height = (rows + (TILE_ROWS - 1) * len(spans)) // TILE_ROWS * TILE_ROWS
-    data = torch.zeros(rows, width, dtype=torch.uint8, device=x.device)
-    scales = torch.zeros(height, -(-width // BLOCK // 4) * 4, dtype=torch.uint8, device=x.device)
-    first = 0
-    for span, last in _scale_rows(spans):
-        if last <= height:
+    """Quantize rows, with the scales of each expert in whole tiles. As :func:`abiding.mxfp8_moe.quantize`."""
+    m, k = x.shape
+    spans = list(_spans(m, expert_offsets, offs))
+    scale_rows = (m + (TILE_ROWS - 1) * len(spans)) // TILE_ROWS * TILE_ROWS
+    data = torch.zeros(m, k, dtype=torch.uint8, device=x.device)
+    scales = torch.zeros(scale_rows, -(-k // BLOCK // 4) * 4, dtype=torch.uint8, device=x.device)
+    begin = 0
+    for span, end in _scale_ends(spans):
+        if end <= scale_rows:
             data[span], codes = quantize_rows(x[span])
-            scales[first:last] = swizzle_scales(codes)
-        first = last
+            scales[begin:end] = swizzle_scales(codes)
+        begin = end
     return MXFP8(data.view(torch.float8_e4m3fn), scales)
 
 
 def round(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Rows holding what the quantiser keeps of them. As :func:`abiding.mxfp8_moe.round`."""
+    """Quantize rows and dequantize them again. As :func:`abiding.mxfp8_moe.round`."""
     result = dequantize(*quantize_rows(x))
     return result if out is None else out.copy_(result)
 
@@ -62,24 +62,25 @@ def grouped_mm(
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply each expert's rows with its weights. As :func:`abiding.mxfp8_moe.grouped_mm`."""
+    """Grouped GEMM of each expert's rows with its weights. As :func:`abiding.mxfp8_moe.grouped_mm`."""
     data, scales = (a, None) if isinstance(a, Tensor) else (a.data, a.scales.view(torch.uint8))
     weight = by_rows(weight)
     experts, n, k = weight.shape
     weight_scale = weight_scale.view(torch.uint8).reshape(experts, -(-n // TILE_ROWS) * TILE_ROWS, -1)
     if out is None:
         out = torch.zeros(len(data), n, dtype=out_dtype, device=data.device)
-    first = 0
-    for expert, (span, last) in enumerate(_scale_rows(_spans(len(data), expert_offsets, offs))):
+    begin = 0
+    for expert, (span, end) in enumerate(_scale_ends(_spans(len(data), expert_offsets, offs))):
         rows = data[span]
         if scales is not None and len(rows):
-            held = last <= scales.numel() // scales.shape[-1]
-            codes = unswizzle_scales(scales.reshape(-1, scales.shape[-1])[first:last], len(rows), k) if held else None
-            nothing = torch.full((len(rows), k // BLOCK), 255, dtype=torch.uint8, device=data.device)
-            rows = dequantize(rows, nothing if codes is None else codes)
+            if end <= scales.numel() // scales.shape[-1]:
+                codes = unswizzle_scales(scales.reshape(-1, scales.shape[-1])[begin:end], len(rows), k)
+            else:
+                codes = torch.full((len(rows), k // BLOCK), 255, dtype=torch.uint8, device=data.device)
+            rows = dequantize(rows, codes)
         w = dequantize(weight[expert], unswizzle_scales(weight_scale[expert], n, k))
         out[span] = (rows.double() @ w.double().T).to(out.dtype)
-        first = last
+        begin = end
     return out
 
 
@@ -97,7 +98,7 @@ def moe(
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A layer of experts. As :func:`abiding.mxfp8_moe.moe`."""
+    """An MoE layer. As :func:`abiding.mxfp8_moe.moe`."""
     exact = layer(x, w13, s13, w2, s2, topk_ids, topk_weights, activation=activation, mode=mode)
     return exact.to(torch.bfloat16) if out is None else out.copy_(exact)
 
@@ -114,21 +115,21 @@ def layer(
     activation: Activation,
     mode: Mode,
 ) -> Tensor:
-    """The layer's weighted sums in float64, not yet rounded; what lies before them is rounded as the kernels round."""
+    """The top-k weighted sums of a layer in float64, unrounded; everything before them is rounded as in the kernels."""
     w13, w2 = by_rows(w13), by_rows(w2)
-    kept = round if mode == "w8a8" else torch.Tensor.clone
+    rounded = round if mode == "w8a8" else torch.Tensor.clone
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in range(len(w13)):
         token, j = (topk_ids == expert).nonzero(as_tuple=True)
-        up = grouped_mm(kept(x[token]), w13[expert : expert + 1], s13.reshape(len(w13), -1)[expert])
-        hidden = kept(activate(up, activation))
-        down = grouped_mm(hidden, w2[expert : expert + 1], s2.reshape(len(w2), -1)[expert])
+        gate_up = grouped_mm(rounded(x[token]), w13[expert : expert + 1], s13.reshape(len(w13), -1)[expert])
+        activated = rounded(activate(gate_up, activation))
+        down = grouped_mm(activated, w2[expert : expert + 1], s2.reshape(len(w2), -1)[expert])
         result.index_add_(0, token, topk_weights[token, j, None].double() * down)
     return result
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Gate and up columns [n, 2 I] to [n, I], in float64, rounded to x's dtype; "none" leaves x as it is."""
+    """The activation of gate and up columns [n, 2 I], in float64, rounded to x's dtype: [n, I]. "none" returns x."""
     if activation == "none":
         return x
     gate, up = x.double().chunk(2, dim=1)
@@ -139,72 +140,72 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:
-    """Scales in tiles, from plain ones. As :func:`abiding.mxfp8_moe.swizzle_scales`."""
+    """Scales in tiles, from plain scales. As :func:`abiding.mxfp8_moe.swizzle_scales`."""
     codes = scales.view(torch.uint8)
     rows, columns = codes.shape[-2:]
-    height, width = -(-rows // TILE_ROWS) * TILE_ROWS, -(-columns // 4) * 4
-    tiles = codes.new_zeros(*codes.shape[:-2], height * width)
-    tiles[..., scale_at(rows, columns, width).to(codes.device)] = codes
-    return tiles.reshape(*codes.shape[:-2], height, width).view(scales.dtype)
+    padded_rows, padded_columns = -(-rows // TILE_ROWS) * TILE_ROWS, -(-columns // 4) * 4
+    tiles = codes.new_zeros(*codes.shape[:-2], padded_rows * padded_columns)
+    tiles[..., scale_offset(rows, columns, padded_columns).to(codes.device)] = codes
+    return tiles.reshape(*codes.shape[:-2], padded_rows, padded_columns).view(scales.dtype)
 
 
 def unswizzle_scales(scales: Tensor, n: int, k: int) -> Tensor:
     """Plain scales, from tiles. As :func:`abiding.mxfp8_moe.unswizzle_scales`."""
     codes = scales.view(torch.uint8)
-    plain: Tensor = codes.flatten(-2)[..., scale_at(n, k // BLOCK, codes.shape[-1]).to(codes.device)]
+    plain: Tensor = codes.flatten(-2)[..., scale_offset(n, k // BLOCK, codes.shape[-1]).to(codes.device)]
     return plain.view(scales.dtype)
 
 
-def scale_at(rows: int, columns: int, width: int) -> Tensor:
-    """Byte of each code [rows, columns] among tiles of 128 rows by 4 codes, `width` codes to a row of tiles."""
+def scale_offset(rows: int, columns: int, padded_columns: int) -> Tensor:
+    """The byte offset of each code [rows, columns] in tiles of 128 rows by 4 codes."""
     r, c = torch.arange(rows)[:, None], torch.arange(columns)
-    return (r // 128 * (width // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+    return (r // 128 * (padded_columns // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes [n, k] and codes [n, k / 32] of rows."""
+    """The e4m3 bytes [n, k] and codes [n, k / 32] of rows."""
     blocks = x.double().unflatten(1, (-1, BLOCK))
     amax = torch.where(blocks.isnan(), 0, blocks).abs().amax(-1)
-    code = torch.where(blocks.isnan().all(-1), 255, block_code(amax))
+    code = torch.where(blocks.isnan().all(-1), 255, scale_code(amax))
     scaled = blocks * torch.exp2(127 - code.double())[..., None]
     data = scaled.clamp(-448, 448).float().to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.where(blocks.isnan(), 0x7F, data).flatten(1), code.to(torch.uint8)
 
 
-def block_code(amax: Tensor) -> Tensor:
-    """The least code with amax <= 448 * 2^(code - 127), from the bits of a float32: 448 = 1.75 * 2^8."""
+def scale_code(amax: Tensor) -> Tensor:
+    """The smallest code with amax <= 448 * 2^(code - 127), from the bits of a float32: 448 = 1.75 * 2^8."""
     bits = amax.float().contiguous().view(torch.int32)
     code = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).int()
     return torch.where(amax.isinf(), 254, code.clamp(min=0))
 
 
 def dequantize(data: Tensor, codes: Tensor) -> Tensor:
-    """Bytes [n, k] under codes [n, k / 32] as bfloat16. Their product is exact in float32 unless it overflows, so it is
-    rounded once."""
+    """e4m3 bytes [n, k] with codes [n, k / 32], as bfloat16. The product of value and scale is exact in float32 unless
+    it overflows, so the result is rounded once."""
     scale = torch.where(codes == 255, torch.nan, torch.exp2(codes.double() - 127)).float()
     values = data.view(torch.float8_e4m3fn).float().unflatten(1, (-1, BLOCK)) * scale[..., None]
     rounded: Tensor = values.flatten(1).to(torch.bfloat16)
-    return rounded.masked_fill_(rounded.isnan(), torch.nan)  # one bit pattern
+    return rounded.masked_fill_(rounded.isnan(), torch.nan)  # a single NaN pattern
 
 
 def by_rows(weight: Tensor) -> Tensor:
-    """Weights as [E, N, K], of that or of a view with K and N transposed; the dimension of stride 1 is K."""
+    """Weights [E, N, K], given as that or as the transposed view [E, K, N]; the dimension of stride 1 is K."""
     return weight.transpose(1, 2) if weight.stride(2) != 1 and weight.stride(1) == 1 else weight
 
 
-def _spans(rows: int, expert_offsets: Tensor | None, offs: Tensor | None) -> Iterator[slice]:
-    """Each expert's rows, none where the offsets lead outside."""
+def _spans(m: int, expert_offsets: Tensor | None, offs: Tensor | None) -> Iterator[slice]:
+    """The rows of each expert; empty if the offsets lead outside."""
     if expert_offsets is None and offs is None:
-        yield slice(0, rows)
+        yield slice(0, m)
         return
     edges = expert_offsets.tolist() if expert_offsets is not None else [0, *(offs.tolist() if offs is not None else [])]
     for begin, end in itertools.pairwise(edges):
-        yield slice(begin, end) if 0 <= begin <= end <= rows else slice(0, 0)
+        yield slice(begin, end) if 0 <= begin <= end <= m else slice(0, 0)
 
 
-def _scale_rows(spans: list[slice] | Iterator[slice]) -> Iterator[tuple[slice, int]]:
-    """With each expert's rows, where its scales end."""
-    last = 0
+def _scale_ends(spans: list[slice] | Iterator[slice]) -> Iterator[tuple[slice, int]]:
+    """The rows of each expert, and the row at which its scales end."""
+    end = 0
     for span in spans:
-        last += -(-(span.stop - span.start) // TILE_ROWS) * TILE_ROWS
-        yield span, last
+        end += -(-(span.stop - span.start) // TILE_ROWS) * TILE_ROWS
+        yield span, end

@@ -1,8 +1,7 @@
-"""Compare tensors: bit by bit, in representable steps, or within a tolerance, and say exactly where they part.
+"""Compare tensors: bitwise, in ulps, or within a tolerance; errors name the place where they differ.
 
-Every function takes tensors of any shape, strides and device; `expected` follows `actual` to its device. A NaN
-matches any NaN, an infinity only one of the same sign, and +0 equals -0, except in the bitwise comparison, where
-nothing but the same bits will do.
+Every function takes tensors of any shape, strides and device; `expected` is copied to the device of `actual`. A NaN
+matches any NaN, an infinity only one of the same sign, and +0 equals -0. The bitwise comparison requires equal bits.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FARTHEST = torch.iinfo(torch.int64).max
+_MAX_DISTANCE = torch.iinfo(torch.int64).max
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "output") -> None:
-    """Raise AssertionError unless both tensors hold the same bits: same dtype, same shape, every byte alike."""
+    """Raise AssertionError unless both tensors have the same dtype, the same shape and the same bytes."""
     _assert_same_shape(actual, expected, name)
     if actual.dtype != expected.dtype:
         raise AssertionError(f"{name}: dtype is {actual.dtype}, expected {expected.dtype}")
@@ -43,11 +42,11 @@ def assert_close(
     rtol: float = 0.0,
     name: str = "output",
 ) -> None:
-    """Raise AssertionError unless every element is near enough, by one measure or the other.
+    """Raise AssertionError unless every element is within a tolerance.
 
-    `ulps` counts representable steps of `actual`'s dtype; `atol` and `rtol` bound |actual - expected| by atol + rtol
-    * |expected|. An element passes if either measure lets it; with none given it has to be equal. `expected` has the
-    dtype of `actual` or is float32 or float64; for `ulps` it is rounded to the dtype of `actual`, once. NaNs are
+    `ulps` counts representable steps of the dtype of `actual`; `atol` and `rtol` bound |actual - expected| by
+    atol + rtol * |expected|. An element passes by either measure; without any, it must be equal. `expected` has the
+    dtype of `actual` or is float32 or float64; for `ulps` it is rounded once, to the dtype of `actual`. NaNs are
     compared first, then infinities.
     """
     _assert_same_shape(actual, expected, name)
@@ -87,20 +86,20 @@ def assert_close(
 
 
 def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Representable steps between a and b, in a's dtype, as int64 of their shape: 0 between +0 and -0 and between NaNs,
-    2**63 - 1 between a NaN and a number. A `b` of another dtype is rounded to a's first, once."""
+    """The number of representable steps between a and b in a's dtype, as int64: 0 between +0 and -0 and between NaNs,
+    2**63 - 1 between a NaN and a number. A `b` of another dtype is first rounded once to a's."""
     b = round_once(b.to(a.device), a.dtype)
     below, above = _ordinal(a), _ordinal(b)
     steps = (below - above).abs()
     far_apart = (below < 0) != (above < 0)
-    overflown = far_apart & (below.abs() > _FARTHEST - above.abs())
+    overflown = far_apart & (below.abs() > _MAX_DISTANCE - above.abs())
     a_nan, b_nan = _isnan(a), _isnan(b)
-    steps = torch.where(overflown | (a_nan != b_nan), _FARTHEST, steps)
+    steps = torch.where(overflown | (a_nan != b_nan), _MAX_DISTANCE, steps)
     return steps.masked_fill_(a_nan & b_nan, 0)
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest |actual - expected| in float64; infinite where a NaN or an infinity is in one of the two only."""
+    """The largest |actual - expected| in float64; infinite where only one of the two is a NaN or an infinity."""
     _assert_same_shape(actual, expected, "max_error")
     if actual.numel() == 0:
         return 0.0
@@ -111,17 +110,17 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def max_ulps(actual: Tensor, expected: Tensor) -> int:
-    """Largest `ulp_distance` between the two, 0 for empty tensors."""
+    """The largest `ulp_distance` between the two; 0 for empty tensors."""
     _assert_same_shape(actual, expected, "max_ulps")
     return int(ulp_distance(actual, expected).max()) if actual.numel() else 0
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, rounded to nearest even a single time; float8_e4m3fn saturates at +-448.
+    """x in `dtype`, rounded once, to nearest even; float8_e4m3fn saturates at +-448.
 
-    A plain cast from float64 to a 16-bit or 8-bit float rounds to float32 on its way, which moves some ties. Here the
-    step to float32 rounds to odd instead: an inexact result keeps its last bit set, so the second rounding sees which
-    side it came from.
+    A plain cast from float64 to a 16-bit or 8-bit float rounds twice, by way of float32, which breaks some ties
+    wrongly. Here the step to float32 rounds to odd: an inexact result gets its last bit set, so that the second
+    rounding knows that it is no tie.
     """
     if x.dtype == dtype:
         return x
@@ -137,12 +136,12 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The elements in order, as integers of their size."""
+    """The bits of all elements, as integers of the same size."""
     return x.detach().contiguous().reshape(-1).view(_INTEGER_OF_SIZE[x.element_size()])
 
 
 def _ordinal(x: Tensor) -> Tensor:
-    """int64 that grows by 1 from one representable value to the next, 0 at both zeros."""
+    """int64 that grows by 1 per representable value and is 0 at both zeros."""
     if not x.dtype.is_floating_point:
         return x.to(torch.int64)
     bits = _bits(x).to(torch.int64).reshape(x.shape)
@@ -196,7 +195,7 @@ def _count(mask: Tensor) -> str:
 
 
 def _shown(x: Tensor, place: tuple[int, ...]) -> str:
-    """An element's bits in hex, after its value where that says more."""
+    """An element: its value, if that is not obvious from the bits, and its bits in hex."""
     element = x.detach()[place].reshape(1)
     digits = 2 * x.element_size()
     bits = int(_bits(element)) & ((1 << 4 * digits) - 1)

@@ -1,4 +1,4 @@
-"""Tensors between canaries: what writes a byte outside of them, or into the gaps of their strides, is found out."""
+"""Tensors between canaries, which detect writes outside of a tensor and into the gaps between its strides."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 POISON = 0xFF
-"""Fill byte that reads as NaN in every float format and as -1 in every signed integer."""
+"""A fill byte that reads as NaN in every float format and as -1 in every signed integer."""
 
 CANARY = 0xA5
 
 
 @dataclass(frozen=True)
 class GuardedTensor:
-    """`tensor` views `storage` from byte `start` on; every byte of `storage` that it does not address is a canary."""
+    """`tensor` is a view of `storage` from byte `start` on; all other bytes of `storage` are canaries."""
 
     tensor: Tensor
     storage: Tensor
@@ -24,20 +24,20 @@ class GuardedTensor:
     name: str = "tensor"
 
     def check(self) -> None:
-        """Raise AssertionError if a canary has changed, naming the first by its distance from the tensor's first
-        byte."""
+        """Raise AssertionError if a canary has changed. The message gives the offset of the first from the tensor's
+        first byte."""
         outside = self.storage.clone()
         _bytes_of(self.tensor, outside, self.start).fill_(CANARY)
-        harmed = outside != CANARY
-        if bool(harmed.any()):
-            first = int(harmed.to(torch.uint8).argmax())
+        changed = outside != CANARY
+        if bool(changed.any()):
+            first = int(changed.to(torch.uint8).argmax())
             raise AssertionError(
-                f"{self.name}: {int(harmed.sum())} bytes outside of the tensor were written; the first is at byte "
+                f"{self.name}: {int(changed.sum())} bytes outside of the tensor were written; the first is at byte "
                 f"offset {first - self.start}: 0x{int(outside[first]):02x} instead of the canary 0x{CANARY:02x}"
             )
 
     def clone(self) -> GuardedTensor:
-        """The same contents, canaries included, in memory of its own."""
+        """A copy of the storage, canaries included."""
         storage = self.storage.clone()
         tensor = storage.view(self.tensor.dtype).as_strided(
             self.tensor.shape, self.tensor.stride(), self.start // self.tensor.element_size()
@@ -56,11 +56,11 @@ def guarded(
     margin: int = 4096,
     name: str = "tensor",
 ) -> GuardedTensor:
-    """A guarded tensor that holds `fill`: one byte repeated, or a tensor's values.
+    """A guarded tensor filled with `fill`, a byte to repeat or a tensor's values.
 
     `strides` (in elements, contiguous by default) may leave gaps, which are guarded too. The data starts
-    `offset_bytes`, a multiple of the element size, after a boundary of at least 64 bytes; `margin` bytes (rounded up
-    to one) lie on either side.
+    `offset_bytes`, a multiple of the element size, after a boundary of at least 64 bytes, and has at least `margin`
+    bytes of canaries on either side.
     """
     meta = torch.empty(shape, dtype=dtype, device="meta")
     steps = tuple(meta.stride() if strides is None else strides)

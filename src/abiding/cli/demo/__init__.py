@@ -1,4 +1,4 @@
-"""The demo: every group's main job at real sizes, held against the float64 reference; a table for each group."""
+"""The demo: the main operators of every group at real sizes, compared with the float64 reference; a table per group."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SECTIONS = [mla_prologue.SECTION, mxfp8_moe.SECTION, collectives.SECTION]
 
 
 def run() -> bool:
-    """Run all sections, print their tables; whether every case was right."""
+    """Run all sections and print their tables; returns whether every case was right."""
     device = torch.device("cuda" if abiding.has_cuda_kernels() and torch.cuda.is_available() else "cpu")
     console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(f"abiding {abiding.__version__}, torch {torch.__version__}, {_described(device)}")
+    console.print(f"abiding {abiding.__version__}, torch {torch.__version__}, {_describe(device)}")
     faults: list[str] = []
     for section in SECTIONS:
-        rows = _worked_through(section, device)
+        rows = _run_section(section, device)
         console.print(_table(section, rows))
         faults += [f"{next(iter(row.cells.values()))}: {fault}" for row in rows for fault in row.faults]
     for fault in faults:
@@ -33,7 +33,7 @@ def run() -> bool:
     return not faults
 
 
-def _worked_through(section: Section, device: torch.device) -> list[Row]:
+def _run_section(section: Section, device: torch.device) -> list[Row]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(section.title)
@@ -51,7 +51,7 @@ def _table(section: Section, rows: list[Row]) -> Table:
     return table
 
 
-def _described(device: torch.device) -> str:
+def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads ({abiding.cuda_unavailable_reason()})"

@@ -1,4 +1,4 @@
-"""DeepSeek V4's MLA prologue: a decode and a prefill batch, their KV cache read back."""
+"""DeepSeek V4's MLA prologue: decode and prefill batches, and their KV cache read back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from abiding import mla_prologue as face
+from abiding import mla_prologue as api
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.reference import mla_prologue as reference
 from abiding.testing import (
@@ -32,13 +32,14 @@ CASES = [
 
 Q_ULPS = 1
 ROPE_NOISE = 2.0**-20
-"""RoPE may cancel to almost nothing; there float32 arithmetic on values of a few units leaves up to this much."""
+"""The error of float32 arithmetic where RoPE cancels values of a few units to almost nothing."""
 
 E4M3_STEP = 1 / 16
-"""No value is off by more than this share of its block's largest: half a step where e4m3's steps are widest."""
+"""The largest error of a value as a fraction of its quantization block's amax: half a step of e4m3 where its steps are
+widest."""
 
 _CHUNK = 64
-"""Tokens whose reference is held in memory at a time."""
+"""Tokens whose reference is in memory at a time."""
 
 
 def rows(device: torch.device, say: Say) -> Iterator[Row]:
@@ -52,7 +53,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
         say(f"{name}: running")
         inputs = case.make(device)
         expected = inputs.clone()
-        out = inputs.run(face)
+        out = inputs.run(api)
         faults: list[str] = []
 
         say(f"{name}: computing the reference of Q")
@@ -79,7 +80,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
                 "skipped": str(int((inputs.slots < 0).sum())),
                 "Q max error": f"{error:.2g} = {ulps} ulp{'s' * (ulps != 1)}",
                 "cache bytes": "differ" if cache_faults else "equal",
-                "read-back error": f"{off:.2%} of block",
+                "read-back error": f"{off:.2%} of amax",
                 "time": f"{us:.1f} us",
                 "speed": _speed(case, us, roofline),
             },
@@ -88,7 +89,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
 
 
 def _q_error(inputs: PrologueInputs, out: Tensor) -> tuple[float, int]:
-    """Largest difference from the float64 reference; in representable steps, the largest of those above the noise."""
+    """The largest difference from the float64 reference, and the largest in ulps of those above `ROPE_NOISE`."""
     error, ulps = 0.0, 0
     for start in range(0, inputs.case.tokens, _CHUNK):
         some = slice(start, start + _CHUNK)
@@ -96,35 +97,37 @@ def _q_error(inputs: PrologueInputs, out: Tensor) -> tuple[float, int]:
         error = max(error, max_error(out[some], exact))
         off = out[some] != round_once(exact, out.dtype)
         ours, exact = out[some][off], exact[off]
-        audible = ~((ours.double() - exact).abs() <= ROPE_NOISE)
-        ulps = max(ulps, max_ulps(ours[audible], exact[audible]))
+        above_noise = ~((ours.double() - exact).abs() <= ROPE_NOISE)
+        ulps = max(ulps, max_ulps(ours[above_noise], exact[above_noise]))
     return error, ulps
 
 
 def _read_back_error(inputs: PrologueInputs, faults: list[str]) -> float:
-    """Largest error of what `gather_kv` returns, as a share of the largest magnitude of its block of 64."""
-    read = face.gather_kv(inputs.cache, inputs.slots, block_size=inputs.case.block_size)
+    """The largest error of what `gather_kv` returns, as a fraction of the amax of its quantization block."""
+    read = api.gather_kv(inputs.cache, inputs.slots, block_size=inputs.case.block_size)
     present = inputs.slots >= 0
     exact = reference.rotate(inputs.kv.double(), inputs.positions, inputs.cos_sin)[present]
-    kept, rope = read[present], exact[:, face.NOPE_DIM :]
-    blocks = exact[:, : face.NOPE_DIM].reshape(-1, reference.QUANT_BLOCK)
-    error = (kept[:, : face.NOPE_DIM].double().reshape_as(blocks) - blocks).abs()
-    share = float((error / blocks.abs().amax(-1, keepdim=True)).max())
-    if not share <= E4M3_STEP:
-        faults.append(f"read-back is off by {share:.2%} of a block's largest value; expected at most {E4M3_STEP:.2%}")
+    kept, rope = read[present], exact[:, api.NOPE_DIM :]
+    blocks = exact[:, : api.NOPE_DIM].reshape(-1, reference.QUANT_BLOCK)
+    error = (kept[:, : api.NOPE_DIM].double().reshape_as(blocks) - blocks).abs()
+    fraction = float((error / blocks.abs().amax(-1, keepdim=True)).max())
+    if not fraction <= E4M3_STEP:
+        faults.append(
+            f"read-back is off by {fraction:.2%} of a quantization block's amax; expected at most {E4M3_STEP:.2%}"
+        )
     faults += _faults(
-        partial(assert_close, kept[:, face.NOPE_DIM :], rope, ulps=1, atol=ROPE_NOISE, name="read-back RoPE values"),
+        partial(assert_close, kept[:, api.NOPE_DIM :], rope, ulps=1, atol=ROPE_NOISE, name="read-back RoPE values"),
         partial(assert_bitwise_equal, read[~present], torch.zeros_like(read[~present]), "read-back of skipped slots"),
     )
-    return share
+    return fraction
 
 
 def _time(case: PrologueCase, inputs: PrologueInputs, device: torch.device) -> float:
     sets = [inputs]
     if device.type == "cuda":
         sets += [case.make(device, seed, guards=False) for seed in range(1, rotations(case.bytes, device))]
-    outs = [one.q.new_empty(case.tokens, case.live_heads, face.HEAD_DIM) for one in sets]
-    return call_us([partial(one.run, face, out=out) for one, out in zip(sets, outs, strict=True)], device).us
+    outs = [one.q.new_empty(case.tokens, case.out_heads, api.HEAD_DIM) for one in sets]
+    return call_us([partial(one.run, api, out=out) for one, out in zip(sets, outs, strict=True)], device).us
 
 
 def _speed(case: PrologueCase, us: float, roofline: Roofline | None) -> str:

@@ -1,4 +1,4 @@
-"""MXFP8 mixture of experts: a layer as wide as MiniMax-M3's, with quantised and with plain activations."""
+"""MXFP8 mixture of experts: an MoE layer with the width of MiniMax-M3's, in modes w8a8 and w8a16."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from abiding import mxfp8_moe as face
+from abiding import mxfp8_moe as api
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.reference import mxfp8_moe as reference
 from abiding.testing import Roofline, assert_bitwise_equal, call_us
 from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs
 
 CASES = [LayerCase(8, 6144, 3072, 4, 4, activation="swiglu_oai")]
-MODES: tuple[face.Mode, ...] = ("w8a8", "w8a16")
+MODES: tuple[api.Mode, ...] = ("w8a8", "w8a16")
 
 ROUNDING = 2.0**-8
-"""Half a step of bfloat16, relative: the last rounding of a layer, and what is left of those before it."""
+"""Half a step of bfloat16, relative: the last rounding of a layer, and what remains of those before it."""
 
 
 def rows(device: torch.device, say: Say) -> Iterator[Row]:
@@ -38,12 +38,12 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
         for mode in MODES:
             one = replace(layer, case=replace(case, mode=mode))
             say(f"MXFP8 {mode}: running")
-            out = one.run(face)
+            out = one.run(api)
             error, faults = _distance(out, exact[mode]), _quantiser_faults(one.x)
             if not error <= ROUNDING:
                 faults.append(f"the layer is {error:.2%} off; expected at most {ROUNDING:.2%}")
             say(f"MXFP8 {mode}: timing")
-            us = call_us([partial(one.run, face, out=torch.empty_like(out))], device).us
+            us = call_us([partial(one.run, api, out=torch.empty_like(out))], device).us
             yield Row(
                 {
                     "case": mode,
@@ -51,7 +51,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
                     "weights": f"{_parameters(case) / 1e6:.0f} M",
                     "bytes": "differ" if len(faults) > (error > ROUNDING) else "equal",
                     "error": f"{error:.3%}",
-                    "error of quantised activations": f"{_distance(out, exact['w8a16']):.2%}",
+                    "error against w8a16": f"{_distance(out, exact['w8a16']):.2%}",
                     "time": f"{us / 1e3:.2f} ms",
                     "speed": _speed(one, us, roofline),
                 },
@@ -66,16 +66,16 @@ def _reference(one: LayerInputs) -> Tensor:
 
 
 def _distance(out: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference, relative to that of the exact result."""
+    """The root mean square of the difference, relative to that of the exact result."""
     return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def _quantiser_faults(x: Tensor) -> list[str]:
-    """Bytes and codes of the activations are a format: they have to be the reference's."""
+    """Bytes and codes of activations are a format: they must equal the reference's."""
     try:
-        for found, expected in zip(face.quantize(x), reference.quantize(x), strict=True):
-            assert_bitwise_equal(found, expected, "quantised activations")
-        assert_bitwise_equal(face.round(x), reference.round(x), "rounded activations")
+        for found, expected in zip(api.quantize(x), reference.quantize(x), strict=True):
+            assert_bitwise_equal(found, expected, "quantized activations")
+        assert_bitwise_equal(api.round(x), reference.round(x), "rounded activations")
     except AssertionError as error:
         return [str(error)]
     return []

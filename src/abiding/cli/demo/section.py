@@ -1,4 +1,4 @@
-"""What a group contributes to the demo."""
+"""The interface of a group's part of the demo."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 Say = Callable[[str], None]
-"""Tells the reader what is being worked on."""
+"""Shows the user what is being computed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A case's cells, by column, and what is wrong with it, if anything."""
+    """The cells of a case by column, and its faults, if any."""
 
     cells: dict[str, str]
     faults: list[str] = field(default_factory=list)
@@ -21,7 +21,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A group's table: `rows` works through its cases on a device."""
+    """The table of a group: `rows` runs its cases on a device."""
 
     title: str
     rows: Callable[[torch.device, Say], Iterator[Row]]

@@ -1,7 +1,7 @@
-"""Humming's kernels (PyPI humming-kernels) beside ours: MXFP8 weights, bfloat16 activations, compiled where they run.
+"""Humming's kernels (PyPI humming-kernels) as a peer: MXFP8 weights and bfloat16 activations, compiled at run time.
 
-Tiles are its own choice for every number of rows, as vLLM takes it. Its product comes in two kinds: `indexed` reads a
-token's row for each of its experts, `grouped` has rows in the order of their experts, as ours has.
+Tiles are chosen by Humming's heuristics for each number of rows, as vLLM does. Its GEMM comes in two kinds: `indexed`
+gathers a token's row for each of its experts, `grouped` takes rows in the order of their experts, as ours does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 KINDS = {"humming": "grouped_contiguous", "humming_indexed": "indexed"}
-"""Humming's names of the two kinds, by ours."""
+"""Humming's names of the two kinds, by the peer names that results use."""
 
 _PADDING = {"pad_n_to_multiple": 256, "pad_k_to_multiple": 128}  # as vLLM pads; our shapes need none
 
@@ -31,7 +31,7 @@ class Humming:
     """The imported package."""
 
     def __init__(self, path: Path) -> None:
-        """Import it from a wheel, which is unpacked into the temporary folder, or from an unpacked folder."""
+        """Import it from a wheel, which is unpacked into the temporary folder, or from an unpacked wheel."""
         temporary = Path(tempfile.gettempdir())
         if path.suffix == ".whl":
             unpacked = temporary / f"{path.stem}-unpacked"
@@ -39,23 +39,23 @@ class Humming:
                 zipfile.ZipFile(path).extractall(unpacked)
             path = unpacked
         for tool in path.glob("humming/_native/*/*"):
-            tool.chmod(0o755)  # unpacking drops the right to execute, and one of them is its compiler
+            tool.chmod(0o755)  # unpacking drops the executable bit, and one of these is its compiler
         sys.path.insert(0, str(path))
         os.environ.setdefault("HUMMING_CACHE_DIR", str(temporary / "humming-cache"))
         os.environ.setdefault("HUMMING_TMP_DIR", str(temporary / "humming-tmp"))
         os.environ.setdefault("HUMMING_COMPILER", "nvcc")
-        os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"  # nothing is compiled by importing
+        os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"  # compile nothing at import
         self.ops = importlib.import_module("humming.ops")
         self.kernel = importlib.import_module("humming.kernel.humming").HummingKernel
         self.schema = importlib.import_module("humming.schema")
         self.modelopt = importlib.import_module("humming.schema.modelopt")
         self.transform = importlib.import_module("humming.transform")
         self.tune = importlib.import_module("humming.tune")
-        del os.environ["HUMMING_DISABLE_PARALLEL_BUILD"]  # it also limits compilation to one thread
+        del os.environ["HUMMING_DISABLE_PARALLEL_BUILD"]  # it would also limit compilation to one thread
         importlib.import_module("humming.ops.utils").init_humming_launcher()
 
     def weights(self, weight: Tensor, codes: Tensor, stacks: list[int]) -> HummingWeights:
-        """Weights [E, N, K] e4m3 and plain codes [E, N, K / 32] in its own layout; `stacks` are N's parts."""
+        """Weights [E, N, K] e4m3 and plain codes [E, N, K / 32] in Humming's layout; `stacks` are the parts of N."""
         experts, n, k = weight.shape
         source = self.modelopt.ModeloptMxfp8WeightSchema()
         schema, tensors = source.convert_humming(
@@ -83,7 +83,7 @@ class Humming:
 
 @dataclass(frozen=True)
 class HummingWeights:
-    """A product's weights and how it is configured."""
+    """The weights and the configuration of a GEMM."""
 
     humming: Humming
     config: Any
@@ -92,20 +92,20 @@ class HummingWeights:
     n: int
 
     def compile(self, rows: Iterable[int]) -> None:
-        """Compile what calls of so many rows need, in parallel."""
+        """Compile the kernels for these numbers of rows, in parallel."""
         jobs = {(kind, self._tuning(kind, count)) for kind in KINDS.values() for count in rows}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: self._kernel(*job), jobs))
 
     def call(self, kind: str, a: Tensor, ids: Tensor, top_k: int, out: Tensor) -> Callable[[], object]:
-        """A call of a kind (a value of `KINDS`). Rows of `a` are tokens, or with kind "grouped_contiguous" those of
-        pairs in the order of their experts; `out` has a row for each pair."""
+        """A call of a kind (a value of `KINDS`). Rows of `a` are tokens or, with kind "grouped_contiguous", pairs of a
+        token and an expert in the order of their experts; `out` has one row per pair."""
         pairs, experts = ids.flatten().long(), self.tensors["weight"].size(0)
         tuning = self._tuning(kind, len(pairs))
         counts = torch.bincount(pairs, minlength=experts)
         if kind == "indexed":
-            block = json.loads(tuning)["block_shape"][0]
-            routing = _blocks_of_pairs(pairs, counts, block) | {"top_k": top_k}
+            tile_rows = json.loads(tuning)["block_shape"][0]
+            routing = _sorted_pairs(pairs, counts, tile_rows) | {"top_k": top_k}
         else:
             routing = {"expert_layout": torch.cat([counts.new_zeros(1), counts.cumsum(0)])}
         arguments = {
@@ -128,16 +128,16 @@ class HummingWeights:
         return self.humming.kernel.prepare_kernels(self.config.to_str(), compute, tuning, device=0)
 
 
-def _blocks_of_pairs(pairs: Tensor, counts: Tensor, block: int) -> dict[str, Any]:
-    """Pairs in the order of their experts, each expert's padded to whole blocks with a number that none has."""
+def _sorted_pairs(pairs: Tensor, counts: Tensor, tile_rows: int) -> dict[str, Any]:
+    """Pairs sorted by expert, each expert's padded to whole tiles with an id that no pair has."""
     order = pairs.argsort(stable=True)
-    blocks = (counts + block - 1) // block
-    total = int(blocks.sum()) * block
-    first = (blocks.cumsum(0) - blocks) * block
+    tiles = (counts + tile_rows - 1) // tile_rows
+    total = int(tiles.sum()) * tile_rows
+    first = (tiles.cumsum(0) - tiles) * tile_rows
     within = torch.arange(len(pairs), device=pairs.device) - (counts.cumsum(0) - counts)[pairs[order]]
     sorted_pairs = torch.full((total,), len(pairs), dtype=torch.int32, device=pairs.device)
     sorted_pairs[first[pairs[order]] + within] = order.int()
-    experts = torch.arange(len(counts), device=pairs.device).repeat_interleave(blocks)
+    experts = torch.arange(len(counts), device=pairs.device).repeat_interleave(tiles)
     return {
         "sorted_ids": sorted_pairs,
         "expert_ids": experts.int(),

@@ -1,5 +1,5 @@
-"""What limits a mixture-of-experts layer: how busy its products keep the parts of a GPU, each alone under Nsight
-Compute, and what clock the board's power leaves when the layer runs again and again."""
+"""What limits an MoE layer: how busy each of its GEMMs, profiled alone under Nsight Compute, keeps the units of a GPU,
+and which SM clock the board's power limit leaves to a layer that runs repeatedly."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from pathlib import Path
 import torch
 
 import abiding
-from abiding import mxfp8_moe as face
+from abiding import mxfp8_moe as api
 from abiding.testing.benchmarks.base import say
-from abiding.testing.benchmarks.report import table
+from abiding.testing.benchmarks.report import table, wrap
 from abiding.testing.cases.mxfp8_moe import performance_case
 from abiding.testing.results import CaseResult, Param, Results
 from abiding.testing.timing import Roofline, graph_us
 
 GROUP = "mxfp8_moe_limits"
 MARKER = "limits:mxfp8_moe"
-"""Documents have the table between `<!-- limits:mxfp8_moe -->` and `<!-- /limits:mxfp8_moe -->`."""
+"""The table stands between `<!-- limits:mxfp8_moe -->` and `<!-- /limits:mxfp8_moe -->` in documents."""
 
-SHARES = {
+UTILIZATION_METRICS = {
     "device memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "L2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "tensor cores": "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "issue slots": "smsp__inst_issued.avg.pct_of_peak_sustained_active",
 }
-"""Of the parts of a GPU, the metric that says how busy one is, in percent; of issue slots, while there are warps."""
-_TIME = "gpu__time_duration.sum"
+"""By unit of the GPU, the Nsight Compute metric of its utilization in percent; of issue slots, while warps are
+active."""
+_TIME_METRIC = "gpu__time_duration.sum"
 
-PRODUCTS = ("GEMM1", "GEMM2")
+GEMMS = ("GEMM1", "GEMM2")
 CALLS = 4
-"""Of the profiled program, the last of which counts."""
+"""Calls of the profiled program; the last one is profiled."""
 _SECONDS = 0.5
-"""Of calls one after the other, once until the clock has settled and once that count."""
+"""Duration of back-to-back calls, once as a warm-up until the clock has settled and once measured."""
 
 
 def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None = None) -> Results:
-    """Profile the products of layers that `program` calls, `benchmarks/one_call.py`, and time the layers.
+    """Profile the GEMMs of the layers that `program` (`benchmarks/one_call.py`) runs, and time the layers.
 
     Raises:
-        RuntimeError: without a GPU, Nsight Compute's `ncu` or `nvidia-smi`, or when one of these fails.
+        RuntimeError: there is no GPU, no `ncu` (Nsight Compute) or no `nvidia-smi`, or one of these fails.
     """
     if not abiding.has_cuda_kernels():
         raise RuntimeError(f"this needs a GPU: {abiding.cuda_unavailable_reason()}")
@@ -64,19 +65,25 @@ def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None
     for count in tokens:
         say(f"{shape}, {count} tokens")
         arguments = ("moe", "--tokens", str(count), "--shape", shape)
-        for name, busy in zip(PRODUCTS, profile(program, arguments), strict=True):
+        for name, busy in zip(GEMMS, profile(program, arguments), strict=True):
             params: dict[str, Param] = {"tokens": count, "shape": shape}
-            params |= {part: round(busy[part], 1) for part in SHARES}
+            params |= {unit: round(busy[unit], 1) for unit in UTILIZATION_METRICS}
             results.cases.append(CaseResult(name, params, round(busy["us"], 3), 0.0, l2_warm=False, bound_us=0.0))
         results.cases.append(_time_layer(shape, count, device))
     return results
 
 
 def profile(program: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
-    """The shares of `SHARES` and the microseconds ("us") of the products in the program's last call."""
+    """Utilization by unit, and microseconds ("us"), of each GEMM in the program's last call."""
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
-    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str((CALLS - 1) * len(PRODUCTS))]
-    command += ["--metrics", ",".join((_TIME, *SHARES.values())), sys.executable, str(program), *arguments]
+    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str((CALLS - 1) * len(GEMMS))]
+    command += [
+        "--metrics",
+        ",".join((_TIME_METRIC, *UTILIZATION_METRICS.values())),
+        sys.executable,
+        str(program),
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -84,7 +91,8 @@ def profile(program: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
 
 
 def parse(shown: str) -> list[dict[str, float]]:
-    """What `profile` returns, of ncu's CSV: after its own lines a header, a line of units, a line for each kernel."""
+    """The result of `profile` from ncu's CSV output: its log lines, a header, a line of units, then one line per
+    kernel."""
     begin = shown.find('"ID"')
     if begin < 0:
         raise RuntimeError(f"ncu shows no kernels:\n{shown[-2000:]}")
@@ -99,15 +107,16 @@ def parse(shown: str) -> list[dict[str, float]]:
             raise RuntimeError(f"ncu shows {value!r} as {metric}") from error
 
     return [
-        {part: number(kernel, metric) for part, metric in SHARES.items()} | {"us": number(kernel, _TIME) / 1e3}
+        {unit: number(kernel, metric) for unit, metric in UTILIZATION_METRICS.items()}
+        | {"us": number(kernel, _TIME_METRIC) / 1e3}
         for kernel in kernels
     ]
 
 
 def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
-    """A layer's time when it has run for a while, and the clock and the board's power then."""
+    """The time of a layer once the SM clock has settled, with that clock and the board's power."""
     inputs = performance_case(shape, tokens).make(device)
-    calls = [partial(inputs.turned(index, CALLS).run, face) for index in range(CALLS)]
+    calls = [partial(inputs.rotated(index, CALLS).run, api) for index in range(CALLS)]
     with torch.cuda.device(device):
         replays = math.ceil(_SECONDS * 1e6 / (graph_us(calls, nodes=CALLS).us * CALLS))
         with _watch(device) as board:
@@ -120,7 +129,7 @@ def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
 
 @dataclass
 class _Board:
-    """Clock and power, over the second half of the time that they were looked at."""
+    """Mean SM clock and power over the second half of the samples."""
 
     mhz: float = 0.0
     watts: float = 0.0
@@ -151,18 +160,18 @@ def _watch(device: torch.device) -> Iterator[_Board]:
 
 
 def to_markdown(results: Results) -> str:
-    """A column for each number of tokens; of the products that of the first and that of the second."""
+    """A table with one column per number of tokens; cells of GEMMs hold both, "GEMM1 / GEMM2"."""
     columns = sorted({int(case.params["tokens"]) for case in results.cases})
     found = {(case.op, case.params["tokens"]): case for case in results.cases}
-    products = {tokens: [found[name, tokens] for name in PRODUCTS] for tokens in columns}
+    products = {tokens: [found[name, tokens] for name in GEMMS] for tokens in columns}
     layers = [found["layer", tokens] for tokens in columns]
     rows = [
-        [f"{part} busy", *(" / ".join(f"{case.params[part]:.0f}" for case in products[t]) + " %" for t in columns)]
-        for part in SHARES
+        [f"{unit} busy", *(" / ".join(f"{case.params[unit]:.0f}" for case in products[t]) + " %" for t in columns)]
+        for unit in UTILIZATION_METRICS
     ]
-    rows.append(["a product alone, us", *(" / ".join(f"{case.us:.0f}" for case in products[t]) for t in columns)])
-    rows.append(["a layer again and again, us", *(f"{case.us:.0f}" for case in layers)])
-    rows.append(["the clock then, MHz", *(str(case.params["mhz"]) for case in layers)])
-    rows.append(["the board's power then, W", *(str(case.params["watts"]) for case in layers)])
+    rows.append(["one GEMM alone, µs", *(" / ".join(f"{case.us:.0f}" for case in products[t]) for t in columns)])
+    rows.append(["the layer, back to back, µs", *(f"{case.us:.0f}" for case in layers)])
+    rows.append(["its SM clock, MHz", *(str(case.params["mhz"]) for case in layers)])
+    rows.append(["its board power, W", *(str(case.params["watts"]) for case in layers)])
     head = f"**{results.gpu}** (driver {results.driver}, commit {results.commit[:12]}, {results.date}), "
-    return f"{head}{layers[0].params['shape']}.\n\n" + table(["tokens", *map(str, columns)], rows)
+    return wrap(f"{head}{layers[0].params['shape']}.") + "\n\n" + table(["tokens", *map(str, columns)], rows)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abiding import mla_prologue as face
+from abiding import mla_prologue as api
 from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.cases.mla_prologue import PERFORMANCE, PrologueCase, PrologueInputs
 from abiding.testing.comparison import max_ulps
@@ -23,7 +23,7 @@ DECODE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Call:
-    """A call on inputs of its own, and what it has written once it has run."""
+    """A call on its own inputs, and the tensors that it wrote, by name."""
 
     run: Callable[[], object]
     written: Callable[[], Mapping[str, Tensor]]
@@ -31,7 +31,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Operator:
-    """How to call an operator, ours and the peer's, on a case's inputs, and which bytes it must move."""
+    """How to call our operator and the peer's on the inputs of a case, and the bytes that a call must move."""
 
     ours: Callable[[PrologueInputs], Call]
     bytes: Callable[[PrologueCase], int]
@@ -41,7 +41,7 @@ class Operator:
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
-    """Time every case of the chosen operators, the peer's beside ours after a comparison of what the two write."""
+    """Time every case of the chosen operators, ours and the peer's, after comparing what the two write."""
     peers = _load(settings.peer) if settings.peer and settings.device.type == "cuda" else None
     for op in settings.ops:
         operator = OPERATORS[op]
@@ -58,7 +58,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, l2_warm: bool, settings: Settings) -> CaseResult:
     device = settings.device
     sets = 1 if l2_warm else rotations(operator.bytes(case), device)
-    # The layers of a model share a step's slots, positions and angles; what each has of its own is rotated.
+    # The layers of a model share the slots, positions and angles of a step; the other inputs are rotated.
     first = case.make(device, guards=False)
     made = (case.make(device, seed, guards=False) for seed in range(1, sets))
     inputs = [first, *(replace(one, slots=first.slots, positions=first.positions) for one in made)]
@@ -71,7 +71,7 @@ def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, l2_warm: b
 
 
 def target_us(case: CaseResult) -> float | None:
-    """What the main operator should take: the floor at 95 %, and 2 us for the launch; 1.6 us in all for one token."""
+    """The target of the first operator: 95 % of the roofline bound plus 2 us for the launch; 1.6 us for one token."""
     if case.op != BENCHMARK.ops[0]:
         return None
     target = case.bound_us / 0.95 + 2.0
@@ -79,7 +79,7 @@ def target_us(case: CaseResult) -> float | None:
 
 
 def row(case: CaseResult) -> str:
-    """Everything but the number of tokens."""
+    """The parameters of a case other than the number of tokens."""
     heads, padded = case.params.get("heads"), case.params.get("padded_heads")
     if heads is None:
         return "KV only"
@@ -92,7 +92,7 @@ def _params(op: str, case: PrologueCase) -> dict[str, Param]:
     if op not in ("insert_kv", "gather_kv"):
         params["heads"] = case.heads
     if op == "qnorm_rope_kv_insert":
-        params["padded_heads"] = case.live_heads
+        params["padded_heads"] = case.out_heads
     return params
 
 
@@ -100,23 +100,23 @@ def _is_quick(case: PrologueCase, device: torch.device) -> bool:
     return case.tokens in ((1, 64, 1024) if device.type == "cuda" else (1, 64, 256)) and case.heads != 128
 
 
-# The operators: ours through the face with preallocated outputs, the peer's as it is called in its engine.
+# The operators: ours through the public API with preallocated outputs, the peer's as its engine calls it.
 
 
 def _quant_insert(inputs: PrologueInputs) -> Call:
-    out = inputs.q.new_empty(inputs.case.tokens, inputs.case.live_heads, face.HEAD_DIM)
-    return Call(lambda: inputs.run(face, out=out), lambda: {"q": out, "cache": inputs.cache})
+    out = inputs.q.new_empty(inputs.case.tokens, inputs.case.out_heads, api.HEAD_DIM)
+    return Call(lambda: inputs.run(api, out=out), lambda: {"q": out, "cache": inputs.cache})
 
 
 def _peer_quant_insert(op: Any, inputs: PrologueInputs) -> Call:
-    # It allocates its output. Kept until the next call on the same inputs, every set of inputs has an output of its
-    # own, as with ours; let go just before that call, a single set has the same one every time.
+    # The peer allocates its output. It is kept until the next call on the same inputs, so that rotated inputs have
+    # distinct outputs, as with ours, and freed before that call, so that a single set reuses the same memory.
     kept: list[Tensor] = []
 
     def run() -> None:
         kept.clear()
         case = inputs.case
-        kept.append(op(*_common(inputs), case.live_heads, case.eps, case.block_size))
+        kept.append(op(*_common(inputs), case.out_heads, case.eps, case.block_size))
 
     return Call(run, lambda: {"q": kept[0], "cache": inputs.cache})
 
@@ -124,7 +124,7 @@ def _peer_quant_insert(op: Any, inputs: PrologueInputs) -> Call:
 def _insert_kv(inputs: PrologueInputs) -> Call:
     arguments = _common(inputs)[1:]
     block_size = inputs.case.block_size
-    return Call(lambda: face.insert_kv(*arguments, block_size=block_size), lambda: {"cache": inputs.cache})
+    return Call(lambda: api.insert_kv(*arguments, block_size=block_size), lambda: {"cache": inputs.cache})
 
 
 def _gather_kv(inputs: PrologueInputs) -> Call:
@@ -137,7 +137,7 @@ def _gather_kv(inputs: PrologueInputs) -> Call:
 def _bf16_insert(inputs: PrologueInputs) -> Call:
     q, cache = inputs.q.clone(), _full_cache(inputs, torch.bfloat16)
     arguments, eps = (q, inputs.kv, cache, *_common(inputs)[3:]), inputs.case.eps
-    op = face.qnorm_rope_full_cache_bf16_insert
+    op = api.qnorm_rope_full_cache_bf16_insert
     return Call(lambda: op(*arguments, eps=eps), lambda: {"q": q, "cache": cache})
 
 
@@ -152,7 +152,7 @@ def _fp8_insert(inputs: PrologueInputs) -> Call:
     arguments = (inputs.q, inputs.kv, cache, *_common(inputs)[3:])
     scale = torch.ones(1, device=inputs.q.device)
     options: dict[str, Any] = {"kv_scale": scale, "q_scale_inv": scale, "eps": inputs.case.eps, "out": out}
-    op = face.qnorm_rope_full_cache_fp8_insert
+    op = api.qnorm_rope_full_cache_fp8_insert
     return Call(lambda: op(*arguments, **options), lambda: {"q": out, "cache": cache})
 
 
@@ -168,33 +168,33 @@ def _common(inputs: PrologueInputs) -> tuple[Tensor, ...]:
 
 
 def _full_cache(inputs: PrologueInputs, dtype: torch.dtype) -> Tensor:
-    shape = (inputs.cache.shape[0], inputs.case.block_size, face.HEAD_DIM)
+    shape = (inputs.cache.shape[0], inputs.case.block_size, api.HEAD_DIM)
     return torch.zeros(shape, dtype=torch.uint8, device=inputs.q.device).to(dtype)
 
 
 def _index_bytes(case: PrologueCase) -> int:
-    return 2 * case.index_dtype.itemsize + 4 * face.ROPE_DIM
+    return 2 * case.index_dtype.itemsize + 4 * api.ROPE_DIM
 
 
 def _bf16_bytes(case: PrologueCase) -> int:
-    return case.tokens * ((case.heads + 1) * face.HEAD_DIM * (case.dtype.itemsize + 2) + _index_bytes(case))
+    return case.tokens * ((case.heads + 1) * api.HEAD_DIM * (case.dtype.itemsize + 2) + _index_bytes(case))
 
 
 def _fp8_bytes(case: PrologueCase) -> int:
-    return case.tokens * ((case.heads + 1) * face.HEAD_DIM * (case.dtype.itemsize + 1) + _index_bytes(case))
+    return case.tokens * ((case.heads + 1) * api.HEAD_DIM * (case.dtype.itemsize + 1) + _index_bytes(case))
 
 
 def _kv_bytes(case: PrologueCase) -> int:
-    return case.tokens * (face.HEAD_DIM * case.dtype.itemsize + face.TOKEN_BYTES + _index_bytes(case))
+    return case.tokens * (api.HEAD_DIM * case.dtype.itemsize + api.RECORD_BYTES + _index_bytes(case))
 
 
 def _gather_bytes(case: PrologueCase) -> int:
-    return case.tokens * (face.TOKEN_BYTES + face.HEAD_DIM * case.dtype.itemsize + case.index_dtype.itemsize)
+    return case.tokens * (api.RECORD_BYTES + api.HEAD_DIM * case.dtype.itemsize + case.index_dtype.itemsize)
 
 
-# Fewer than 16 KV rows would take tens of thousands of inputs to exceed the L2 cache.
+# With fewer than 16 KV rows it would take tens of thousands of inputs to exceed the L2 cache.
 _KV_CASES = [case for case in PERFORMANCE if (case.heads, case.padded_heads) == (16, None) and case.tokens >= 16]
-_SIBLING_CASES = [case for case in PERFORMANCE if case.heads >= 64 and case.tokens in (1, 64, 1024, 4096)]
+_FULL_CACHE_CASES = [case for case in PERFORMANCE if case.heads >= 64 and case.tokens in (1, 64, 1024, 4096)]
 _VLLM = "fused_deepseek_v4_qnorm_rope_kv_rope"
 
 OPERATORS = {
@@ -204,17 +204,17 @@ OPERATORS = {
     "insert_kv": Operator(_insert_kv, _kv_bytes, _KV_CASES),
     "gather_kv": Operator(_gather_kv, _gather_bytes, _KV_CASES),
     "qnorm_rope_full_cache_bf16_insert": Operator(
-        _bf16_insert, _bf16_bytes, _SIBLING_CASES, f"{_VLLM}_full_cache_bf16_insert", _peer_bf16_insert
+        _bf16_insert, _bf16_bytes, _FULL_CACHE_CASES, f"{_VLLM}_full_cache_bf16_insert", _peer_bf16_insert
     ),
     "qnorm_rope_full_cache_fp8_insert": Operator(
-        _fp8_insert, _fp8_bytes, _SIBLING_CASES, f"{_VLLM}_full_cache_fp8_insert", _peer_fp8_insert
+        _fp8_insert, _fp8_bytes, _FULL_CACHE_CASES, f"{_VLLM}_full_cache_fp8_insert", _peer_fp8_insert
     ),
 }
 
 BENCHMARK = Benchmark("mla_prologue", tuple(OPERATORS), "tokens", measure, row, target_us)
 
 
-# The peer: vLLM's own kernels, from the library that holds them.
+# The peer: vLLM's kernels, from the library that holds them.
 
 
 def _load(library: Path) -> Any:
@@ -223,7 +223,7 @@ def _load(library: Path) -> Any:
 
 
 def _peer_operator(peers: Any, operator: Operator) -> Any:
-    """The peer's overload, or None where there is none to compare with."""
+    """The peer's operator, or None if it has none to compare with."""
     packet = getattr(peers, operator.peer_name, None) if peers is not None and operator.peer_name else None
     if packet is None:
         return None
@@ -232,7 +232,7 @@ def _peer_operator(peers: Any, operator: Operator) -> Any:
 
 
 def _agrees_to_run(op: str, case: PrologueCase, operator: Operator, peer: Any, device: torch.device) -> bool:
-    """Whether the peer accepts the case at all; says how what it writes compares with ours."""
+    """Whether the peer accepts the case; prints how its results compare with ours."""
     assert operator.peer is not None
     ours = operator.ours(case.make(device, guards=False))
     theirs = operator.peer(peer, case.make(device, guards=False))
@@ -240,7 +240,7 @@ def _agrees_to_run(op: str, case: PrologueCase, operator: Operator, peer: Any, d
     try:
         theirs.run()
     except RuntimeError as error:
-        say(f"{op} {case}: the peer refuses, and is left out from here on: {error}")
+        say(f"{op} {case}: the peer refuses this case and is skipped from here on: {error}")
         return False
     found = theirs.written()
     words = [f"{name} {_agreement(tensor, found[name])}" for name, tensor in ours.written().items()]
@@ -257,5 +257,7 @@ def _agreement(ours: Tensor, theirs: Tensor) -> str:
 
 
 def _max_ulps(ours: Tensor, theirs: Tensor, rows: int = 256) -> int:
-    """`max_ulps`, some rows at a time, since it needs many times their memory."""
-    return max(max_ulps(ours[at : at + rows], theirs[at : at + rows]) for at in range(0, len(ours), rows))
+    """`max_ulps` over chunks of rows, since it needs several times their memory."""
+    return max(
+        max_ulps(ours[begin : begin + rows], theirs[begin : begin + rows]) for begin in range(0, len(ours), rows)
+    )

@@ -1,7 +1,7 @@
-"""Times of MXFP8 products and layers at the shapes of models, cold: a call's experts are not those of the call before.
+"""Times of MXFP8 grouped GEMMs and MoE layers at the shapes of models, L2-cold: consecutive calls use distinct experts.
 
-Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds its `_moe_C` operators,
-Humming's, from the wheel of humming-kernels, and torch's grouped product of bfloat16 weights, which are twice as large.
+Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds its `_moe_C` operators;
+Humming's, from the wheel of humming-kernels; and torch's grouped GEMM of bfloat16 weights, which are twice as large.
 Only times are compared.
 """
 
@@ -16,27 +16,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from abiding import mxfp8_moe as face
+from abiding import mxfp8_moe as api
 from abiding.mxfp8_moe import Mode
 from abiding.testing.benchmarks.base import Benchmark, Settings, say
 from abiding.testing.benchmarks.humming import KINDS, Humming, HummingWeights
-from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, turned
+from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, rotated_ids
 from abiding.testing.results import CaseResult, Param
 from abiding.testing.timing import Timing, call_us, graph_us, rotations
 
 Calls = list[Callable[[], object]]
 
 LONG_US = 300.0
-"""Calls that take longer are timed in fewer repetitions."""
+"""Calls with a larger roofline bound are timed with fewer repetitions."""
 
 MODES: dict[str, Mode] = {"moe": "w8a8", "moe_w8a16": "w8a16"}
-"""Of a layer, by operator."""
+"""The mode of a layer, by the operator's name in results."""
 CPU_CASES = [LayerCase(tokens, 256, 128, 8, 2, name="small") for tokens in (1, 8)]
 QUICK_TOKENS = (1, 32, 2048)
 
 
 def measure(settings: Settings) -> Iterator[CaseResult]:
-    """Time the chosen operators; products and layers shape by shape, since a shape's weights are gigabytes."""
+    """Time the chosen operators; GEMMs and layers go shape by shape, since the weights of one shape are gigabytes."""
     cases = PERFORMANCE if settings.device.type == "cuda" else CPU_CASES
     if settings.quick and settings.device.type == "cuda":
         cases = [case for case in PERFORMANCE if case.tokens in QUICK_TOKENS and case.routing == "uniform"]
@@ -44,7 +44,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
         if op in settings.ops:
             for width in sorted({case.hidden for case in cases}):
                 for tokens in sorted({case.tokens for case in cases}):
-                    yield _time_rows(op, tokens, width, settings)
+                    yield _time_quantizer(op, tokens, width, settings)
     libraries = _libraries(settings) if settings.device.type == "cuda" else []
     for name in dict.fromkeys(case.name for case in cases):
         some = [case for case in cases if case.name == name]
@@ -52,23 +52,23 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """Products: a share of the floor, or of the measured matrix product, and 2.5 us for the launch; e4m3 rows cost at
-    most a tenth more than bfloat16 ones. Layers: 0.85 of the best peer's."""
-    tokens, floor = int(case.params["tokens"]), case.bound_us
+    """The target of a GEMM: a fraction of the roofline, plus 2.5 us for the launch up to 2048 tokens; with e4m3 rows at
+    most 10 % more than with bfloat16 rows. The target of a layer: 0.85 of the best peer's time."""
+    tokens, bound_us = int(case.params["tokens"]), case.bound_us
     if case.op == "grouped_mm":
         if tokens > 2048:
-            rows = tokens * int(case.params["top_k"]) / int(case.params["experts"])
-            return floor / (0.82 if rows >= 512 else 0.75)
-        return floor / (0.95 if tokens <= 128 else 0.88) + 2.5
+            rows_per_expert = tokens * int(case.params["top_k"]) / int(case.params["experts"])
+            return bound_us / (0.82 if rows_per_expert >= 512 else 0.75)
+        return bound_us / (0.95 if tokens <= 128 else 0.88) + 2.5
     if case.op == "grouped_mm_e4m3":
         return 1.1 * float(case.params["bfloat16_us"])
     if case.op in ("quantize", "round"):
-        return floor / 0.9 + 2.5
+        return bound_us / 0.9 + 2.5
     return 0.85 * min(case.peers.values()) if case.peers else None
 
 
 def row(case: CaseResult) -> str:
-    """Everything but the number of tokens."""
+    """The parameters of a case other than the number of tokens."""
     if case.op in ("quantize", "round"):
         return f"{case.params['k']} columns"
     parts = [case.params["shape"], case.params.get("gemm", ""), "zipf" if case.params["routing"] == "zipf" else ""]
@@ -80,12 +80,12 @@ BENCHMARK = Benchmark(
 )
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- GEMMs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Product:
-    """One of a layer's two products, with its weights."""
+class Gemm:
+    """One of a layer's two GEMMs, with its weights."""
 
     name: str
     weight: Tensor
@@ -102,7 +102,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Routed:
-    """Rows of a call in the order of their experts, and who these are."""
+    """The rows of a call, sorted by expert, with the experts and the offsets."""
 
     ids: Tensor
     offsets: Tensor
@@ -118,56 +118,56 @@ class Routed:
     def active(self) -> int:
         return int((self.offsets.diff() > 0).sum())
 
-    def bytes(self, product: Product) -> float:
-        """Weights of the experts that have rows, with their scales; rows in, rows out."""
-        return self.active * product.n * product.k * 33 / 32 + len(self.rows) * (product.k + product.n) * 2
+    def bytes(self, gemm: Gemm) -> float:
+        """Bytes of the roofline bound: weights and scales of the experts that have rows, rows in, rows out."""
+        return self.active * gemm.n * gemm.k * 33 / 32 + len(self.rows) * (gemm.k + gemm.n) * 2
 
 
 def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: Settings) -> Iterator[CaseResult]:
     say(f"{cases[0].name}: making weights" + ", and compiling the peers' kernels" * bool(libraries))
     layer = replace(cases[0], tokens=0).make(settings.device)
-    products = (Product("GEMM1", layer.w13, layer.s13), Product("GEMM2", layer.w2, layer.s2))
-    for product in products:
+    gemms = (Gemm("GEMM1", layer.w13, layer.s13), Gemm("GEMM2", layer.w2, layer.s2))
+    for gemm in gemms:
         if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops):
-            peers = [*_bf16(product), *(peer for library in libraries for peer in library.products(product, cases))]
+            peers = [*_bf16(gemm), *(peer for library in libraries for peer in library.gemms(gemm, cases))]
             for op in ("grouped_mm", "grouped_mm_e4m3"):
                 for case in cases:
                     if op in settings.ops and (op == "grouped_mm" or case.routing == "uniform"):
-                        yield _time_product(op, case, product, peers, settings)
+                        yield _time_gemm(op, case, gemm, peers, settings)
     modes = {op: mode for op, mode in MODES.items() if op in settings.ops}
     if modes:
-        layers = [library.layer(*products, cases) for library in libraries]
+        layers = [library.layer(*gemms, cases) for library in libraries]
         for op, mode in modes.items():
             for case in cases:
                 if case.routing == "uniform":
                     yield _time_layer(op, replace(case, mode=mode), layer, layers, settings)
 
 
-def _routings(case: LayerCase, product: Product, device: torch.device) -> list[Routed]:
-    """As many calls as it takes to find the cache cold, each with the next experts in turn."""
+def _routings(case: LayerCase, gemm: Gemm, device: torch.device) -> list[Routed]:
+    """As many calls as make every call L2-cold, each with other experts."""
     rng = torch.Generator(device).manual_seed(case.tokens)
     ids = case.route(rng)[0]
-    first = Routed.of(ids, case.experts, product.k)
-    count = rotations(int(first.bytes(product)), device)
-    rest = (turned(ids, case.experts, index, count) for index in range(1, count))
-    return [first, *(Routed.of(some, case.experts, product.k) for some in rest)]
+    first = Routed.of(ids, case.experts, gemm.k)
+    count = rotations(int(first.bytes(gemm)), device)
+    rest = (rotated_ids(ids, case.experts, index, count) for index in range(1, count))
+    return [first, *(Routed.of(some, case.experts, gemm.k) for some in rest)]
 
 
-def _time_product(op: str, case: LayerCase, product: Product, peers: list[Peer], settings: Settings) -> CaseResult:
+def _time_gemm(op: str, case: LayerCase, gemm: Gemm, peers: list[Peer], settings: Settings) -> CaseResult:
     device = settings.device
-    routings = _routings(case, product, device)
-    flops = 2.0 * len(routings[0].rows) * product.n * product.k
-    bound_us = settings.roofline.bound_us(routings[0].bytes(product), flops)
-    outs = [one.rows.new_empty(len(one.rows), product.n) for one in routings]
+    routings = _routings(case, gemm, device)
+    flops = 2.0 * len(routings[0].rows) * gemm.n * gemm.k
+    bound_us = settings.roofline.bound_us(routings[0].bytes(gemm), flops)
+    outs = [one.rows.new_empty(len(one.rows), gemm.n) for one in routings]
 
-    def ours(quantised: bool) -> Calls:
+    def ours(quantized: bool) -> Calls:
         calls: Calls = []
         for one, out in zip(routings, outs, strict=True):
-            a = face.quantize(one.rows, one.offsets) if quantised else one.rows
-            calls.append(partial(face.grouped_mm, a, product.weight, product.scale, one.offsets, out=out))
+            a = api.quantize(one.rows, one.offsets) if quantized else one.rows
+            calls.append(partial(api.grouped_mm, a, gemm.weight, gemm.scale, one.offsets, out=out))
         return calls
 
-    params = _params(case) | {"gemm": product.name, "n": product.n, "k": product.k}
+    params = _params(case) | {"gemm": gemm.name, "n": gemm.n, "k": gemm.k}
     timing = _time(ours(op == "grouped_mm_e4m3"), bound_us, device)
     if op == "grouped_mm_e4m3":
         params["bfloat16_us"] = round(_time(ours(False), bound_us, device).us, 3)
@@ -196,7 +196,7 @@ def _time(calls: Calls, bound_us: float, device: torch.device) -> Timing:
 # --- rows and layers --------------------------------------------------------------------------------------------------
 
 
-def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResult:
+def _time_quantizer(op: str, tokens: int, width: int, settings: Settings) -> CaseResult:
     device = settings.device
     written = width * 2 if op == "round" else width
     tiles = 0 if op == "round" else -(-tokens // 128) * 128 * (-(-width // 128) * 4)
@@ -205,9 +205,9 @@ def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResu
     calls: Calls = []
     for x in inputs:
         if op == "round":
-            calls.append(partial(face.round, x, out=torch.empty_like(x)))
+            calls.append(partial(api.round, x, out=torch.empty_like(x)))
         else:
-            data, scales = face.quantize(x)
+            data, scales = api.quantize(x)
             call = torch.ops.abiding.mxfp8_quantize.default
             calls.append(partial(call, x, None, False, data=data, scales=scales))
     params: dict[str, Param] = {"tokens": tokens, "k": width}
@@ -229,15 +229,15 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
             layer,
             case=case,
             x=torch.randn(case.tokens, case.hidden, device=device).bfloat16(),
-            topk_ids=turned(ids, case.experts, index, count),
+            topk_ids=rotated_ids(ids, case.experts, index, count),
             topk_weights=weights,
         )
         for index in range(count)
     ]
-    size = face.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
+    size = api.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
     space = torch.empty(size, dtype=torch.uint8, device=device)
     bound_us = settings.roofline.bound_us(moved, 2.0 * case.tokens * case.top_k * parameters)
-    ours: Calls = [partial(one.run, face, workspace=space, out=torch.empty_like(one.x)) for one in sets]
+    ours: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
     theirs = {peer.name: _time([peer.call(one) for one in sets], bound_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
     return CaseResult.of(op, params, _time(ours, bound_us, device), theirs, l2_warm=False, bound_us=bound_us)
@@ -248,7 +248,7 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation of a product."""
+    """Another implementation of a GEMM."""
 
     name: str
     call: Callable[[Routed], Callable[[], object]]
@@ -263,11 +263,11 @@ class LayerPeer:
 
 
 class Library(Protocol):
-    """What has products and layers to offer."""
+    """A library of peers for GEMMs and layers."""
 
-    def products(self, product: Product, cases: list[LayerCase]) -> list[Peer]: ...
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]: ...
 
-    def layer(self, up: Product, down: Product, cases: list[LayerCase]) -> LayerPeer: ...
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer: ...
 
 
 def _libraries(settings: Settings) -> list[Library]:
@@ -277,16 +277,16 @@ def _libraries(settings: Settings) -> list[Library]:
         say(f"Loading {path}")
         try:
             found.append(loaders[path.suffix](path))
-        except Exception as error:  # whatever keeps a peer from loading, ours is timed
-            say(f"{path} is left out: {error!r}")
+        except Exception as error:  # a peer that fails to load must not keep ours from being timed
+            say(f"{path} is skipped: {error!r}")
     return found
 
 
-def _bf16(product: Product) -> list[Peer]:
-    if product.weight.device.type != "cuda":
+def _bf16(gemm: Gemm) -> list[Peer]:
+    if gemm.weight.device.type != "cuda":
         return []
-    experts = product.weight.size(0)
-    weight = torch.empty(experts, product.k, product.n, dtype=torch.bfloat16, device=product.weight.device)
+    experts = gemm.weight.size(0)
+    weight = torch.empty(experts, gemm.k, gemm.n, dtype=torch.bfloat16, device=gemm.weight.device)
     for one in weight:
         one.normal_()
 
@@ -298,9 +298,9 @@ def _bf16(product: Product) -> list[Peer]:
 
 @dataclass(frozen=True)
 class Sorted:
-    """Pairs in the order of their experts, each expert's padded to whole blocks, as Marlin's kernels take them."""
+    """Pairs of a token and an expert, sorted by expert, each expert's padded to whole tiles, as Marlin takes them."""
 
-    block: int
+    tile_rows: int
     pairs: Tensor
     experts: Tensor
     total: Tensor
@@ -308,32 +308,33 @@ class Sorted:
     @staticmethod
     def like(ids: Tensor, experts: int) -> Sorted:
         rows = ids.numel()
-        block = next((size for size in (8, 16, 32, 48, 64) if rows / experts / size < 0.9), 64)
-        most = rows + experts * (block - 1)
-        pairs, blocks, total = (ids.new_empty(size, dtype=torch.int32) for size in (most, -(-most // block), 1))
-        return Sorted(block, pairs, blocks, total)
+        tile_rows = next((size for size in (8, 16, 32, 48, 64) if rows / experts / size < 0.9), 64)
+        most = rows + experts * (tile_rows - 1)
+        sizes = (most, -(-most // tile_rows), 1)
+        pairs, tile_experts, total = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
+        return Sorted(tile_rows, pairs, tile_experts, total)
 
     def fill(self, ids: Tensor, experts: int) -> None:
-        torch.ops._moe_C.moe_align_block_size(ids, experts, self.block, self.pairs, self.experts, self.total, None)
+        torch.ops._moe_C.moe_align_block_size(ids, experts, self.tile_rows, self.pairs, self.experts, self.total, None)
 
 
 class Marlin:
-    """vLLM's Marlin kernels, from the library `_moe_C`; weights are random bits in their layout."""
+    """vLLM's Marlin kernels, from the library `_moe_C`, on random bits as weights."""
 
     E4M3 = 2814749767172868
-    """The number of float8 e4m3fn among vLLM's scalar types."""
+    """vLLM's id of the scalar type float8_e4m3fn."""
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(str(library.resolve()))
         if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
             raise ValueError("it has no moe_wna16_marlin_gemm")
         device = torch.device("cuda", torch.cuda.current_device())
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.workspace = torch.zeros(4 * blocks, dtype=torch.int32, device=device)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.workspace = torch.zeros(4 * sms, dtype=torch.int32, device=device)
 
-    def weights(self, product: Product) -> tuple[Tensor, Tensor]:
-        experts, n, k = product.weight.shape
-        device = product.weight.device
+    def weights(self, gemm: Gemm) -> tuple[Tensor, Tensor]:
+        experts, n, k = gemm.weight.shape
+        device = gemm.weight.device
         bits = torch.randint(0, 2**31 - 1, (experts, k // 16, n * 4), dtype=torch.int32, device=device) & 0x37373737
         scales = torch.full((experts, k // 32, n), 120, dtype=torch.uint8, device=device)
         return bits, scales.view(torch.float8_e8m0fnu)
@@ -351,29 +352,29 @@ class Marlin:
         rows, k = a.shape
         torch.ops._moe_C.moe_wna16_marlin_gemm(
             *(a, out, weights[0], None, weights[1], None, None, None, self.workspace, pairs.pairs, pairs.experts),
-            *(pairs.total, topk_weights, pairs.block, top_k, weigh, self.E4M3, rows, out.size(1), k),
+            *(pairs.total, topk_weights, pairs.tile_rows, top_k, weigh, self.E4M3, rows, out.size(1), k),
             *(False, True, False, -1, -1, -1),
         )
 
-    def products(self, product: Product, cases: list[LayerCase]) -> list[Peer]:
-        weights = self.weights(product)
-        experts = product.weight.size(0)
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+        weights = self.weights(gemm)
+        experts = gemm.weight.size(0)
 
         def call(routed: Routed) -> Callable[[], object]:
             ids = routed.ids.int()
             pairs = Sorted.like(ids, experts)
             pairs.fill(ids, experts)
-            # The first product of a layer reads tokens, the second the rows of pairs.
-            top_k = ids.size(1) if product.name == "GEMM1" else 1
+            # GEMM1 reads rows of tokens, GEMM2 rows of pairs.
+            top_k = ids.size(1) if gemm.name == "GEMM1" else 1
             a = routed.rows[: ids.numel() // top_k]
-            out = a.new_empty(ids.numel(), product.n)
+            out = a.new_empty(ids.numel(), gemm.n)
             ones = torch.ones(ids.shape, device=ids.device)
             return lambda: self.gemm(a, out, weights, pairs, ones, top_k, False)
 
         return [Peer("marlin", call)]
 
-    def layer(self, up: Product, down: Product, cases: list[LayerCase]) -> LayerPeer:
-        """Sorting, two products, the activation in torch's own operations, the sum over a token's experts."""
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+        """Sorting, two GEMMs, the activation in torch's own operations, the top-k sum."""
         first, second = self.weights(up), self.weights(down)
         experts = up.weight.size(0)
 
@@ -381,15 +382,15 @@ class Marlin:
             ids = i.topk_ids.int()
             pairs = Sorted.like(ids, experts)
             tokens, top_k = ids.shape
-            hidden = i.x.new_empty(ids.numel(), up.n)
+            gate_up = i.x.new_empty(ids.numel(), up.n)
             result = i.x.new_empty(ids.numel(), down.n)
             out = torch.empty_like(i.x)
 
             def run() -> None:
                 pairs.fill(ids, experts)
-                self.gemm(i.x, hidden, first, pairs, i.topk_weights, top_k, False)
-                gate, value = hidden.chunk(2, 1)
-                self.gemm(torch.nn.functional.silu(gate) * value, result, second, pairs, i.topk_weights, 1, True)
+                self.gemm(i.x, gate_up, first, pairs, i.topk_weights, top_k, False)
+                gate, up_rows = gate_up.chunk(2, 1)
+                self.gemm(torch.nn.functional.silu(gate) * up_rows, result, second, pairs, i.topk_weights, 1, True)
                 torch.ops._moe_C.moe_sum(result.view(tokens, top_k, down.n), out)
 
             return run
@@ -398,45 +399,45 @@ class Marlin:
 
 
 class HummingLibrary:
-    """Humming's kernels, on our weights in its layout."""
+    """Humming's kernels, on our weights in Humming's layout."""
 
     def __init__(self, wheel: Path) -> None:
         self.humming = Humming(wheel)
 
-    def weights(self, product: Product, cases: list[LayerCase]) -> HummingWeights:
-        codes = face.unswizzle_scales(product.scale, product.n, product.k)
-        stacks = [product.n // 2] * 2 if product.name == "GEMM1" else [product.n]
-        weights = self.humming.weights(product.weight, codes, stacks)
+    def weights(self, gemm: Gemm, cases: list[LayerCase]) -> HummingWeights:
+        codes = api.unswizzle_scales(gemm.scale, gemm.n, gemm.k)
+        stacks = [gemm.n // 2] * 2 if gemm.name == "GEMM1" else [gemm.n]
+        weights = self.humming.weights(gemm.weight, codes, stacks)
         weights.compile(case.tokens * case.top_k for case in cases)
         return weights
 
-    def products(self, product: Product, cases: list[LayerCase]) -> list[Peer]:
-        weights = self.weights(product, cases)
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+        weights = self.weights(gemm, cases)
 
         def call(kind: str, routed: Routed) -> Callable[[], object]:
-            out = routed.rows.new_empty(len(routed.rows), product.n)
-            if kind == "indexed" and product.name == "GEMM1":
+            out = routed.rows.new_empty(len(routed.rows), gemm.n)
+            if kind == "indexed" and gemm.name == "GEMM1":
                 top_k = routed.ids.size(1)
                 return weights.call(kind, routed.rows[: len(routed.rows) // top_k], routed.ids, top_k, out)
             return weights.call(kind, routed.rows, routed.ids, 1, out)
 
         return [Peer(name, partial(call, kind)) for name, kind in KINDS.items()]
 
-    def layer(self, up: Product, down: Product, cases: list[LayerCase]) -> LayerPeer:
-        """Two indexed products, the activation and the weighted sum in torch's own operations."""
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+        """Two indexed GEMMs, the activation and the weighted sum in torch's own operations."""
         first, second = self.weights(up, cases), self.weights(down, cases)
 
         def call(i: LayerInputs) -> Callable[[], object]:
             tokens, top_k = i.topk_ids.shape
-            hidden, rows = i.x.new_empty(tokens * top_k, up.n), i.x.new_empty(tokens * top_k, down.k)
+            gate_up, activated = i.x.new_empty(tokens * top_k, up.n), i.x.new_empty(tokens * top_k, down.k)
             result = i.x.new_empty(tokens * top_k, down.n)
-            gate, value = hidden.chunk(2, 1)
-            multiply_up = first.call("indexed", i.x, i.topk_ids, top_k, hidden)
-            multiply_down = second.call("indexed", rows, i.topk_ids, 1, result)
+            gate, up_rows = gate_up.chunk(2, 1)
+            multiply_up = first.call("indexed", i.x, i.topk_ids, top_k, gate_up)
+            multiply_down = second.call("indexed", activated, i.topk_ids, 1, result)
 
             def run() -> None:
                 multiply_up()
-                torch.mul(torch.nn.functional.silu(gate), value, out=rows)
+                torch.mul(torch.nn.functional.silu(gate), up_rows, out=activated)
                 multiply_down()
                 torch.sum(result.view(tokens, top_k, down.n) * i.topk_weights[..., None].bfloat16(), 1)
 

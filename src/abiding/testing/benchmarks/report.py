@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -55,7 +56,7 @@ def _timed_later(results: Results, benchmark: Benchmark, op: str) -> str:
         count = Counter(benchmark.row(case) for case in cases if case.commit == commit)
         rows = [row if count[row] == every[row] else f"{row} ({count[row]} of {every[row]})" for row in count]
         sentences.append(f"Of commit {commit[:12]}: {op}" + (f", {', '.join(rows)}." if count != every else "."))
-    return " ".join(sentences)
+    return wrap(" ".join(sentences))
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
@@ -83,9 +84,9 @@ def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
     head = (
         f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
         f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
-        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds per call."
+        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, µs per call."
     )
-    return "\n\n".join(filter(None, [head, *tables, _timed_later(results, benchmark, op)])) if tables else ""
+    return "\n\n".join(filter(None, [wrap(head), *tables, _timed_later(results, benchmark, op)])) if tables else ""
 
 
 def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchmark) -> str:
@@ -110,6 +111,11 @@ def fill(text: str, marker: str, parts: Iterable[str]) -> str:
     body = "\n\n".join(filter(None, parts))
     pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
     return re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
+
+
+def wrap(text: str) -> str:
+    """A paragraph, wrapped as the documents are."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _between(body: str, markers: re.Match[str]) -> str:
@@ -169,7 +175,7 @@ def _plot_overlaid(figure: Figure, rows: Sequence[Row], axis: str) -> None:
 
 
 def _finish(panel: Axes, axis: str, **more: str) -> None:
-    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="us per call", **more)
+    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="µs per call", **more)
     panel.grid(alpha=0.3)
     panel.legend()
 

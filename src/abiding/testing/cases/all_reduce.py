@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from abiding.reference.all_reduce import sum_in_rank_order
+from abiding.testing.cases import describe
 from abiding.testing.guarded import GuardedTensor, guarded
 
 Values = Literal["normal", "zero", "subnormal", "huge", "nan", "inf", "bits"]
@@ -33,9 +34,7 @@ class AllReduceCase:
     values: Values = "normal"
 
     def __str__(self) -> str:
-        parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
-        return "-".join(f"{name}={value}" for name, value in changed).replace(" ", "")
+        return describe(self)
 
     @property
     def bytes(self) -> int:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from abiding.mla_prologue import HEAD_DIM, NOPE_DIM, ROPE_DIM, TOKEN_BYTES, page_bytes
+from abiding.mla_prologue import HEAD_DIM, NOPE_DIM, RECORD_BYTES, ROPE_DIM, page_bytes
+from abiding.reference.mla_prologue import QUANT_BLOCK
+from abiding.testing.cases import describe
 from abiding.testing.guarded import GuardedTensor, guarded
 
 Values = Literal["normal", "zero", "tiny", "subnormal", "huge", "nan", "inf", "bits", "every_amax"]
 Kind = Literal["decode", "prefill", "random"]
-
-QUANT_BLOCK = 64
 
 _SPECIAL_VALUES: tuple[Values, ...] = ("zero", "tiny", "subnormal", "huge", "nan", "inf", "bits")
 
 
 @dataclass(frozen=True)
 class PrologueCase:
-    """One call's sizes, layouts and contents; everything left out is as in production."""
+    """Sizes, layouts and contents of one call; the defaults are those of production."""
 
     tokens: int
     heads: int = 1
@@ -31,47 +31,44 @@ class PrologueCase:
     block_size: int = 64
     dtype: torch.dtype = torch.bfloat16
     inserted: int | None = None
-    """Length of `slots`; all tokens by default."""
+    """Length of `slots`; by default the number of tokens."""
     skipped: float = 0.0
     """Fraction of negative slots."""
     wild: float = 0.0
-    """Fraction of tokens whose slot or position lies outside of its table."""
+    """Fraction of tokens whose slot lies outside of the cache, or whose position outside of the table."""
     page_stride: int | None = None
-    """Bytes from page to page; the smallest multiple of 576 that holds one by default."""
+    """Bytes from page to page; by default the smallest multiple of 576 that holds a page."""
     index_dtype: torch.dtype = torch.int64
     position_dtype: torch.dtype | None = None
-    """As `index_dtype`, the dtype of the slots, by default."""
+    """By default `index_dtype`, the dtype of the slots."""
     q_stride: int | None = None
     """Elements from token to token; the gaps hold NaN."""
     kv_stride: int | None = None
     offset_bytes: int = 0
-    """Where q, kv and the cache start past a 64-byte boundary (half of it for the cache, which needs only 8-byte
-    alignment)."""
+    """Offset of q and kv from a 64-byte boundary; the cache, which needs only 8-byte alignment, has half of it."""
     max_position: int = 4096
     eps: float = 1e-6
     values: Values = "normal"
     kind: Kind = "random"
-    """decode: a page a token; prefill: consecutive slots of permuted pages; random: any slots."""
+    """decode: one page per token; prefill: consecutive slots of permuted pages; random: any slots."""
 
     def __str__(self) -> str:
-        parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
-        return "-".join(f"{name}={value}" for name, value in changed)
+        return describe(self)
 
     @property
-    def live_heads(self) -> int:
-        """Heads of the output."""
+    def out_heads(self) -> int:
+        """Heads of the output, padding included."""
         return self.heads if self.padded_heads is None else self.padded_heads
 
     @property
     def bytes(self) -> int:
-        """What must cross the memory bus: q in, padded q out, kv in and its cache record out, cos/sin row, slot,
+        """Bytes of the roofline bound: q in, padded q out, kv in and its cache record out, cos/sin row, slot,
         position."""
-        rows = (self.heads + self.live_heads + 1) * HEAD_DIM * self.dtype.itemsize
-        return self.tokens * (rows + TOKEN_BYTES + 4 * ROPE_DIM + 2 * self.index_dtype.itemsize)
+        values = (self.heads + self.out_heads + 1) * HEAD_DIM * self.dtype.itemsize
+        return self.tokens * (values + RECORD_BYTES + 4 * ROPE_DIM + 2 * self.index_dtype.itemsize)
 
     def make(self, device: torch.device | str = "cpu", seed: int = 0, *, guards: bool = True) -> PrologueInputs:
-        """Fresh random inputs and a poisoned cache, between canaries unless `guards` is off."""
+        """Random inputs and a poisoned cache; with `guards`, between canaries."""
         rng = torch.Generator(device).manual_seed(seed)
         inserted = self.tokens if self.inserted is None else self.inserted
         slots, pages = _slots(self, inserted, rng)
@@ -81,7 +78,7 @@ class PrologueCase:
         _mark(slots, self.wild / 2, [capacity, capacity + 1, limit], rng)
         _mark(positions, self.wild / 2, [-1, self.max_position, limit, -limit], rng)
 
-        shape = (pages, self.block_size * TOKEN_BYTES)
+        shape = (pages, self.block_size * RECORD_BYTES)
         stride = self.page_stride or page_bytes(self.block_size)
         if guards:
             layout = {"offset_bytes": self.offset_bytes // 2, "margin": min(stride, 1 << 20)}
@@ -115,16 +112,16 @@ class PrologueInputs:
     cos_sin: Tensor
     guard: GuardedTensor | None = None
 
-    def run(self, face: Any, **options: Any) -> Tensor:
-        """Call `face.qnorm_rope_kv_insert`, `face` being `abiding.mla_prologue` or its reference."""
+    def run(self, api: Any, **options: Any) -> Tensor:
+        """Call `api.qnorm_rope_kv_insert`; `api` is `abiding.mla_prologue` or its reference."""
         arguments = (self.q, self.kv, self.cache, self.slots, self.positions, self.cos_sin)
         case = self.case
         given = {"block_size": case.block_size, "eps": case.eps, "padded_heads": case.padded_heads} | options
-        result: Tensor = face.qnorm_rope_kv_insert(*arguments, **given)
+        result: Tensor = api.qnorm_rope_kv_insert(*arguments, **given)
         return result
 
     def clone(self) -> PrologueInputs:
-        """The same call with a cache of its own that holds the same bytes."""
+        """The same call with a copy of the cache."""
         if self.guard is None:
             return replace(self, cache=self.cache.clone())
         guard = self.guard.clone()
@@ -145,18 +142,18 @@ def cos_sin_table(positions: int, device: torch.device) -> Tensor:
 
 
 def _slots(case: PrologueCase, inserted: int, rng: torch.Generator) -> tuple[Tensor, int]:
-    """Distinct slots, and the number of pages that they need, with one to spare."""
-    device, block = rng.device, case.block_size
+    """Distinct slots, and a number of pages that is one more than they need."""
+    device, block_size = rng.device, case.block_size
     if case.kind == "decode":
         pages = inserted + 1
         page = torch.randperm(pages, generator=rng, device=device)[:inserted]
-        return page * block + torch.randint(block, (inserted,), generator=rng, device=device), pages
-    pages = -(-inserted // block) + 1
+        return page * block_size + torch.randint(block_size, (inserted,), generator=rng, device=device), pages
+    pages = -(-inserted // block_size) + 1
     if case.kind == "prefill":
         page = torch.randperm(pages, generator=rng, device=device)
         token = torch.arange(inserted, device=device)
-        return page[token // block] * block + token % block, pages
-    return torch.randperm(pages * block, generator=rng, device=device)[:inserted], pages
+        return page[token // block_size] * block_size + token % block_size, pages
+    return torch.randperm(pages * block_size, generator=rng, device=device)[:inserted], pages
 
 
 def _positions(case: PrologueCase, rng: torch.Generator) -> Tensor:
@@ -178,14 +175,14 @@ def _mark(indices: Tensor, fraction: float, values: list[int], rng: torch.Genera
 
 
 def _strided(dense: Tensor, row_stride: int | None, offset_bytes: int) -> Tensor:
-    """The same values with `row_stride` elements from row to row and NaN everywhere between."""
+    """The same values with `row_stride` elements from row to row and NaN in the gaps."""
     if row_stride is None and not offset_bytes:
         return dense
     strides = (row_stride or math.prod(dense.shape[1:]), *dense.stride()[1:])
     first = offset_bytes // dense.element_size()
     size = first + dense.shape[0] * strides[0] + HEAD_DIM
-    around = torch.full((size,), math.nan, dtype=dense.dtype, device=dense.device)
-    return around.as_strided(dense.shape, strides, first).copy_(dense)
+    storage = torch.full((size,), math.nan, dtype=dense.dtype, device=dense.device)
+    return storage.as_strided(dense.shape, strides, first).copy_(dense)
 
 
 def _values(case: PrologueCase, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -204,7 +201,7 @@ def _values(case: PrologueCase, shape: tuple[int, ...], rng: torch.Generator) ->
         bits = torch.randint(128 if dtype == torch.bfloat16 else 1024, shape, generator=rng, device=device)
         return bits.to(torch.int16).view(dtype).copysign_(x)
     if case.values == "huge":
-        # q stays where its squares still sum to a finite float32
+        # The squares of a row of q must sum to a finite float32.
         limit = min(finite.max, 2.0**56) if is_q else finite.max
         return (torch.rand(shape, generator=rng, device=device) * limit).to(dtype).copysign_(x)
     if case.values in ("nan", "inf"):
@@ -220,7 +217,7 @@ def _values(case: PrologueCase, shape: tuple[int, ...], rng: torch.Generator) ->
 
 
 def _every_amax(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Rows whose blocks have every finite magnitude of the dtype for their largest, in ascending order."""
+    """Rows whose quantization blocks have, in ascending order, every finite magnitude of the dtype as their amax."""
     blocks = x[:, :NOPE_DIM].reshape(-1, QUANT_BLOCK)
     bits = torch.arange(blocks.shape[0], device=x.device).clamp(max=finite_magnitudes(x.dtype) - 1)
     largest = bits.to(torch.int16).view(x.dtype)
@@ -232,7 +229,7 @@ def _every_amax(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def finite_magnitudes(dtype: torch.dtype) -> int:
-    """How many finite values >= 0 a 16-bit float has."""
+    """The number of finite values >= 0 of a 16-bit float."""
     return 0x7F80 if dtype == torch.bfloat16 else 0x7C00
 
 
@@ -259,8 +256,8 @@ ODD = [
     PrologueCase(10, 3, 4, q_stride=4 * HEAD_DIM, kv_stride=3 * HEAD_DIM),
     PrologueCase(10, 16, 64, q_stride=16 * HEAD_DIM + 8, kv_stride=HEAD_DIM + 8, offset_bytes=16),
     PrologueCase(40, 3, block_size=16, page_stride=4 * page_bytes(16)),
-    PrologueCase(40, 3, block_size=16, page_stride=16 * TOKEN_BYTES),
-    PrologueCase(8, 2, block_size=3, page_stride=3 * TOKEN_BYTES + 8, offset_bytes=16),
+    PrologueCase(40, 3, block_size=16, page_stride=16 * RECORD_BYTES),
+    PrologueCase(8, 2, block_size=3, page_stride=3 * RECORD_BYTES + 8, offset_bytes=16),
     PrologueCase(130, 2, page_stride=149_760, kind="prefill", skipped=0.05),
     PrologueCase(17, 8, 16, inserted=12),
     PrologueCase(17, 8, 16, inserted=1, skipped=1.0),

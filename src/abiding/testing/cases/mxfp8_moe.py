@@ -1,32 +1,27 @@
-"""Inputs of MXFP8 mixture of experts: of grouped products, and of whole layers:
+"""Inputs of MXFP8 mixture of experts, for grouped GEMMs and for whole layers:
 `LAYERS[0].make("cuda", seed=0).run(abiding.mxfp8_moe)`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from abiding.mxfp8_moe import BLOCK, MXFP8, Activation, Mode, swizzle_scales
+from abiding.testing.cases import describe
 
 Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf", "bits"]
 Form = Literal["starts", "ends", "whole"]
 Routing = Literal["uniform", "zipf", "one"]
 
 
-def _described(case: Any) -> str:
-    parts = [(field.name, getattr(case, field.name), field.default) for field in fields(case)]
-    changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
-    return "-".join(f"{name}={value}" for name, value in changed).replace(" ", "")
-
-
 @dataclass(frozen=True)
-class ProductCase:
-    """Rows of some experts, to be quantised and multiplied; everything left out is plain."""
+class GemmCase:
+    """A grouped GEMM: rows of several experts, to be quantized and multiplied."""
 
     sizes: tuple[int, ...]
     """Rows of each expert."""
@@ -38,30 +33,30 @@ class ProductCase:
     out_dtype: torch.dtype = torch.bfloat16
     form: Form = "starts"
     before: int = 0
-    """Rows in front of the first expert's (form starts)."""
+    """Rows of no expert before those of the first expert (form "starts")."""
     behind: int = 0
-    """Rows behind the last expert's."""
+    """Rows of no expert after those of the last expert."""
     gap: int = 0
     """Elements between rows, in multiples of 16."""
     transposed: bool = False
-    """Weights as the view [E, K, N]."""
+    """Whether weights are the transposed view [E, K, N]."""
 
     def __str__(self) -> str:
-        return _described(self)
+        return describe(self)
 
     @property
     def rows(self) -> int:
         return self.before + sum(self.sizes) + self.behind
 
-    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> ProductInputs:
-        """Fresh random inputs."""
+    def make(self, device: torch.device | str = "cpu", seed: int = 0) -> GemmInputs:
+        """Random inputs."""
         rng = torch.Generator(device).manual_seed(seed)
         ends = self.before + torch.tensor(self.sizes, device=device).cumsum(0)
         starts = torch.cat([torch.full_like(ends[:1], self.before), ends])
         weight, scales, codes = expert_weights(len(self.sizes), self.n, self.k, rng, self.weights)
-        return ProductInputs(
+        return GemmInputs(
             case=self,
-            x=strided(rows_of(self.values, (self.rows, self.k), self.dtype, rng), self.gap),
+            x=strided(activations(self.values, (self.rows, self.k), self.dtype, rng), self.gap),
             weight=weight.transpose(1, 2) if self.transposed else weight,
             weight_scale=scales,
             codes=codes,
@@ -71,38 +66,38 @@ class ProductCase:
 
 
 @dataclass(frozen=True)
-class ProductInputs:
-    """The arguments of one product, named as in `abiding.mxfp8_moe.grouped_mm`."""
+class GemmInputs:
+    """The arguments of one grouped GEMM, named as in `abiding.mxfp8_moe.grouped_mm`."""
 
-    case: ProductCase
+    case: GemmCase
     x: Tensor
     weight: Tensor
     weight_scale: Tensor
     codes: Tensor
-    """The scales of the weights as they were before they were put into tiles."""
+    """The plain scales of the weights."""
     expert_offsets: Tensor | None
     offs: Tensor | None
 
-    def quantize(self, face: Any) -> MXFP8:
-        """Call `face.quantize`, `face` being `abiding.mxfp8_moe` or its reference."""
-        result: MXFP8 = face.quantize(self.x, self.expert_offsets, offs=self.offs)
+    def quantize(self, api: Any) -> MXFP8:
+        """Call `api.quantize`; `api` is `abiding.mxfp8_moe` or its reference."""
+        result: MXFP8 = api.quantize(self.x, self.expert_offsets, offs=self.offs)
         return result
 
-    def run(self, face: Any, a: MXFP8 | Tensor, **options: Any) -> Tensor:
-        """Call `face.grouped_mm` on activations that were made of `x`."""
+    def run(self, api: Any, a: MXFP8 | Tensor, **options: Any) -> Tensor:
+        """Call `api.grouped_mm` on activations `a` that were made from `x`."""
         given = {"offs": self.offs, "out_dtype": self.case.out_dtype} | options
-        result: Tensor = face.grouped_mm(a, self.weight, self.weight_scale, self.expert_offsets, **given)
+        result: Tensor = api.grouped_mm(a, self.weight, self.weight_scale, self.expert_offsets, **given)
         return result
 
     def live(self) -> Tensor:
-        """Which rows belong to an expert."""
+        """A mask of the rows that belong to an expert."""
         row = torch.arange(self.case.rows, device=self.x.device)
         return (row >= self.case.before) & (row < self.case.rows - self.case.behind)
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer's sizes, its routing and its mode."""
+    """Sizes, routing and mode of a layer."""
 
     tokens: int
     hidden: int
@@ -110,10 +105,10 @@ class LayerCase:
     experts: int
     top_k: int
     routing: Routing = "uniform"
-    """uniform: each token its own choice; zipf: the i-th most popular expert has 1/i of the first one's share; one: all
-    tokens the same experts."""
+    """uniform: tokens choose independently; zipf: the i-th most popular expert gets 1/i of the first one's tokens; one:
+    all tokens choose the same experts."""
     elsewhere: float = 0.0
-    """Fraction of pairs whose expert is on another rank (-1)."""
+    """Fraction of pairs of a token and an expert whose expert is on another rank (id -1)."""
     activation: Activation = "silu"
     mode: Mode = "w8a8"
     index_dtype: torch.dtype = torch.int64
@@ -121,20 +116,20 @@ class LayerCase:
     name: str = ""
 
     def __str__(self) -> str:
-        return _described(self)
+        return describe(self)
 
     def make(self, device: torch.device | str = "cpu", seed: int = 0) -> LayerInputs:
-        """Fresh random inputs."""
+        """Random inputs."""
         rng = torch.Generator(device).manual_seed(seed)
         width = self.intermediate if self.activation == "none" else 2 * self.intermediate
         w13, s13, _ = expert_weights(self.experts, width, self.hidden, rng)
         w2, s2, _ = expert_weights(self.experts, self.hidden, self.intermediate, rng)
-        x = rows_of(self.values, (self.tokens, self.hidden), torch.bfloat16, rng)
+        x = activations(self.values, (self.tokens, self.hidden), torch.bfloat16, rng)
         ids, weights = self.route(rng)
         return LayerInputs(self, x, w13, s13, w2, s2, ids, weights)
 
     def route(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Experts and weights [tokens, top_k]; the weights of a token sum up to 1."""
+        """Expert ids and weights [tokens, top_k]; the weights of a token sum to 1."""
         shape, device = (self.tokens, self.experts), rng.device
         noise = -(-torch.rand(shape, generator=rng, device=device).clamp(min=1e-9).log()).clamp(min=1e-9).log()
         if self.routing == "zipf":
@@ -161,20 +156,21 @@ class LayerInputs:
     topk_ids: Tensor
     topk_weights: Tensor
 
-    def turned(self, index: int, count: int) -> LayerInputs:
-        """With the experts that :func:`turned` gives the `index`-th of `count` calls."""
-        return replace(self, topk_ids=turned(self.topk_ids, self.case.experts, index, count))
+    def rotated(self, index: int, count: int) -> LayerInputs:
+        """The inputs of the `index`-th of `count` calls, with ids from :func:`rotated_ids`."""
+        return replace(self, topk_ids=rotated_ids(self.topk_ids, self.case.experts, index, count))
 
-    def run(self, face: Any, **options: Any) -> Tensor:
-        """Call `face.moe`, `face` being `abiding.mxfp8_moe` or its reference."""
+    def run(self, api: Any, **options: Any) -> Tensor:
+        """Call `api.moe`; `api` is `abiding.mxfp8_moe` or its reference."""
         arguments = (self.x, self.w13, self.s13, self.w2, self.s2, self.topk_ids, self.topk_weights)
         given = {"activation": self.case.activation, "mode": self.case.mode} | options
-        result: Tensor = face.moe(*arguments, **given)
+        result: Tensor = api.moe(*arguments, **given)
         return result
 
 
-def turned(ids: Tensor, experts: int, index: int, count: int) -> Tensor:
-    """Ids for the `index`-th of `count` calls: each has other experts than those before, as far as there are any."""
+def rotated_ids(ids: Tensor, experts: int, index: int, count: int) -> Tensor:
+    """Ids for the `index`-th of `count` calls, each with experts that earlier calls did not use, as far as there are
+    any, so that their weights are L2-cold."""
     return (ids + index * max(1, experts // count)) % experts
 
 
@@ -183,8 +179,8 @@ def expert_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """e4m3 weights [experts, n, k], their scales in tiles, and the plain codes [experts, n, k / 32].
 
-    "normal" weights have a standard deviation near 1 / 32 in all blocks; "bits" are any bytes, under codes that leave
-    sums finite and under 255; others a few special ones.
+    "normal" weights have a standard deviation near 1 / 32 in all scale blocks. "bits" are random bytes, with codes that
+    keep sums finite and some codes 255. Other values mix in special ones.
     """
     device = rng.device
     shape = (experts, n, k // BLOCK)
@@ -194,7 +190,7 @@ def expert_weights(
         codes = torch.randint(0, 200, shape, generator=rng, dtype=torch.uint8, device=device)
         codes[:, ::5, 0] = 255
     else:
-        for expert in weight:  # one at a time: a layer's weights in float32 would not fit beside it
+        for expert in weight:  # one at a time: a whole layer in float32 would not fit in memory
             normal = torch.randn(expert.shape, generator=rng, device=device) * 128
             expert.copy_(normal.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
         low = {"tiny": 0, "huge": 235}.get(values, 113)
@@ -207,14 +203,14 @@ def expert_weights(
     return weight.view(torch.float8_e4m3fn), swizzle_scales(codes), codes
 
 
-def rows_of(values: Values, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Activations; special values are mixed in so that blocks with and without them stand side by side."""
+def activations(values: Values, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Activations; special values are mixed in so that scale blocks with and without them are neighbors."""
     x = torch.randn(shape, generator=rng, device=rng.device)
     if values == "bits":
         bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=rng, device=rng.device)
         return bits.to(torch.int16).view(dtype)
     if values == "zero":
-        x = x * 0  # of either sign
+        x = x * 0  # zeros of either sign
     elif values == "tiny":
         x = x * 2.0 ** (-124 if dtype == torch.bfloat16 else -22)
     elif values == "huge":
@@ -227,59 +223,59 @@ def rows_of(values: Values, shape: tuple[int, int], dtype: torch.dtype, rng: tor
 
 
 def strided(dense: Tensor, gap: int) -> Tensor:
-    """The same rows with NaN between them."""
+    """The same rows with NaN in the gaps between them."""
     if not gap:
         return dense
-    around = torch.full((len(dense), dense.size(1) + gap), math.nan, dtype=dense.dtype, device=dense.device)
-    around[:, : dense.size(1)] = dense
-    return around[:, : dense.size(1)]
+    storage = torch.full((len(dense), dense.size(1) + gap), math.nan, dtype=dense.dtype, device=dense.device)
+    storage[:, : dense.size(1)] = dense
+    return storage[:, : dense.size(1)]
 
 
 REGULAR = [
-    ProductCase((7, 0, 33, 1), 128, 256),
-    ProductCase((130, 128, 5), 256, 128, out_dtype=torch.float32),
-    ProductCase((1,) * 16, 384, 512),
-    ProductCase((64, 200), 512, 384, out_dtype=torch.float16),
+    GemmCase((7, 0, 33, 1), 128, 256),
+    GemmCase((130, 128, 5), 256, 128, out_dtype=torch.float32),
+    GemmCase((1,) * 16, 384, 512),
+    GemmCase((64, 200), 512, 384, out_dtype=torch.float16),
 ]
 
 ODD = [
-    ProductCase((3,), 32, 32),
-    ProductCase((3, 1, 0), 32, 96, form="ends"),
-    ProductCase((17, 5), 96, 32, out_dtype=torch.float32),
-    ProductCase((9, 140), 160, 96, transposed=True),
-    ProductCase((2, 129), 96, 160, out_dtype=torch.float16),
-    ProductCase((31, 8), 224, 160, gap=16, before=5, behind=3),
-    ProductCase((6,), 64, 64, form="whole"),
-    ProductCase((300,), 32, 160, form="whole", out_dtype=torch.float32),
-    ProductCase((0, 0, 5), 128, 128, form="ends", behind=2),
-    ProductCase((4, 4), 32, 32, dtype=torch.float16),
-    ProductCase((1, 0) * 40, 64, 96),
-    ProductCase((150, 0, 170), 160, 96),
-    ProductCase((0, 300, 0, 320), 96, 160),
-    ProductCase((20, 70), 1056, 64, gap=48),
-    ProductCase((5, 11), 64, 2080),
-    # Few rows, so that K is split: in 2, and in 8 whose last parts have nothing.
-    ProductCase((1, 0, 2, 1), 160, 2048, out_dtype=torch.float32),
-    ProductCase((1, 2), 32, 4192, form="ends"),
-    # Several widths of tiles, and more tiles than multiprocessors.
-    ProductCase((700, 449, 33, 225), 1440, 160),
-    ProductCase((3,) * 1024, 32, 64),
-    ProductCase((41,) * 1024, 32, 32),
+    GemmCase((3,), 32, 32),
+    GemmCase((3, 1, 0), 32, 96, form="ends"),
+    GemmCase((17, 5), 96, 32, out_dtype=torch.float32),
+    GemmCase((9, 140), 160, 96, transposed=True),
+    GemmCase((2, 129), 96, 160, out_dtype=torch.float16),
+    GemmCase((31, 8), 224, 160, gap=16, before=5, behind=3),
+    GemmCase((6,), 64, 64, form="whole"),
+    GemmCase((300,), 32, 160, form="whole", out_dtype=torch.float32),
+    GemmCase((0, 0, 5), 128, 128, form="ends", behind=2),
+    GemmCase((4, 4), 32, 32, dtype=torch.float16),
+    GemmCase((1, 0) * 40, 64, 96),
+    GemmCase((150, 0, 170), 160, 96),
+    GemmCase((0, 300, 0, 320), 96, 160),
+    GemmCase((20, 70), 1056, 64, gap=48),
+    GemmCase((5, 11), 64, 2080),
+    # Few rows, so that the kernel uses split-K: 2 parts, and 8 parts of which the last are empty.
+    GemmCase((1, 0, 2, 1), 160, 2048, out_dtype=torch.float32),
+    GemmCase((1, 2), 32, 4192, form="ends"),
+    # Several tile widths, and more tiles than SMs.
+    GemmCase((700, 449, 33, 225), 1440, 160),
+    GemmCase((3,) * 1024, 32, 64),
+    GemmCase((41,) * 1024, 32, 32),
 ]
 
 CORNER = [
-    ProductCase((0,), 64, 64),
-    ProductCase((0, 0), 64, 64, form="ends"),
-    ProductCase((0,), 64, 64, form="whole"),
-    ProductCase((1,) + (0,) * 1023, 32, 32),
-    ProductCase((0,) * 9 + (70,), 64, 64),
+    GemmCase((0,), 64, 64),
+    GemmCase((0, 0), 64, 64, form="ends"),
+    GemmCase((0,), 64, 64, form="whole"),
+    GemmCase((1,) + (0,) * 1023, 32, 32),
+    GemmCase((0,) * 9 + (70,), 64, 64),
     *(
-        ProductCase((9, 6), 64, 160, values=values, dtype=dtype, out_dtype=torch.float32)
+        GemmCase((9, 6), 64, 160, values=values, dtype=dtype, out_dtype=torch.float32)
         for values in ("zero", "tiny", "huge", "nan", "inf", "bits")
         for dtype in (torch.bfloat16, torch.float16)
     ),
     *(
-        ProductCase((9, 6), 96, 96, weights=weights, out_dtype=out_dtype)
+        GemmCase((9, 6), 96, 96, weights=weights, out_dtype=out_dtype)
         for weights in ("zero", "tiny", "huge", "nan", "bits")
         for out_dtype in (torch.bfloat16, torch.float16, torch.float32)
     ),
@@ -299,8 +295,8 @@ LAYERS = [
     LayerCase(1, 256, 128, 3, 1),
     LayerCase(12, 64, 64, 4, 2, values="zero"),
     LayerCase(12, 64, 64, 4, 2, values="nan"),
-    LayerCase(8300, 32, 32, 9, 8, "zipf", elsewhere=0.1),  # pairs that a warp takes many steps to go through
-    # Tiles of every shape that Hopper's products have.
+    LayerCase(8300, 32, 32, 9, 8, "zipf", elsewhere=0.1),  # many steps per warp in the routing kernel
+    # Every tile shape of the Hopper GEMM.
     LayerCase(3, 1024, 128, 4, 2),
     LayerCase(7, 2048, 256, 8, 3, activation="swiglu_oai", elsewhere=0.3),
     LayerCase(2, 4096, 128, 5, 4, mode="w8a16"),
@@ -323,7 +319,7 @@ SHAPES = {
     "minimax-m3-tp8": (6144, 384, 128, 4),
     "minimax-m3-ep8": (6144, 3072, 16, 4),
 }
-"""Hidden, intermediate, experts, top-k of models' layers, or a rank's share of them."""
+"""Hidden size, intermediate size, experts and top-k of models' MoE layers, or of one rank's part of them."""
 
 PERFORMANCE_TOKENS: dict[Routing, tuple[int, ...]] = {
     "uniform": (1, 8, 32, 128, 512, 2048, 8192),
@@ -338,5 +334,5 @@ PERFORMANCE = [
 
 
 def performance_case(shape: str, tokens: int) -> LayerCase:
-    """That of PERFORMANCE with uniform routing."""
+    """The case of PERFORMANCE with uniform routing."""
     return next(case for case in PERFORMANCE if (case.name, case.tokens, case.routing) == (shape, tokens, "uniform"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from abiding.reference.reduce_rms import normalized
+from abiding.testing.cases import describe
 
 ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 """Tolerance in units in the last place. float32 results depend on float32 sums of up to 64 000 squares."""
@@ -41,9 +42,7 @@ class RmsCase:
         return RmsCase(tokens, Q_COLUMNS // ranks, K_COLUMNS // ranks, dtype)
 
     def __str__(self) -> str:
-        parts = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
-        changed = [(name, str(value).removeprefix("torch.")) for name, value, default in parts if value != default]
-        return "-".join(f"{name}={value}" for name, value in changed)
+        return describe(self)
 
     @property
     def columns(self) -> int:
