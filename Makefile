@@ -4,8 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null)
-# Without a GPU: the release that the C++ is developed against. With one: the newest that the index and the driver of the
-# machine offer.
+# Without a GPU: the release that the C++ is developed against. With one: the newest that the package index and the
+# driver of the machine offer.
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 # The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and after a "make build".
 CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),auto,off))
