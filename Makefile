@@ -9,7 +9,6 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
 # The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and after a "make build".
 CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),auto,off))
-BENCHMARKS := $(filter-out %/one_call.py %/limits.py %/multi_gpu.py,$(wildcard benchmarks/*.py))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
@@ -42,7 +41,7 @@ bench: $(if $(GPU),setup) ## time every kernel group into benchmarks/results (ne
 ifeq ($(GPU),)
 	@echo "benchmarks need a GPU, and none is visible here"
 else
-	for group in $(BENCHMARKS); do $(BIN)/python $$group || exit; done
+	$(BIN)/abiding bench
 endif
 
 multi-gpu: $(if $(GPU),setup) ## check and time the collectives between several GPUs, in less than 8 minutes

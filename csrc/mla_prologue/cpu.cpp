@@ -1,8 +1,6 @@
 #include "common/cpu.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 
@@ -10,9 +8,6 @@
 
 namespace abiding::mla_prologue {
 namespace {
-
-using torch::headeronly::BFloat16;
-using Float16 = torch::headeronly::Half;
 
 template <class T>
 void load_row(const T* from, float (&x)[kHeadDim]) {
@@ -33,7 +28,7 @@ void rotate_row(float (&x)[kHeadDim], const float* cos_sin) {
     rotate(x[kNopeDim + 2 * j], x[kNopeDim + 2 * j + 1], cos_sin[j], cos_sin[kRopeDim / 2 + j]);
 }
 
-// 1 / sqrt(mean(x^2) + eps). Partial sums side by side let the compiler use vectors without reordering anything.
+// 1 / sqrt(mean(x^2) + eps). The 16 independent partial sums let the compiler vectorize without reassociating a sum.
 float inverse_rms(const float (&x)[kHeadDim], float eps) {
   float sums[16] = {};
   for (int d = 0; d < kHeadDim; d += 16)
@@ -44,17 +39,17 @@ float inverse_rms(const float (&x)[kHeadDim], float eps) {
 }
 
 template <class T>
-void store_record(const float (&x)[kHeadDim], Record<uint8_t> record) {
+void store_record(const float (&x)[kHeadDim], const Record<uint8_t>& record) {
   T rounded[kHeadDim];
   store_row(x, rounded);
-  for (int block = 0; block < kQuantBlocks; ++block) {
-    const T* values = rounded + block * kQuantBlock;
+  for (int i = 0; i < kQuantBlocks; ++i) {
+    const T* values = rounded + i * kQuantBlock;
     float amax = 0;
     for (int d = 0; d < kQuantBlock; ++d) amax = std::fmax(amax, std::fabs(static_cast<float>(values[d])));
-    const int exponent = block_exponent(amax);
+    const int exponent = quant_block_exponent(amax);
     for (int d = 0; d < kQuantBlock; ++d)
-      record.data[block * kQuantBlock + d] = e4m3_encode(static_cast<float>(values[d]) * pow2(-exponent));
-    record.scales[block] = ue8m0_encode(exponent);
+      record.data[i * kQuantBlock + d] = e4m3_encode(static_cast<float>(values[d]) * pow2(-exponent));
+    record.scales[i] = ue8m0_encode(exponent);
   }
   std::memcpy(record.data + kNopeDim, rounded + kNopeDim, kRopeDim * sizeof(T));
   record.scales[kQuantBlocks] = 0;
@@ -68,8 +63,9 @@ void insert_row(const PrologueParams& p, int64_t token) {
   load_row(static_cast<const T*>(p.kv) + token * p.kv_stride, x);
   rotate_row(x, p.cos_sin + position * kRopeDim);
   for (float& value : x)
-    if (std::isnan(value)) value = NAN;  // one bit pattern, so that cache bytes do not depend on where a NaN came from
-  if (p.format == CacheFormat::kMla) return store_record<T>(x, record_at(p.cache, p.page_stride, p.block_size, slot));
+    if (std::isnan(value)) value = NAN;  // one NaN pattern, so that cache bytes do not depend on how a NaN was made
+  if (p.format == CacheFormat::kRecord)
+    return store_record<T>(x, record_at(p.cache, p.page_stride, p.block_size, slot));
   uint8_t* row = p.cache + slot / p.block_size * p.page_stride + slot % p.block_size * p.row_stride;
   if (p.format == CacheFormat::kBfloat16)
     store_row(x, reinterpret_cast<T*>(row));
@@ -82,15 +78,15 @@ void query_row(const PrologueParams& p, int64_t token, int64_t head) {
   float x[kHeadDim];
   load_row(static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride, x);
   const int64_t position = p.positions[token];
-  const bool lost = p.apply_q_rope && !p.position_ok(position);
-  const float factor = lost ? NAN : p.apply_q_norm ? inverse_rms(x, p.eps) : 1.0f;
+  const bool invalid = p.apply_q_rope && !p.position_ok(position);
+  const float factor = invalid ? NAN : p.apply_q_norm ? inverse_rms(x, p.eps) : 1.0f;
   for (float& value : x) value *= factor;
-  if (p.apply_q_rope && !lost) rotate_row(x, p.cos_sin + position * kRopeDim);
-  const int64_t at = token * p.out_token_stride + head * p.out_head_stride;
+  if (p.apply_q_rope && !invalid) rotate_row(x, p.cos_sin + position * kRopeDim);
+  const int64_t offset = token * p.out_token_stride + head * p.out_head_stride;
   if (p.format == CacheFormat::kE4m3)
-    store_row_e4m3(x, *p.q_scale_inv, static_cast<uint8_t*>(p.out) + at);
+    store_row_e4m3(x, *p.q_scale_inv, static_cast<uint8_t*>(p.out) + offset);
   else
-    store_row(x, static_cast<T*>(p.out) + at);
+    store_row(x, static_cast<T*>(p.out) + offset);
 }
 
 template <class T>
@@ -111,9 +107,9 @@ void prologue(const PrologueParams& p) {
 template <class T>
 void gather(const GatherParams& p) {
   torch::stable::parallel_for(0, p.rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      T* out = static_cast<T*>(p.out) + i * p.out_stride;
-      const int64_t slot = p.slots[i];
+    for (int64_t row = begin; row < end; ++row) {
+      T* out = static_cast<T*>(p.out) + row * p.out_stride;
+      const int64_t slot = p.slots[row];
       if (slot < 0 || slot >= p.pages * p.block_size) {
         std::fill_n(out, kHeadDim, T(0.0f));
         continue;
@@ -126,18 +122,16 @@ void gather(const GatherParams& p) {
   });
 }
 
-struct Backend : CpuScope {
-  using CpuScope::CpuScope;
-  void prologue(const PrologueParams& p) const {
-    dispatch_16_bit(p.dtype, [&](auto tag) { mla_prologue::prologue<HostType<decltype(tag)>>(p); });
-  }
-  void gather(const GatherParams& p) const {
-    dispatch_16_bit(p.dtype, [&](auto tag) { mla_prologue::gather<HostType<decltype(tag)>>(p); });
-  }
-};
-
 }  // namespace
 
-ABIDING_KERNELS(abiding, CPU, mla_prologue, m) { Operators<Backend>::implement(m); }
+void run_cpu(const PrologueParams& p) {
+  dispatch_16_bit(p.dtype, [&](auto tag) { prologue<HostType<decltype(tag)>>(p); });
+}
+
+void run_cpu(const GatherParams& p) {
+  dispatch_16_bit(p.dtype, [&](auto tag) { gather<HostType<decltype(tag)>>(p); });
+}
+
+ABIDING_KERNELS(abiding, CPU, mla_prologue, m) { Operators<CpuScope>::implement(m); }
 
 }  // namespace abiding::mla_prologue

@@ -1,4 +1,4 @@
-// What the CUDA kernels offer to the host code.
+// The launchers of the CUDA kernels; CudaScope::run() finds them by the type of the parameters.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace abiding::mla_prologue {
 
-cudaError_t prologue(const PrologueParams& p, cudaStream_t stream);
-cudaError_t gather(const GatherParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const PrologueParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream);
 
 }  // namespace abiding::mla_prologue

@@ -1,4 +1,4 @@
-// The group's operators over a backend: check, look at index values if asked to, launch. Both backends register these.
+// The group's operators, registered once per backend: check the arguments, check index values if asked to, launch.
 #pragma once
 
 #include "common/registration.h"
@@ -6,13 +6,13 @@
 
 namespace abiding::mla_prologue {
 
-// Backend(tensor) makes the tensor's device current and has prologue(params), gather(params) and find_bad(rule).
-template <class Backend>
+// Scope is CpuScope or CudaScope: it makes the tensor's device current and runs the run_cpu() or run_cuda() overload.
+template <class Scope>
 struct Operators {
   static void run(const char* op, const Tensor& kv, const PrologueParams& p) {
-    const Backend backend(kv);
-    check_index_values(op, backend, {slot_rule(p.slots, p.pages, p.block_size), position_rule(p)});
-    if (p.tokens > 0) backend.prologue(p);
+    const Scope scope(kv);
+    check_index_values(op, scope, {slot_rule(p.slots, p.pages, p.block_size), position_rule(p)});
+    if (p.tokens > 0) scope.run(p);
   }
 
   static void quant_insert_out(const Tensor& q, const Tensor& kv, const Tensor& cache, const Tensor& slots,
@@ -50,9 +50,9 @@ struct Operators {
 
   static void gather_kv(const Tensor& cache, const Tensor& slots, int64_t block_size, const Tensor& out) {
     const GatherParams p = check_gather(cache, slots, block_size, out);
-    const Backend backend(out);
-    check_index_values(kGather, backend, {slot_rule(p.slots, p.pages, p.block_size)});
-    if (p.rows > 0) backend.gather(p);
+    const Scope scope(out);
+    check_index_values(kGather, scope, {slot_rule(p.slots, p.pages, p.block_size)});
+    if (p.rows > 0) scope.run(p);
   }
 
   static void implement(Library& m) {

@@ -1,4 +1,4 @@
-// The contract of the group's operators: every argument is checked here, once, for both backends.
+// The argument checks of the group's operators, shared by both backends.
 #pragma once
 
 #include "common/check.h"
@@ -12,54 +12,56 @@ constexpr const char* kFp8Insert = "fused_deepseek_v4_qnorm_rope_kv_rope_full_ca
 constexpr const char* kKvInsert = "fused_deepseek_v4_kv_rope_quant_insert";
 constexpr const char* kGather = "deepseek_v4_gather_kv";
 
-constexpr int64_t kRowStep = 8;          // rows are moved 16 bytes at a time: strides are multiples of 8 elements
-constexpr int64_t kMaxRows = 1LL << 31;  // rows of one call, so that a kernel may count them in 32 bits
+constexpr int64_t kRowStep = 8;          // kernels access rows as 16-byte vectors: strides are multiples of 8 elements
+constexpr int64_t kMaxRows = 1LL << 31;  // rows per call, so that kernels can index them with 32 bits
 
 inline Indices check_indices(const Argument& indices, const Argument& device) {
   indices.dtype({DType::kInt64, DType::kInt32}).rank(1).contiguous().same_device(device);
   return {indices.tensor().const_data_ptr(), indices.tensor().size(0), indices.dtype() == DType::kInt64};
 }
 
-// Pages of the 584-byte record. Only the page stride is free: pages of several layers may be packed in one allocation.
-inline void check_record_pages(const char* op, const Argument& cache, int64_t block_size) {
+// A cache of 584-byte records. Only the page stride is free: pages of several layers may share one allocation.
+inline void check_record_cache(const char* op, const Argument& cache, int64_t block_size) {
   check(block_size >= 1 && block_size <= 1LL << 40, op, "cache_block_size is ", block_size,
         "; expected a number of tokens from 1 to 2^40");
   cache.dtype({DType::kUint8}).aligned(8);
   const Tensor& pages = cache.tensor();
-  check(pages.dim() >= 2, op, "k_cache has shape ", cache.shape(), "; expected [pages, bytes of a page]");
-  int64_t inner = 1;
+  check(pages.dim() >= 2, op, "k_cache has shape ", cache.shape(), "; expected [pages, bytes per page]");
+  int64_t page_bytes = 1;
   for (int64_t d = pages.dim() - 1; d >= 1; --d) {
-    check(pages.size(d) <= 1 || pages.stride(d) == inner, op, "k_cache has shape ", cache.shape(), " and strides ",
+    check(pages.size(d) <= 1 || pages.stride(d) == page_bytes, op, "k_cache has shape ", cache.shape(), " and strides ",
           cache.strides(), "; expected dense pages");
-    inner *= pages.size(d);
+    page_bytes *= pages.size(d);
   }
   if (pages.size(0) == 0) return;
-  const int64_t payload = block_size * kPayloadBytes;
-  check(inner >= payload, op, "k_cache has pages of ", inner, " bytes; expected at least ", payload, " for ",
+  const int64_t needed = block_size * kRecordBytes;
+  check(page_bytes >= needed, op, "k_cache has pages of ", page_bytes, " bytes; expected at least ", needed, " for ",
         block_size, " tokens");
   if (pages.size(0) == 1) return;
-  check(pages.stride(0) >= payload, op, "k_cache has a page stride of ", pages.stride(0), " bytes; expected at least ",
-        payload, " for ", block_size, " tokens");
+  check(pages.stride(0) >= needed, op, "k_cache has a page stride of ", pages.stride(0), " bytes; expected at least ",
+        needed, " for ", block_size, " tokens");
   check(pages.stride(0) % 8 == 0, op, "k_cache has a page stride of ", pages.stride(0),
         " bytes; expected a multiple of 8");
 }
 
-inline void check_row_cache(const char* op, const Argument& cache, int64_t block_size, int64_t element_size) {
+// A full cache, which holds unquantized bfloat16 rows or e4m3 rows: [pages, block_size, 512].
+inline void check_full_cache(const char* op, const Argument& cache, int64_t block_size, int64_t element_size) {
   cache.rank(3).size(2, kHeadDim).dense_rows(16 / element_size).no_overlap().aligned(16);
   check(cache.tensor().size(1) == block_size && block_size >= 1, op, "cache_block_size is ", block_size,
         "; expected the cache's own, as in shape ", cache.shape());
 }
 
-// Q and its output. `out` may be q itself, row for row; any other overlap would let one row's result reach another's input.
+// Q and its output. `out` may alias q row for row; under any other overlap a row's output would overwrite another row's
+// input.
 inline void check_query(const char* op, const Argument& q, const Argument& out, PrologueParams& params) {
   q.rank(3).size(2, kHeadDim).dense_rows(kRowStep).aligned(16);
   const Tensor &from = q.tensor(), &to = out.tensor();
-  const int64_t size = static_cast<int64_t>(to.element_size());
+  const int64_t out_element_size = static_cast<int64_t>(to.element_size());
   out.rank(3)
       .same_device(q)
       .size(0, from.size(0), " as q")
       .size(2, kHeadDim)
-      .dense_rows(16 / size)
+      .dense_rows(16 / out_element_size)
       .no_overlap()
       .aligned(16);
   check(to.size(1) >= from.size(1), op, out.name(), " has shape ", out.shape(), "; expected at least the ",
@@ -74,17 +76,18 @@ inline void check_query(const char* op, const Argument& q, const Argument& out, 
   params.out_head_stride = to.stride(1);
 
   if (from.numel() == 0 || to.numel() == 0) return;
-  const auto extent = [](const Tensor& t, int64_t element_size) {  // one past the last byte, from the first
+  const auto extent = [](const Tensor& t, int64_t element_size) {  // bytes from the first to one past the last
     return ((t.size(0) - 1) * t.stride(0) + (t.size(1) - 1) * t.stride(1) + kHeadDim) * element_size;
   };
   const char *q_begin = static_cast<const char*>(params.q), *out_begin = static_cast<const char*>(params.out);
-  const bool apart = q_begin + extent(from, 2) <= out_begin || out_begin + extent(to, size) <= q_begin;
-  const bool same = q_begin == out_begin && size == 2 && (from.size(0) == 1 || from.stride(0) == to.stride(0)) &&
+  const bool disjoint = q_begin + extent(from, 2) <= out_begin || out_begin + extent(to, out_element_size) <= q_begin;
+  const bool same = q_begin == out_begin && out_element_size == 2 &&
+                    (from.size(0) == 1 || from.stride(0) == to.stride(0)) &&
                     (from.size(1) == 1 || from.stride(1) == to.stride(1));
-  check(apart || same, op, out.name(), " overlaps q; expected memory of its own, or exactly q's rows");
+  check(disjoint || same, op, out.name(), " overlaps q; expected separate memory, or exactly q's rows");
 }
 
-// All that the KV side needs, on the device of `kv`.
+// The arguments of the KV side; all are on the device of `kv`.
 inline void check_kv(const char* op, const Argument& kv, const Argument& cache, const Argument& slots,
                      const Argument& positions, const Argument& cos_sin, int64_t block_size, PrologueParams& params) {
   kv.dtype({DType::kBfloat16, DType::kFloat16}).rank(2).size(1, kHeadDim).dense_rows(kRowStep).aligned(16);
@@ -97,7 +100,7 @@ inline void check_kv(const char* op, const Argument& kv, const Argument& cache, 
   params.slots = check_indices(slots, kv);
   params.positions = check_indices(positions, kv);
   check(params.positions.size == params.tokens, op, "position_ids has shape ", positions.shape(), "; expected [",
-        params.tokens, "], one for each row of kv");
+        params.tokens, "], one per row of kv");
   check(params.slots.size <= params.tokens, op, "slot_mapping has shape ", slots.shape(), "; expected at most [",
         params.tokens, "], the rows of kv");
   params.cos_sin = static_cast<const float*>(cos_sin.tensor().const_data_ptr());
@@ -106,10 +109,10 @@ inline void check_kv(const char* op, const Argument& kv, const Argument& cache, 
   params.pages = cache.tensor().size(0);
   params.block_size = block_size;
   check(params.tokens * (params.padded_heads + 1) < kMaxRows, op, "q has ", params.tokens, " tokens of ",
-        params.padded_heads, " heads; expected fewer than 2^31 rows in a call");
+        params.padded_heads, " heads; expected fewer than 2^31 rows per call");
 }
 
-// The output of the operator that returns one; its size is known to be good before memory is asked for.
+// The output of the operator that returns one. Its sizes are checked before memory is allocated.
 inline Tensor allocate_out(const Tensor& q, int64_t padded_heads) {
   const Argument q_in{kQuantInsert, "q_in", q};
   q_in.dtype({DType::kBfloat16, DType::kFloat16}).rank(3).size(2, kHeadDim);
@@ -128,7 +131,7 @@ inline PrologueParams check_quant_insert(const Tensor& q, const Tensor& kv, cons
   result.same_dtype(q_in);
   check_query(op, q_in, result, params);
   kv_in.same_dtype(q_in).same_device(q_in).rank(2).size(0, q.size(0), ", the tokens of q_in");
-  check_record_pages(op, k_cache, block_size);
+  check_record_cache(op, k_cache, block_size);
   check_kv(op, kv_in, k_cache, {op, "slot_mapping", slots}, {op, "position_ids", positions},
            {op, "cos_sin_cache", cos_sin}, block_size, params);
   check_eps(op, eps);
@@ -137,7 +140,7 @@ inline PrologueParams check_quant_insert(const Tensor& q, const Tensor& kv, cons
   params.apply_q_norm = apply_q_norm;
   params.apply_q_rope = apply_q_rope;
   params.zero_padding = zero_padding;
-  params.format = CacheFormat::kMla;
+  params.format = CacheFormat::kRecord;
   return params;
 }
 
@@ -150,7 +153,7 @@ inline PrologueParams check_bf16_insert(const Tensor& q, const Tensor& kv, const
   q_in.dtype({DType::kBfloat16}).rank(3).no_overlap();
   check_query(op, q_in, q_in, params);
   kv_in.same_dtype(q_in).same_device(q_in).rank(2).size(0, q.size(0), ", the tokens of q");
-  check_row_cache(op, k_cache.same_dtype(q_in), block_size, 2);
+  check_full_cache(op, k_cache.same_dtype(q_in), block_size, 2);
   check_kv(op, kv_in, k_cache, {op, "slot_mapping", slots}, {op, "position_ids", positions},
            {op, "cos_sin_cache", cos_sin}, block_size, params);
   check_eps(op, eps);
@@ -173,7 +176,7 @@ inline PrologueParams check_fp8_insert(const Tensor& q, const Tensor& kv, const 
   result.dtype({DType::kFloat8E4m3, DType::kUint8}).rank(3).size(1, q.size(1), ", the heads of q");
   check_query(op, q_in, result, params);
   kv_in.same_dtype(q_in).same_device(q_in).rank(2).size(0, q.size(0), ", the tokens of q");
-  check_row_cache(op, k_cache.dtype({DType::kFloat8E4m3, DType::kUint8}), block_size, 1);
+  check_full_cache(op, k_cache.dtype({DType::kFloat8E4m3, DType::kUint8}), block_size, 1);
   check_kv(op, kv_in, k_cache, {op, "slot_mapping", slots}, {op, "position_ids", positions},
            {op, "cos_sin_cache", cos_sin}, block_size, params);
   check_eps(op, eps);
@@ -198,34 +201,36 @@ inline PrologueParams check_kv_insert(const Tensor& kv, const Tensor& cache, con
   const char* op = kKvInsert;
   const Argument kv_in{op, "kv", kv}, k_cache{op, "k_cache", cache};
   PrologueParams params{};
-  check_record_pages(op, k_cache, block_size);
+  check_record_cache(op, k_cache, block_size);
   check_kv(op, kv_in, k_cache, {op, "slot_mapping", slots}, {op, "position_ids", positions},
            {op, "cos_sin_cache", cos_sin}, block_size, params);
   params.page_stride = cache.stride(0);
-  params.format = CacheFormat::kMla;
+  params.format = CacheFormat::kRecord;
   return params;
 }
 
 inline GatherParams check_gather(const Tensor& cache, const Tensor& slots, int64_t block_size, const Tensor& out) {
   const char* op = kGather;
   const Argument k_cache{op, "k_cache", cache}, result{op, "out", out}, slot_mapping{op, "slot_mapping", slots};
-  check_record_pages(op, k_cache, block_size);
+  check_record_cache(op, k_cache, block_size);
   result.dtype({DType::kBfloat16, DType::kFloat16}).rank(2).same_device(k_cache);
   const Indices indices = check_indices(slot_mapping, k_cache);
-  result.size(0, indices.size, ", one for each slot").size(1, kHeadDim).dense_rows(kRowStep).no_overlap().aligned(16);
+  result.size(0, indices.size, ", one per slot").size(1, kHeadDim).dense_rows(kRowStep).no_overlap().aligned(16);
   check(indices.size < kMaxRows, op, "slot_mapping has shape ", slot_mapping.shape(), "; expected fewer than 2^31");
-  return {indices.size,
-          static_cast<const uint8_t*>(cache.const_data_ptr()),
-          cache.size(0),
-          cache.stride(0),
-          block_size,
-          indices,
-          out.mutable_data_ptr(),
-          out.stride(0),
-          result.dtype()};
+  GatherParams params{};
+  params.rows = indices.size;
+  params.cache = static_cast<const uint8_t*>(cache.const_data_ptr());
+  params.pages = cache.size(0);
+  params.page_stride = cache.stride(0);
+  params.block_size = block_size;
+  params.slots = indices;
+  params.out = out.mutable_data_ptr();
+  params.out_stride = out.stride(0);
+  params.dtype = result.dtype();
+  return params;
 }
 
-// What ABIDING_CHECK_INDICES=1 adds: a negative slot means "skip", everything else must lie inside.
+// The rules that ABIDING_CHECK_INDICES=1 enforces. A negative slot means "skip this row", so it is always accepted.
 inline IndexRule slot_rule(const Indices& slots, int64_t pages, int64_t block_size) {
   return {"slot_mapping", slots, INT64_MIN, pages * block_size};
 }

@@ -1,5 +1,5 @@
-// One warp to a row of 512 values: lane l holds values [8l, 8l + 8) and [256 + 8l, 256 + 8l + 8), so that each 16-byte
-// access of the warp covers 512 contiguous bytes. Lanes 24..31 hold the 64 RoPE values in their second half.
+// One warp per row of 512 values: lane l holds values [8l, 8l + 8) in Row::low and [256 + 8l, 256 + 8l + 8) in Row::high,
+// so that each 16-byte access of the warp covers 512 contiguous bytes. Row::high of lanes 24..31 holds the RoPE values.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -11,11 +11,11 @@
 namespace abiding::mla_prologue {
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kHalfRow = kHeadDim / 2, kFirstRopeLane = 24;
+constexpr int kMaxWarpsPerCta = 8;
+constexpr int kHighOffset = kHeadDim / 2, kFirstRopeLane = 24;
 
-// A few rows are spread over as many multiprocessors as they can get.
-int warps_per_block(int64_t rows) { return rows <= 600 ? 1 : kMaxWarps; }
+// Few rows are spread over as many SMs as possible.
+int warps_per_cta(int64_t rows) { return rows <= 600 ? 1 : kMaxWarpsPerCta; }
 
 ABIDING_HD unsigned rows_per_token(const PrologueParams& p) {
   return 1 + static_cast<unsigned>(p.zero_padding ? p.padded_heads : p.heads);
@@ -33,7 +33,7 @@ __device__ __forceinline__ float4 load_floats(const float* from) {
   return __ldg(reinterpret_cast<const float4*>(from));
 }
 
-// The lane's four pairs; only RoPE lanes have any.
+// Cosines and sines of the lane's four RoPE pairs; zeros in lanes without any.
 __device__ __forceinline__ Angles load_angles(const PrologueParams& p, int64_t position, int lane) {
   Angles angles{};
   if (lane >= kFirstRopeLane) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ Row unpack_row(const uint4& low, const uint4& high) {
 }
 
 __device__ __forceinline__ float inverse_rms(const Row& row, float eps) {
-  float sums[4] = {};  // short chains: at one token a call is all latency
+  float sums[4] = {};  // four short dependency chains: a call of one token is bound by latency
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     sums[i % 2] = fmaf(row.low[i], row.low[i], sums[i % 2]);
@@ -83,17 +83,17 @@ __device__ __forceinline__ uint2 encode8(const float (&x)[8], float factor) {
 
 __device__ __forceinline__ void store_e4m3(const Row& row, float factor, uint8_t* to, int lane) {
   *reinterpret_cast<uint2*>(to + 8 * lane) = encode8(row.low, factor);
-  *reinterpret_cast<uint2*>(to + kHalfRow + 8 * lane) = encode8(row.high, factor);
+  *reinterpret_cast<uint2*>(to + kHighOffset + 8 * lane) = encode8(row.high, factor);
 }
 
 template <class T>
-__device__ __forceinline__ void store_half(const uint4& low, const uint4& high, T* to, int lane) {
+__device__ __forceinline__ void store_16_bit(const uint4& low, const uint4& high, T* to, int lane) {
   *reinterpret_cast<uint4*>(to + 8 * lane) = low;
-  *reinterpret_cast<uint4*>(to + kHalfRow + 8 * lane) = high;
+  *reinterpret_cast<uint4*>(to + kHighOffset + 8 * lane) = high;
 }
 
-// Exponents of the lane's two quantisation blocks, which are 8 lanes wide.
-__device__ __forceinline__ int2 block_exponents(const Row& row) {
+// Scale exponents of the lane's two quantization blocks; a quantization block is spread over 8 lanes.
+__device__ __forceinline__ int2 quant_block_exponents(const Row& row) {
   float low = 0, high = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -105,15 +105,15 @@ __device__ __forceinline__ int2 block_exponents(const Row& row) {
     low = fmaxf(low, __shfl_xor_sync(~0u, low, mask));
     high = fmaxf(high, __shfl_xor_sync(~0u, high, mask));
   }
-  return {block_exponent(low), block_exponent(high)};
+  return {quant_block_exponent(low), quant_block_exponent(high)};
 }
 
-// Stores are 8 bytes: no more is promised of a cache's alignment.
+// Stores are 8 bytes wide: the checks guarantee no larger alignment of the cache.
 __device__ __forceinline__ void store_record(const Row& row, int2 exponents, const uint4& rope, Record<uint8_t> record,
                                              int lane) {
   *reinterpret_cast<uint2*>(record.data + 8 * lane) = encode8(row.low, pow2(-exponents.x));
   if (lane < kFirstRopeLane) {
-    *reinterpret_cast<uint2*>(record.data + kHalfRow + 8 * lane) = encode8(row.high, pow2(-exponents.y));
+    *reinterpret_cast<uint2*>(record.data + kHighOffset + 8 * lane) = encode8(row.high, pow2(-exponents.y));
   } else {
     uint2* tail = reinterpret_cast<uint2*>(record.data + kNopeDim) + 2 * (lane - kFirstRopeLane);
     tail[0] = {rope.x, rope.y};
@@ -125,26 +125,26 @@ __device__ __forceinline__ void store_record(const Row& row, int2 exponents, con
   }
 }
 
-// The row is read and worked on before its slot is known to be good, so that the two latencies overlap.
+// The row is loaded, and its amax reduced, before its slot is known to be valid: the two latencies overlap.
 template <class T, CacheFormat kFormat>
 __device__ __forceinline__ void insert_row(const PrologueParams& p, int64_t token, int lane) {
   const T* kv = static_cast<const T*>(p.kv) + token * p.kv_stride + 8 * lane;
   const int64_t slot = p.slot(token), position = p.positions[token];
-  const uint4 low = load16(kv), high = load16(kv + kHalfRow);
-  const bool inserted = slot >= 0 && p.position_ok(position);
+  const uint4 low = load16(kv), high = load16(kv + kHighOffset);
+  const bool valid = slot >= 0 && p.position_ok(position);
   Angles angles{};
-  if (inserted) angles = load_angles(p, position, lane);
+  if (valid) angles = load_angles(p, position, lane);
   Row row = unpack_row<T>(low, high);
-  const int2 exponents = block_exponents(row);
-  if (!inserted) return;
+  const int2 exponents = quant_block_exponents(row);
+  if (!valid) return;
   rotate_row(row, angles, lane);
-  uint8_t* whole_row = p.cache + slot / p.block_size * p.page_stride + slot % p.block_size * p.row_stride;
+  uint8_t* cache_row = p.cache + slot / p.block_size * p.page_stride + slot % p.block_size * p.row_stride;
   if constexpr (kFormat == CacheFormat::kE4m3) {
-    store_e4m3(row, 1.0f / __ldg(p.kv_scale), whole_row, lane);
+    store_e4m3(row, 1.0f / __ldg(p.kv_scale), cache_row, lane);
   } else {
     const uint4 rope = canonical_nans<T>(pack<T>(row.high));
     if constexpr (kFormat == CacheFormat::kBfloat16)
-      store_half(canonical_nans<T>(low), rope, reinterpret_cast<T*>(whole_row), lane);
+      store_16_bit(canonical_nans<T>(low), rope, reinterpret_cast<T*>(cache_row), lane);
     else
       store_record(row, exponents, rope, record_at(p.cache, p.page_stride, p.block_size, slot), lane);
   }
@@ -156,7 +156,7 @@ __device__ __forceinline__ void query_row(const PrologueParams& p, int64_t token
   const T* q = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride + 8 * lane;
   Out* out = static_cast<Out*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
   const int64_t position = p.positions[token];
-  const uint4 low = load16(q), high = load16(q + kHalfRow);
+  const uint4 low = load16(q), high = load16(q + kHighOffset);
   const bool rotated = p.apply_q_rope && p.position_ok(position);
   Angles angles{};
   if (rotated) angles = load_angles(p, position, lane);
@@ -173,15 +173,18 @@ __device__ __forceinline__ void query_row(const PrologueParams& p, int64_t token
   if constexpr (kFormat == CacheFormat::kE4m3)
     store_e4m3(row, __ldg(p.q_scale_inv), out, lane);
   else
-    store_half(pack<T>(row.low), pack<T>(row.high), out, lane);
+    store_16_bit(pack<T>(row.low), pack<T>(row.high), out, lane);
 }
 
-// A token's rows are its KV, whose chain is the longest, then its heads, then the padding.
+// The rows of a token: KV first, since its dependency chain is the longest, then the heads, then the padding heads.
+//
+// PDL: any input may come from the upstream kernel, so nothing is read before pdl_wait. Dependents are launched right
+// after the wait; measured on an H100, launching them at the start, after the loads or at the end was slower.
 template <class T, CacheFormat kFormat>
-__global__ void __launch_bounds__(32 * kMaxWarps) prologue_kernel(const __grid_constant__ PrologueParams p) {
+__global__ void __launch_bounds__(32 * kMaxWarpsPerCta) prologue_kernel(const __grid_constant__ PrologueParams p) {
   const int lane = threadIdx.x % 32;
-  const unsigned rows = rows_per_token(p), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  const int64_t token = warp / rows, head = static_cast<int64_t>(warp % rows) - 1;
+  const unsigned token_rows = rows_per_token(p), row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int64_t token = row / token_rows, head = static_cast<int64_t>(row % token_rows) - 1;
   if (token >= p.tokens) return;
   pdl_wait();
   pdl_launch_dependents();
@@ -191,23 +194,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps) prologue_kernel(const __grid_c
     query_row<T, kFormat>(p, token, head, lane);
   } else {
     T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-    store_half({}, {}, out, lane);
+    store_16_bit({}, {}, out, lane);
   }
 }
 
 template <class T, CacheFormat kFormat>
 cudaError_t launch_format(const PrologueParams& p, cudaStream_t stream) {
   const int64_t rows = p.tokens * rows_per_token(p);
-  const int warps = warps_per_block(rows);
-  return launch(prologue_kernel<T, kFormat>,
-                LaunchConfig{static_cast<unsigned>((rows + warps - 1) / warps), static_cast<unsigned>(32 * warps)},
-                stream, p);
+  const int warps = warps_per_cta(rows);
+  const unsigned ctas = static_cast<unsigned>((rows + warps - 1) / warps);
+  return launch(prologue_kernel<T, kFormat>, LaunchConfig{ctas, static_cast<unsigned>(32 * warps)}, stream, p);
 }
 
 template <class T>
-cudaError_t launch_half(const PrologueParams& p, cudaStream_t stream) {
+cudaError_t launch_dtype(const PrologueParams& p, cudaStream_t stream) {
   switch (p.format) {
-    case CacheFormat::kMla: return launch_format<T, CacheFormat::kMla>(p, stream);
+    case CacheFormat::kRecord: return launch_format<T, CacheFormat::kRecord>(p, stream);
     case CacheFormat::kE4m3: return launch_format<T, CacheFormat::kE4m3>(p, stream);
     case CacheFormat::kBfloat16: break;
   }
@@ -216,8 +218,8 @@ cudaError_t launch_half(const PrologueParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t prologue(const PrologueParams& p, cudaStream_t stream) {
-  return dispatch_16_bit(p.dtype, [&](auto tag) { return launch_half<CudaType<decltype(tag)>>(p, stream); });
+cudaError_t run_cuda(const PrologueParams& p, cudaStream_t stream) {
+  return dispatch_16_bit(p.dtype, [&](auto tag) { return launch_dtype<CudaType<decltype(tag)>>(p, stream); });
 }
 
 }  // namespace abiding::mla_prologue

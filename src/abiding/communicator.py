@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from abiding import _face, _library
+from abiding import _api, _library
 from abiding._fakes import register_fake, writes_in_place
-from abiding._link import Link, connect
-from abiding._meeting import Step
+from abiding._host_barrier import Step
+from abiding._peer_memory import PeerMemory, connect
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _ops = torch.ops.abiding
-_FACE_NAMES = {"input": "x"}
+_PUBLIC_NAMES = {"input": "x"}
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -121,15 +121,17 @@ class Communicator:
         if self.rank < 0:
             raise ValueError("Communicator: this process is not in group; expected a group that it is a member of")
         self._start(_default_device(group, self.ranks) if device is None else device, max_bytes, timeout_s)
-        self._set_link(*connect(group, self.rank, self.ranks, self.device, max_bytes))
+        self._set_peer_memory(*connect(group, self.rank, self.ranks, self.device, max_bytes))
 
     @classmethod
-    def of_link(cls, link: Link, rank: int, ranks: int, max_bytes: int, timeout_s: float) -> Communicator:
+    def of_peer_memory(
+        cls, memory: PeerMemory, rank: int, ranks: int, max_bytes: int, timeout_s: float
+    ) -> Communicator:
         """One of several ranks in this process, which have no group behind them."""
         self = cls.__new__(cls)
         self.group, self.rank, self.ranks = None, rank, ranks
-        self._start(link.device, max_bytes, timeout_s)
-        self._set_link(link, None)
+        self._start(memory.device, max_bytes, timeout_s)
+        self._set_peer_memory(memory, None)
         return self
 
     def _start(self, device: torch.device | str, max_bytes: int, timeout_s: float) -> None:
@@ -146,14 +148,14 @@ class Communicator:
         self._closed, self._resets = False, 0
         self._interrupted: str | None = None  # a reset that other ranks did not finish
 
-    def _set_link(self, link: Link | None, unavailable: str | None) -> None:
-        self._link, self._unavailable = link, unavailable
-        self._handle = -1 if link is None else link.handle
+    def _set_peer_memory(self, memory: PeerMemory | None, unavailable: str | None) -> None:
+        self._memory, self._unavailable = memory, unavailable
+        self._handle = -1 if memory is None else memory.handle
         with torch.inference_mode(False):
             self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
-        if link is not None:
-            link.configure(self.timeout_s)
-            self._finalizer = weakref.finalize(self, link.release)
+        if memory is not None:
+            memory.configure(self.timeout_s)
+            self._finalizer = weakref.finalize(self, memory.release)
 
     # --- all-reduce ---------------------------------------------------------------------------------------------------
 
@@ -175,9 +177,9 @@ class Communicator:
         route = self.explain(x)
         if route.backend == "abiding":
             if out is None:
-                result: Tensor = self.run("all_reduce", _FACE_NAMES, _ops.all_reduce.default, (x,))
+                result: Tensor = self.run("all_reduce", _PUBLIC_NAMES, _ops.all_reduce.default, (x,))
                 return result
-            self.run("all_reduce", _FACE_NAMES, _ops.all_reduce.out, (x,), out=out)
+            self.run("all_reduce", _PUBLIC_NAMES, _ops.all_reduce.out, (x,), out=out)
             return out
         self._check_open("all_reduce")
         if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
@@ -211,7 +213,7 @@ class Communicator:
 
     def check_device(self, function: str, name: str, tensor: Tensor) -> None:
         """Raise unless an argument of a public function is a tensor on the communicator's device."""
-        if _face.check_tensor(function, name, tensor).device != self.device:
+        if _api.check_tensor(function, name, tensor).device != self.device:
             raise ValueError(f"{function}: {name} is on {tensor.device}; expected {self.device} as the communicator")
 
     def run(
@@ -226,7 +228,7 @@ class Communicator:
         """Run an operator over the shared memory: for the modules of operator groups.
 
         Args:
-            function, names, op: as in :func:`abiding._face.call`.
+            function, names, op: as in :func:`abiding._api.call`.
             tensors: what the operator takes before ``state`` and ``comm``.
             rest, out: what it takes after those.
         """
@@ -241,7 +243,7 @@ class Communicator:
             self._check_open(function)
             if fault := self.fault:
                 raise RuntimeError(fault) from None
-            raise _face.translated(error, function, names) from None
+            raise _api.translated(error, function, names) from None
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class Communicator:
     @property
     def fault(self) -> str | None:
         """What happened, with operator and rank, if anything did."""
-        return None if self._closed or self._link is None else self._link.fault() or self._interrupted
+        return None if self._closed or self._memory is None else self._memory.fault() or self._interrupted
 
     def check(self) -> None:
         """Wait for queued work, which may take up to the timeout, and raise if the communicator has stopped anywhere.
@@ -262,7 +264,7 @@ class Communicator:
         """
         self._check_open("check")
         self._synchronize()
-        if self._link is not None and (fault := self._link.fault(look=True)):
+        if self._memory is not None and (fault := self._memory.fault(look=True)):
             raise RuntimeError(fault)
 
     def reset(self) -> None:
@@ -272,15 +274,15 @@ class Communicator:
             RuntimeError: a rank did not come within the timeout; the message names it. Calling again is fine.
         """
         self._check_open("reset")
-        if self._link is None:
+        if self._memory is None:
             return
         self._synchronize()
         self._resets += 1
         try:
-            self._resets = self._link.meet(Step.STOPPED, self._resets, self.timeout_s)
-            self._link.clear()
+            self._resets = self._memory.wait_at_barrier(Step.STOPPED, self._resets, self.timeout_s)
+            self._memory.clear()
             self._interrupted = "abiding::reset: not all ranks have finished it; reset() on every rank again"
-            self._link.meet(Step.CLEARED, self._resets, self.timeout_s)
+            self._memory.wait_at_barrier(Step.CLEARED, self._resets, self.timeout_s)
             self._interrupted = None
         except RuntimeError as error:
             raise RuntimeError(f"abiding::reset: {error}; expected all {self.ranks} ranks to call it") from None
@@ -290,10 +292,10 @@ class Communicator:
         if self._closed:
             return
         self._closed = True
-        if self._link is not None:
+        if self._memory is not None:
             with contextlib.suppress(RuntimeError):
                 self._synchronize()
-                self._link.meet(Step.CLOSING, 1, min(self.timeout_s, _CLOSE_TIMEOUT_S))
+                self._memory.wait_at_barrier(Step.CLOSING, 1, min(self.timeout_s, _CLOSE_TIMEOUT_S))
             self._finalizer()
 
     def __enter__(self) -> Communicator:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abiding._face import call, check_shape, check_tensor
+from abiding._api import call, check_shape, check_tensor
 from abiding._fakes import register_fake, writes_in_place
 
 HEAD_DIM = 512
@@ -32,7 +32,7 @@ NOPE_DIM = HEAD_DIM - ROPE_DIM
 TOKEN_BYTES = 584  # a token's share of a cache page
 
 _ops = torch.ops.abiding
-_FACE_NAMES = {
+_PUBLIC_NAMES = {
     "q_in": "q",
     "k_cache": "cache",
     "slot_mapping": "slots",
@@ -114,7 +114,7 @@ def qnorm_rope_kv_insert(
         out = q.new_empty(q.size(0), padded_heads, HEAD_DIM)
     call(
         function,
-        _FACE_NAMES,
+        _PUBLIC_NAMES,
         _ops.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert.out,
         q,
         kv,
@@ -147,7 +147,7 @@ def insert_kv(kv: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, cos_s
         TypeError, ValueError: as :func:`qnorm_rope_kv_insert`.
     """
     op = _ops.fused_deepseek_v4_kv_rope_quant_insert.default
-    call("insert_kv", _FACE_NAMES, op, kv, cache, slots, positions, cos_sin, block_size)
+    call("insert_kv", _PUBLIC_NAMES, op, kv, cache, slots, positions, cos_sin, block_size)
 
 
 def gather_kv(cache: Tensor, slots: Tensor, *, block_size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -170,7 +170,7 @@ def gather_kv(cache: Tensor, slots: Tensor, *, block_size: int, dtype: torch.dty
     if dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"gather_kv: dtype is {dtype}; expected torch.bfloat16 or torch.float16")
     out = torch.empty(slots.size(0), HEAD_DIM, dtype=dtype, device=cache.device)
-    call("gather_kv", _FACE_NAMES, _ops.deepseek_v4_gather_kv.default, cache, slots, block_size, out=out)
+    call("gather_kv", _PUBLIC_NAMES, _ops.deepseek_v4_gather_kv.default, cache, slots, block_size, out=out)
     return out
 
 
@@ -199,7 +199,7 @@ def qnorm_rope_full_cache_bf16_insert(
     check_shape("qnorm_rope_full_cache_bf16_insert", "cache", cache, ("pages", "block_size", HEAD_DIM))
     call(
         "qnorm_rope_full_cache_bf16_insert",
-        _FACE_NAMES,
+        _PUBLIC_NAMES,
         op,
         q,
         kv,
@@ -253,7 +253,7 @@ def qnorm_rope_full_cache_fp8_insert(
     op = _ops.fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert.default
     call(
         function,
-        _FACE_NAMES,
+        _PUBLIC_NAMES,
         op,
         q,
         kv,

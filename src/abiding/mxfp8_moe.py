@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from abiding._face import call, check_shape, check_tensor
+from abiding._api import call, check_shape, check_tensor
 from abiding._fakes import register_fake, writes_in_place
 
 BLOCK = 32

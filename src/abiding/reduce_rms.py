@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abiding._face import check_shape
+from abiding._api import check_shape
 from abiding._fakes import register_fake
 from abiding.communicator import Communicator
 
 _ops = torch.ops.abiding
-_FACE_NAMES = {"input": "x", "weight_q": "wq", "weight_k": "wk"}
+_PUBLIC_NAMES = {"input": "x", "weight_q": "wq", "weight_k": "wk"}
 
 
 def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6) -> Tensor:
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
     """
     comm.check_device("rms_norm", "x", x)
     if comm.unavailable_reason is None:
-        result: Tensor = comm.run("rms_norm", _FACE_NAMES, _ops.reduce_rms.default, (x, weight), eps)
+        result: Tensor = comm.run("rms_norm", _PUBLIC_NAMES, _ops.reduce_rms.default, (x, weight), eps)
         return result
     check_shape("rms_norm", "x", x, ("T", "d"))
     check_shape("rms_norm", "weight", weight, (x.size(1),))
@@ -69,7 +69,7 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
     comm.check_device("qk_norm", "qkv", qkv)
     if comm.unavailable_reason is None:
         op = _ops.reduce_rms_qk.default
-        result: tuple[Tensor, Tensor] = comm.run("qk_norm", _FACE_NAMES, op, (qkv, wq, wk), eps)
+        result: tuple[Tensor, Tensor] = comm.run("qk_norm", _PUBLIC_NAMES, op, (qkv, wq, wk), eps)
         return result
     check_shape("qk_norm", "wq", wq, ("q",))
     check_shape("qk_norm", "wk", wk, ("kv",))

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import abiding
 from abiding import Communicator
-from abiding._link import blocks_of_a_rank
-from abiding._meeting import Meeting, Step, has_ended
+from abiding._host_barrier import HostBarrier, Step, has_ended
+from abiding._peer_memory import ctas_per_rank
 from abiding.communicator import Route, choose_route, is_dense
 from abiding.testing.cases.all_reduce import ODD, REGULAR, AllReduceCase
 from abiding.testing.comparison import assert_bitwise_equal
@@ -147,8 +147,8 @@ def test_dense_means_that_every_element_has_its_place() -> None:
 
 def test_blocks_of_ranks_on_one_gpu_fit_together() -> None:
     # A block of 1024 threads takes a whole multiprocessor, of which an H100 has 132.
-    assert [blocks_of_a_rank(ranks) for ranks in (1, 2, 4, 8, 16)] == [128, 64, 32, 16, 8]
-    assert all(blocks_of_a_rank(ranks) * ranks <= 132 for ranks in range(2, 17))
+    assert [ctas_per_rank(ranks) for ranks in (1, 2, 4, 8, 16)] == [128, 64, 32, 16, 8]
+    assert all(ctas_per_rank(ranks) * ranks <= 132 for ranks in range(2, 17))
 
 
 def test_one_rank_needs_no_group(device: torch.device) -> None:
@@ -171,22 +171,22 @@ def test_one_rank_needs_no_group(device: torch.device) -> None:
 
 
 @pytest.fixture
-def meetings() -> list[Meeting]:
-    table = torch.zeros(Meeting.BYTES // 8, dtype=torch.int64)
-    made = [Meeting(table.data_ptr(), rank, [os.getpid()] * 3) for rank in range(3)]
+def barriers() -> list[HostBarrier]:
+    table = torch.zeros(HostBarrier.BYTES // 8, dtype=torch.int64)
+    made = [HostBarrier(table.data_ptr(), rank, [os.getpid()] * 3) for rank in range(3)]
     made[0].table = table  # type: ignore[attr-defined]  # keeps it alive
     return made
 
 
-def test_ranks_meet_at_the_largest_number(meetings: list[Meeting]) -> None:
+def test_ranks_meet_at_the_largest_number(barriers: list[HostBarrier]) -> None:
     """Also ranks that have failed to meet before, which count on."""
     with pytest.raises(RuntimeError, match=r"ranks 1, 2 are missing after 0\.01 s"):
-        meetings[0].meet(Step.STOPPED, 1, 0.01)
+        barriers[0].wait(Step.STOPPED, 1, 0.01)
     with pytest.raises(RuntimeError, match="rank 2 is missing"):
-        meetings[1].meet(Step.STOPPED, 1, 0.01)
+        barriers[1].wait(Step.STOPPED, 1, 0.01)
     numbers: list[int] = []
     threads = [
-        threading.Thread(target=lambda r=r, n=n: numbers.append(meetings[r].meet(Step.STOPPED, n, 20)))
+        threading.Thread(target=lambda r=r, n=n: numbers.append(barriers[r].wait(Step.STOPPED, n, 20)))
         for r, n in enumerate((2, 2, 1))
     ]
     for thread in threads:
@@ -196,21 +196,21 @@ def test_ranks_meet_at_the_largest_number(meetings: list[Meeting]) -> None:
     assert numbers == [2, 2, 2]
 
 
-def test_who_gave_up_is_not_counted_on(meetings: list[Meeting]) -> None:
+def test_who_gave_up_is_not_counted_on(barriers: list[HostBarrier]) -> None:
     for rank in (0, 1):
         with pytest.raises(RuntimeError, match="missing"):
-            meetings[rank].meet(Step.CLEARED, 1, 0.01)
+            barriers[rank].wait(Step.CLEARED, 1, 0.01)
     with pytest.raises(RuntimeError, match="ranks 0, 1 are missing"):
-        meetings[2].meet(Step.CLEARED, 1, 0.01)
+        barriers[2].wait(Step.CLEARED, 1, 0.01)
 
 
 def test_a_rank_whose_process_has_ended_is_named_at_once() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     while not has_ended(child.pid):
         pass
-    table = torch.zeros(Meeting.BYTES // 8, dtype=torch.int64)
+    table = torch.zeros(HostBarrier.BYTES // 8, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        Meeting(table.data_ptr(), 0, [os.getpid(), child.pid]).meet(Step.STOPPED, 1, 100)
+        HostBarrier(table.data_ptr(), 0, [os.getpid(), child.pid]).wait(Step.STOPPED, 1, 100)
     child.wait()
     assert has_ended(child.pid)
     assert not has_ended(os.getpid())

@@ -103,7 +103,7 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (raw.close_mem_handle, (4096,), "ptr is 4096; expected what open_mem_handle returned, once"),
             (
                 raw.free_shared_buffer,
-                (comm._link.own + 64,),
+                (comm._memory.own + 64,),
                 "what allocate_shared_buffer_and_handle returned",
             ),
             (raw.all_reduce, (fa, x, x, 4096, 8), "inp has 256 bytes; expected at most 8"),

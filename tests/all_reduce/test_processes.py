@@ -153,10 +153,10 @@ def faults(rank: int) -> dict[str, list[str]]:
         # Rank 2 fails in the middle of a reset: the others are not ready before it has made up for that.
         told["half a reset"] = []
         if rank == 2:
-            clear, comm._link.clear = comm._link.clear, fails
+            clear, comm._memory.clear = comm._memory.clear, fails
         told["half a reset"].append(caught(comm.reset))
         if rank == 2:
-            comm._link.clear = clear
+            comm._memory.clear = clear
         else:
             told["half a reset"] += [caught(lambda: comm.all_reduce(x)), str(comm.fault)]
             assert comm.state == "stopped"
@@ -243,12 +243,12 @@ def subgroups(rank: int) -> None:
 
 def without_shared_memory(rank: int, broken: str) -> tuple[str, list[str]]:
     """A step of making the shared memory fails on rank 1: everyone goes through torch.distributed."""
-    from abiding import _link
+    from abiding import _peer_memory
 
     if broken in ("host", "kind"):
-        setattr(_link, f"_{broken}", lambda *_: f"{broken} {rank}")
+        setattr(_peer_memory, f"_{broken}", lambda *_: f"{broken} {rank}")
     elif rank == 1:
-        setattr(_link.Link, broken, (lambda self: None) if broken == "send_probe" else fails)
+        setattr(_peer_memory.PeerMemory, broken, (lambda self: None) if broken == "send_probe" else fails)
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         comm = Communicator()

@@ -100,7 +100,7 @@ def test_one_shot_and_two_shot_at_any_size(ranks: int, one_shot_bytes: int, devi
     """Either algorithm where the table would take the other: the same bits, also in several rounds."""
     with virtual_ranks(ranks, device, max_bytes=1 << 30) as comms:
         for comm in comms:
-            torch.ops.abiding_custom_ar.configure(comm._handle, 20.0, comm._link.max_blocks, one_shot_bytes)
+            torch.ops.abiding_custom_ar.configure(comm._handle, 20.0, comm._memory.max_ctas, one_shot_bytes)
         for case in (*cases.REGULAR, *cases.ODD, *cases.CORNER, AllReduceCase((3_000_001,))):
             assert_sums(comms, case)
 

@@ -81,9 +81,9 @@ def test_the_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> Non
     for tokens in (32, 1):
         for name, share in zip(limits.PRODUCTS, (40.4 + tokens, 30.0), strict=True):
             params = {"tokens": tokens, "shape": "s"} | dict.fromkeys(limits.SHARES, share)
-            cases.append(CaseResult(name, params, 9.0, 0.0, warm=False, floor_us=0.0))
+            cases.append(CaseResult(name, params, 9.0, 0.0, l2_warm=False, bound_us=0.0))
         params = {"tokens": tokens, "shape": "s", "mhz": 1980, "watts": 400 + tokens}
-        cases.append(CaseResult("layer", params, 15.6, 0.0, warm=False, floor_us=0.0))
+        cases.append(CaseResult("layer", params, 15.6, 0.0, l2_warm=False, bound_us=0.0))
     some = Results(limits.GROUP, "NVIDIA H100", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, cases)
     assert Results.read(some.write(tmp_path)) == some
 

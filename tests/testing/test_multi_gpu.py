@@ -23,7 +23,7 @@ from abiding.testing.multi_gpu.sglang import SGLang
 from abiding.testing.multi_gpu.times import hand_over
 from abiding.testing.ranks import Outcome, RanksFailedError, run_processes
 from abiding.testing.results import CaseResult, Results
-from abiding.testing.timing import Floors
+from abiding.testing.timing import Roofline
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "multi_gpu.py"
 CPU = Setting(device="cpu", quick=True)
@@ -135,7 +135,7 @@ def answer(function: Any, ranks: int, *args: Any, **_: Any) -> Any:
     """In place of processes: every rank's answer to a phase."""
     if function is fails:
         raise RanksFailedError([Outcome(0), Outcome(1, error="no luck")])
-    found = {"floors": [Floors(10.0, 1.0)], "stress": [(1, 2.0), (1, 3.0)], "killed": [0.5, None]}
+    found = {"roofline": [Roofline(10.0, 1.0)], "stress": [(1, 2.0), (1, 3.0)], "killed": [0.5, None]}
     return found.get(function.__name__)
 
 

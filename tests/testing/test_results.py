@@ -13,21 +13,21 @@ import torch
 from abiding.testing.benchmarks import GROUPS, run
 from abiding.testing.benchmarks.report import full_table, of_op, plot, rewrite, summary
 from abiding.testing.results import CaseResult, Results, validate
-from abiding.testing.timing import Floors
+from abiding.testing.timing import Roofline
 
 BENCHMARK = GROUPS["mla_prologue"]
 
 
 def case(
-    tokens: int, us: float, *, warm: bool = False, op: str = BENCHMARK.ops[0], heads: int = 64, **peers: float
+    tokens: int, us: float, *, l2_warm: bool = False, op: str = BENCHMARK.ops[0], heads: int = 64, **peers: float
 ) -> CaseResult:
     params = {"tokens": tokens, "block_size": 64, "dtype": "bfloat16", "heads": heads, "padded_heads": heads}
-    return CaseResult(op, params, us, 0.1, warm, tokens * 0.1, peers)
+    return CaseResult(op, params, us, 0.1, l2_warm, tokens * 0.1, peers)
 
 
 @pytest.fixture
 def results() -> Results:
-    cases = [case(1, 1.5, vllm=2.5), case(1, 1.4, warm=True), case(64, 9.0, vllm=8.8), case(256, 50.0)]
+    cases = [case(1, 1.5, vllm=2.5), case(1, 1.4, l2_warm=True), case(64, 9.0, vllm=8.8), case(256, 50.0)]
     return Results(
         "mla_prologue", "NVIDIA H100 80GB HBM3", "580.1", "2.11.0", "13.0", "c" * 40, "2026-01-02", 3005.0, 790.0, cases
     )
@@ -45,8 +45,8 @@ def test_a_file_is_named_after_group_and_gpu_and_reads_back_equal(results: Resul
         "params",
         "us",
         "spread_us",
-        "warm",
-        "floor_us",
+        "l2_warm",
+        "bound_us",
         "peers",
     ]
 
@@ -88,7 +88,7 @@ def test_a_bad_file_is_refused_by_name(change: dict[str, Any], message: str, res
     ("change", "message"),
     [
         ({"us": -1.0}, r"cases\[0\] has us -1.0"),
-        ({"warm": 1}, r"cases\[0\].warm is 1; expected a bool"),
+        ({"l2_warm": 1}, r"cases\[0\].l2_warm is 1; expected a bool"),
         ({"peers": {"vllm": "2"}}, r"cases\[0\].peers.vllm is '2'; expected a number"),
         ({"params": {"tokens": [1]}}, r"cases\[0\].params.tokens is \[1\]"),
     ],
@@ -103,11 +103,11 @@ def test_a_bad_case_is_refused_by_name(change: dict[str, Any], message: str, res
 
 
 def test_begin_describes_this_machine() -> None:
-    here = Results.begin("mla_prologue", torch.device("cpu"), Floors(12.345, 0.678))
+    here = Results.begin("mla_prologue", torch.device("cpu"), Roofline(12.345, 0.678))
     assert (here.copy_gbps, here.matmul_tflops, here.torch) == (12.3, 0.7, torch.__version__)
     assert here.gpu
     assert here.commit
-    assert Results.begin("g", torch.device("cpu"), Floors(1, 1), commit="abc").commit == "abc"
+    assert Results.begin("g", torch.device("cpu"), Roofline(1, 1), commit="abc").commit == "abc"
 
 
 def test_a_target_is_met_only_within_it_and_beside_every_peer() -> None:
@@ -125,9 +125,9 @@ def test_tables_hold_times_peers_ratios_and_verdicts(results: Results) -> None:
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in full_table(results, BENCHMARK).splitlines()
     ]
-    assert lines[0] == ["op", "case", "tokens", "L2", "us", "spread", "floor", "target", "vllm", "/ vllm", "verdict"]
-    assert lines[2][1:] == ["64 heads", "1", "cold", "1.50", "0.10", "0.10", "1.60", "2.50", "0.60", "met"]
-    assert lines[4][1:] == ["64 heads", "64", "cold", "9.00", "0.10", "6.40", "8.74", "8.80", "1.02", "missed"]
+    assert lines[0] == ["op", "case", "tokens", "cache", "us", "spread", "bound", "target", "vllm", "/ vllm", "verdict"]
+    assert lines[2][1:] == ["64 heads", "1", "L2-cold", "1.50", "0.10", "0.10", "1.60", "2.50", "0.60", "met"]
+    assert lines[4][1:] == ["64 heads", "64", "L2-cold", "9.00", "0.10", "6.40", "8.74", "8.80", "1.02", "missed"]
     assert lines[5][-3:] == ["-", "-", "missed"]
     text = summary(results, BENCHMARK)
     assert "**NVIDIA H100 80GB HBM3** (driver 580.1, CUDA 13.0, torch 2.11.0; commit cccccccccccc, 2026-01-02)" in text
@@ -179,7 +179,7 @@ def test_a_plot_has_a_panel_or_a_line_for_each_row(
     plot(more, replace(BENCHMARK, overlaid=overlaid), tmp_path / "plot.svg")
     panels = [panel for panel in figures[0].axes if panel.get_visible()]
     lines = [[(line.get_label(), line.get_linestyle()) for line in panel.lines] for panel in panels]
-    ours = [("vllm", "-"), ("abiding", "-"), ("floor", "--")]
+    ours = [("vllm", "-"), ("abiding", "-"), ("bound", "--")]
     rows = [[("64 heads", "-"), ("64 heads, vllm", "--"), ("128 heads", "-"), ("128 heads, vllm", "--")]]
     assert lines == (rows if overlaid else [ours, ours])
     assert list(panels[-1].lines[2 if overlaid else 1].get_ydata()) == [2.0, 9.5]

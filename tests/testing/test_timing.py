@@ -1,4 +1,4 @@
-"""Timing: medians, spreads, floors, rotation, and on a GPU a graph replay that agrees with a plain measurement."""
+"""Timing: medians, spreads, roofline bounds, rotation; on a GPU, graph replay agrees with a plain measurement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from abiding.testing import Floors, Timing, call_us, copy_gbps, eager_us, floor_us, graph_us, matmul_tflops, rotations
+from abiding.testing import Roofline, Timing, call_us, copy_gbps, eager_us, graph_us, matmul_tflops, rotations
 
 
 def test_a_timing_is_the_median_and_the_distance_between_deciles() -> None:
@@ -34,10 +34,10 @@ def test_eager_repeats_quick_calls_until_the_budget_is_spent() -> None:
     assert len(calls) == 1 + 40
 
 
-def test_the_floor_is_the_larger_of_both() -> None:
-    assert floor_us(3_000_000, copy_gbps=3000.0) == pytest.approx(1.0)
-    assert floor_us(3_000_000, 8e9, copy_gbps=3000.0, matmul_tflops=800.0) == pytest.approx(10.0)
-    assert Floors(3000.0, 800.0).us(3_000_000, 8e8) == pytest.approx(1.0)
+def test_the_roofline_bound_is_the_larger_of_both() -> None:
+    assert Roofline(3000.0).bound_us(3_000_000) == pytest.approx(1.0)
+    assert Roofline(3000.0, 800.0).bound_us(3_000_000, 8e9) == pytest.approx(10.0)
+    assert Roofline(3000.0, 800.0).bound_us(3_000_000, 8e8) == pytest.approx(1.0)
 
 
 def test_rotation_exceeds_the_cache_threefold() -> None:
@@ -47,7 +47,7 @@ def test_rotation_exceeds_the_cache_threefold() -> None:
     assert rotations(0, cpu) > 1
 
 
-def test_floors_of_a_cpu_are_plausible() -> None:
+def test_the_roofline_of_a_cpu_is_plausible() -> None:
     assert 0.1 < copy_gbps("cpu") < 10_000
     assert 0 < matmul_tflops("cpu") < 1000
 
@@ -67,7 +67,7 @@ def test_graph_time_agrees_with_the_bandwidth_of_a_copy(cuda: torch.device) -> N
     source = torch.zeros(1 << 28, dtype=torch.uint8, device=cuda)
     target = torch.empty_like(source)
     us = call_us([lambda: target.copy_(source)], cuda).us
-    assert us == pytest.approx(floor_us(2 << 28, copy_gbps=copy_gbps(cuda)), rel=0.15)
+    assert us == pytest.approx(Roofline(copy_gbps(cuda)).bound_us(2 << 28), rel=0.15)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The commands; each is a thin call of what does the work."""
+"""The commands; each is a thin call of the module that does the work."""
 
 from __future__ import annotations
 
@@ -23,24 +23,35 @@ app = typer.Typer(
 
 @app.command()
 def demo() -> None:
-    """Run every kernel group at its model's real sizes and hold the results against the float64 reference."""
+    """Run every kernel group at its model's real sizes and compare the results with the float64 reference."""
     if not demo_module.run():
         raise typer.Exit(1)
 
 
 @app.command()
 def bench(
-    group: Annotated[str, typer.Argument(help=f"One of: {', '.join(benchmarks.GROUPS)}.")],
-    peer: Annotated[list[Path] | None, typer.Option(help="A peer's kernels, timed as well; repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write the JSON file.")] = None,
+    group: Annotated[
+        str | None, typer.Argument(help=f"{', '.join(benchmarks.GROUPS)}; all of them by default.")
+    ] = None,
+    peer: Annotated[
+        list[Path] | None, typer.Option(help="A file with a peer's kernels to time too; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help=f"Folder for the JSON file; of whole runs on a GPU {benchmarks.DEFAULT_OUTPUT} by default."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes only.")] = False,
     op: Annotated[list[str] | None, typer.Option(help="Only this operator; repeatable.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record; that of the source tree by default.")] = None,
 ) -> None:
-    """Time a group's kernels on this machine beside the floors that the machine sets."""
-    if group not in benchmarks.GROUPS:
+    """Time a group's kernels on this machine and compare them with the roofline bound and with peers."""
+    if group is not None and group not in benchmarks.GROUPS:
         raise typer.BadParameter(f"{group!r}; expected one of {list(benchmarks.GROUPS)}")
+    if group is None and op:
+        raise typer.BadParameter(f"--op {op[0]} without a group; expected the group of the operator as well")
     try:
-        benchmarks.run(group, peers=peer or (), output=output, quick=quick, ops=op or ())
+        for one in [group] if group else benchmarks.GROUPS:
+            benchmarks.run(one, peers=peer or (), output=output, quick=quick, ops=op or (), commit=commit)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -51,7 +62,7 @@ def report(
     documents: Annotated[list[Path] | None, typer.Option("--document", help="Files with markers to fill.")] = None,
     plots: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("docs/plots"),
 ) -> None:
-    """Write the tables of README.md and docs/*.md and the plots from the result files."""
+    """Write the tables of README.md and docs/*.md, and the plots, from the result files."""
     found = [Results.read(path) for path in sorted(results.glob("*.json"))]
     if not found:
         typer.echo(f"{results} holds no result files; `abiding bench` on a machine with a GPU makes one.", err=True)
@@ -84,7 +95,7 @@ def _rewrite(documents: list[Path], rewritten: Callable[[str], str]) -> None:
 def audit(
     paths: Annotated[list[Path] | None, typer.Argument(help="Shared libraries; abiding's own by default.")] = None,
 ) -> None:
-    """Show which libtorch symbols binaries use, and whether the stable ABI covers them."""
+    """Show which libtorch symbols the binaries use, and whether the stable ABI covers them."""
     from abiding.abi.audit import run
 
     raise typer.Exit(run(paths or abiding.binaries()))

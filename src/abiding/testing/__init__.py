@@ -3,12 +3,11 @@
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, max_error, max_ulps, round_once, ulp_distance
 from abiding.testing.guarded import POISON, GuardedTensor, guarded
 from abiding.testing.timing import (
-    Floors,
+    Roofline,
     Timing,
     call_us,
     copy_gbps,
     eager_us,
-    floor_us,
     graph_us,
     matmul_tflops,
     rotations,
@@ -16,15 +15,14 @@ from abiding.testing.timing import (
 
 __all__ = [
     "POISON",
-    "Floors",
     "GuardedTensor",
+    "Roofline",
     "Timing",
     "assert_bitwise_equal",
     "assert_close",
     "call_us",
     "copy_gbps",
     "eager_us",
-    "floor_us",
     "graph_us",
     "guarded",
     "matmul_tflops",

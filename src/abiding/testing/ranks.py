@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from abiding._link import Link, blocks_of_a_rank
+from abiding._peer_memory import PeerMemory, ctas_per_rank
 from abiding.communicator import Communicator
 from abiding.testing.timing import Timing
 
@@ -178,16 +178,19 @@ def virtual_ranks(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    links = [Link(device, max_blocks=blocks_of_a_rank(ranks if device.type == "cuda" else 1)) for _ in range(ranks)]
+    memories = [PeerMemory(device, max_ctas=ctas_per_rank(ranks if device.type == "cuda" else 1)) for _ in range(ranks)]
     with contextlib.ExitStack() as stack:
-        for link in links:
-            link.allocate()
-            stack.callback(link.release)
-        for rank, link in enumerate(links):
-            link.init([each.own for each in links], rank)
+        for memory in memories:
+            memory.allocate()
+            stack.callback(memory.release)
+        for rank, memory in enumerate(memories):
+            memory.init([each.own for each in memories], rank)
         if device.type == "cuda":
             stack.callback(torch.cuda.synchronize, device)
-        yield [Communicator.of_link(link, rank, ranks, max_bytes, timeout_s) for rank, link in enumerate(links)]
+        yield [
+            Communicator.of_peer_memory(memory, rank, ranks, max_bytes, timeout_s)
+            for rank, memory in enumerate(memories)
+        ]
 
 
 def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T]) -> list[T]:

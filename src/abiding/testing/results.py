@@ -1,4 +1,4 @@
-"""Benchmark results: one JSON file a group and GPU, the source of every table and plot."""
+"""Benchmark results: one JSON file per group and GPU, the source of every table and plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from abiding.testing.timing import Floors, Timing
+from abiding.testing.timing import Roofline, Timing
 
 Param = int | float | str | bool
 Device = torch.device
@@ -22,37 +22,48 @@ Device = torch.device
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case's time, and what it is held against."""
+    """The time of one case, its roofline bound, and the peers' times."""
 
     op: str
     params: Mapping[str, Param]
     us: float
     spread_us: float
-    warm: bool
-    floor_us: float
+    l2_warm: bool
+    bound_us: float
     peers: Mapping[str, float] = field(default_factory=dict)
     commit: str = ""
-    """Of a case that was timed again, later than the rest of its file."""
+    """The commit of a case that was timed later than the rest of its file."""
+
+    @property
+    def cache_state(self) -> str:
+        """Whether the case's inputs are in the L2 cache when a call starts."""
+        return "L2-warm" if self.l2_warm else "L2-cold"
 
     @staticmethod
     def of(
-        op: str, params: Mapping[str, Param], ours: Timing, peers: Mapping[str, Timing], *, warm: bool, floor_us: float
+        op: str,
+        params: Mapping[str, Param],
+        ours: Timing,
+        peers: Mapping[str, Timing],
+        *,
+        l2_warm: bool,
+        bound_us: float,
     ) -> CaseResult:
-        """A case as it is written to a file: times to the nanosecond."""
+        """A case with its times rounded to the nanosecond, as it is written to a file."""
         return CaseResult(
             op=op,
             params=params,
             us=round(ours.us, 3),
             spread_us=round(ours.spread_us, 3),
-            warm=warm,
-            floor_us=round(floor_us, 3),
+            l2_warm=l2_warm,
+            bound_us=round(bound_us, 3),
             peers={name: round(timing.us, 3) for name, timing in peers.items()},
         )
 
 
 @dataclass(frozen=True)
 class Results:
-    """What one run of a group's benchmark found on one device."""
+    """The results of one run of a group's benchmark on one device."""
 
     group: str
     gpu: str
@@ -66,8 +77,8 @@ class Results:
     cases: list[CaseResult]
 
     @staticmethod
-    def begin(group: str, device: Device, floors: Floors, commit: str | None = None) -> Results:
-        """Results without cases yet, of this machine, now; the commit is that of the source tree unless given."""
+    def begin(group: str, device: Device, roofline: Roofline, commit: str | None = None) -> Results:
+        """Results of this machine, dated now, still without cases; `commit` defaults to that of the source tree."""
         on_gpu = device.type == "cuda"
         return Results(
             group=group,
@@ -77,24 +88,24 @@ class Results:
             cuda=(torch.version.cuda or "none") if on_gpu else "none",
             commit=commit or _commit(),
             date=datetime.now(timezone.utc).date().isoformat(),
-            copy_gbps=round(floors.copy_gbps, 1),
-            matmul_tflops=round(floors.matmul_tflops, 1),
+            copy_gbps=round(roofline.copy_gbps, 1),
+            matmul_tflops=round(roofline.matmul_tflops, 1),
             cases=[],
         )
 
     def replaced(self, newer: Results) -> Results:
-        """These results with another run's cases in place of those of the same operators, each with its commit."""
+        """These results, with the cases of all operators that `newer` has replaced by its own, each with its commit."""
         ops = {case.op for case in newer.cases}
         kept = [case for case in self.cases if case.op not in ops]
         return replace(self, cases=[*kept, *(replace(case, commit=newer.commit) for case in newer.cases)])
 
     @property
     def file_name(self) -> str:
-        """`<group>-<gpu>.json`, the GPU in lower case without its vendor."""
+        """`<group>-<gpu>.json`, with the GPU's name in lower case and without its vendor."""
         return f"{self.group}-{re.sub(r'[^a-z0-9]+', '-', self.gpu.lower().removeprefix('nvidia ')).strip('-')}.json"
 
     def write(self, directory: Path) -> Path:
-        """Write the file into `directory`, which is made if need be; returns its path."""
+        """Write the file into `directory`, which is created if missing; returns the path."""
         validate(asdict(self))
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / self.file_name
@@ -113,7 +124,7 @@ class Results:
 
 
 def validate(data: object) -> Results:
-    """The results that decoded JSON stands for; ValueError names what is missing, unknown or of the wrong kind."""
+    """Decoded JSON as `Results`; a ValueError names what is missing, unknown or of the wrong type."""
     record = _record(data, Results, "results")
     cases = []
     for index, entry in enumerate(record["cases"]):
@@ -123,9 +134,9 @@ def validate(data: object) -> Results:
         for name, value in case["params"].items():
             if not isinstance(value, Param):
                 raise ValueError(f"cases[{index}].params.{name} is {value!r}; expected a number, a string or a boolean")
-        if case["us"] <= 0 or case["floor_us"] < 0:
+        if case["us"] <= 0 or case["bound_us"] < 0:
             raise ValueError(
-                f"cases[{index}] has us {case['us']} and floor_us {case['floor_us']}; expected positive times"
+                f"cases[{index}] has us {case['us']} and bound_us {case['bound_us']}; expected positive times"
             )
         cases.append(CaseResult(**case))
     return Results(**(record | {"cases": cases}))
@@ -168,7 +179,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The source tree's, with "-dirty" where it has changes; an installed package has none."""
+    """The commit of the source tree, with "-dirty" if it has changes; "unknown" for an installed package."""
     tree = Path(__file__).parents[3]
     found = _output("git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return found if found and (tree / ".git").exists() else "unknown"

@@ -1,9 +1,9 @@
-"""How long calls take, and the floors that the machine itself sets.
+"""Timing of calls, and the roofline of the device.
 
 A time is the median over repetitions, its spread the distance from their 10th to their 90th percentile, both in
-microseconds a call. On CUDA the calls are replayed from a graph, so that the host's speed does not count. Pass one
-callable for a warm time; for a cold one, pass callables over distinct inputs and outputs that together exceed the L2
-cache (`rotations` says how many it takes).
+microseconds per call. On CUDA the calls are replayed from a graph, which takes the host's speed out of the time. One
+callable gives an L2-warm time; an L2-cold time takes callables over distinct inputs and outputs that together exceed
+the L2 cache (`rotations` returns how many).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import torch
 Calls = Sequence[Callable[[], object]]
 
 _GRAPH_US = 1000.0
-"""A graph lasts at least this long, so that its own launch, some microseconds, does not show."""
+"""A graph lasts at least this long, so that its launch of a few microseconds is negligible."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: the median, and how far apart the 10th and the 90th percentile are."""
+    """Microseconds per call: the median, and the distance from the 10th to the 90th percentile."""
 
     us: float
     spread_us: float
 
     def __sub__(self, other: Timing) -> Timing:
-        """What is left without a part that was timed alone."""
+        """The time without a part that was timed alone."""
         return Timing(self.us - other.us, self.spread_us + other.spread_us)
 
     @staticmethod
     def of(samples_us: Sequence[float]) -> Timing:
-        """The timing that these repetitions amount to."""
+        """The timing of these repetitions."""
         if len(samples_us) < 2:
             return Timing(samples_us[0], 0.0)
         deciles = statistics.quantiles(samples_us, n=10, method="inclusive")
@@ -45,29 +45,24 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Floors:
-    """What the device itself was measured to do."""
+class Roofline:
+    """A device's roofline, measured: the bandwidth of a large copy and the rate of a large bfloat16 matrix product."""
 
     copy_gbps: float
-    matmul_tflops: float
+    matmul_tflops: float = math.inf
 
     @staticmethod
-    def measure(device: torch.device) -> Floors:
-        return Floors(copy_gbps(device), matmul_tflops(device))
+    def measure(device: torch.device) -> Roofline:
+        return Roofline(copy_gbps(device), matmul_tflops(device))
 
-    def us(self, bytes_moved: float, flops: float = 0.0) -> float:
-        """`floor_us` on this device."""
-        return floor_us(bytes_moved, flops, copy_gbps=self.copy_gbps, matmul_tflops=self.matmul_tflops)
-
-
-def floor_us(bytes_moved: float, flops: float = 0.0, *, copy_gbps: float, matmul_tflops: float = float("inf")) -> float:
-    """The least time that moving these bytes and doing these operations can take: the larger of the two."""
-    return max(bytes_moved / (copy_gbps * 1e3), flops / (matmul_tflops * 1e6))
+    def bound_us(self, bytes_moved: float, flops: float = 0.0) -> float:
+        """The roofline bound, max(bytes / bandwidth, FLOP / rate), in microseconds."""
+        return max(bytes_moved / (self.copy_gbps * 1e3), flops / (self.matmul_tflops * 1e6))
 
 
 def rotations(bytes_touched: int, device: torch.device) -> int:
-    """How many sets of inputs and outputs, `bytes_touched` each, make every call find a cold L2 cache: three times
-    its size, and two sets at the least. On a CPU, whose caches differ, 16 MiB stand for one."""
+    """How many sets of inputs and outputs of `bytes_touched` each make every call L2-cold: together three times the
+    size of the L2 cache, and at least two sets. On a CPU 16 MiB stand in for the cache size."""
     cache = 16 << 20
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or cache
@@ -91,9 +86,9 @@ def graph_us(
 ) -> Timing:
     """Time calls replayed from one CUDA graph on the current device.
 
-    The graph holds the calls in turn, as often as it takes to last a millisecond and to reach 20 calls, or `nodes`
-    calls if given. Every replay is a sample. Calls must not synchronise; what they allocate comes from the graph's
-    own memory. Every capture runs within a context of `capture`.
+    The graph repeats the calls in turn until it lasts a millisecond and holds 20 calls, or `nodes` calls if given.
+    Every replay is a sample. Calls must not synchronize; their allocations come from the graph's memory pool. Every
+    capture runs within a context of `capture`.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -116,10 +111,10 @@ def graph_us(
 
 
 def eager_us(calls: Calls, *, repetitions: int = 15, budget_s: float = 0.3) -> Timing:
-    """Time calls that have returned when they are done, as on a CPU: each call, in turn, is a sample.
+    """Time synchronous calls, as on a CPU: each call, in turn, is a sample.
 
-    At least `repetitions` samples after one warm-up call, then more until the budget is spent or there are ten times
-    as many.
+    After one warm-up call it takes at least `repetitions` samples, then more until the budget is spent or there are ten
+    times as many.
     """
     calls[0]()
     samples: list[float] = []
@@ -133,7 +128,7 @@ def eager_us(calls: Calls, *, repetitions: int = 15, budget_s: float = 0.3) -> T
 
 
 def copy_gbps(device: torch.device | str) -> float:
-    """Measured bandwidth of a large copy, bytes read plus bytes written: of 1 GiB on a GPU, 256 MiB on a CPU."""
+    """Measured bandwidth of a large copy, bytes read plus bytes written: 1 GiB on a GPU, 256 MiB on a CPU."""
     device = torch.device(device)
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -142,7 +137,7 @@ def copy_gbps(device: torch.device | str) -> float:
 
 
 def matmul_tflops(device: torch.device | str) -> float:
-    """Measured rate of a square bfloat16 matrix product of random numbers: size 8192 on a GPU, 1024 on a CPU."""
+    """Measured rate of a square bfloat16 GEMM on random numbers: size 8192 on a GPU, 1024 on a CPU."""
     device = torch.device(device)
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
@@ -151,8 +146,8 @@ def matmul_tflops(device: torch.device | str) -> float:
 
 
 def _queued_us(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call that lasts far longer than its launch. Not from a graph: there, copy engines do the copies,
-    and they are slower than the multiprocessors."""
+    """Median time of a call that lasts far longer than its launch. Not from a graph, where copies run on the copy
+    engines: those are slower than the SMs."""
     if device.type != "cuda":
         return eager_us([call], repetitions=5).us
     with torch.cuda.device(device):
@@ -161,7 +156,7 @@ def _queued_us(call: Callable[[], object], device: torch.device) -> float:
 
 def _capture(calls: Calls, rounds: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as NCCL's, may use CUDA meanwhile.
+    # thread_local: other threads, such as NCCL's, may call CUDA during the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(rounds):
             for call in calls:
@@ -170,13 +165,13 @@ def _capture(calls: Calls, rounds: int) -> torch.cuda.CUDAGraph:
 
 
 def _replay_us(graph: torch.cuda.CUDAGraph, calls: int, replays: int) -> list[float]:
-    """Microseconds a call of each replay."""
+    """Microseconds per call, of each replay."""
     return [us / calls for us in _event_us(graph.replay, repetitions=replays, warmup=5)]
 
 
 def _event_us(call: Callable[[], object], *, repetitions: int, warmup: int) -> list[float]:
-    """Microseconds between events around each call. Untimed calls in front keep the device busy while the host queues
-    the rest."""
+    """Microseconds between events around each call. The untimed warm-up calls keep the device busy while the host
+    queues the rest."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
     for _ in range(warmup):
         call()

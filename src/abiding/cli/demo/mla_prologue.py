@@ -12,7 +12,7 @@ from abiding import mla_prologue as face
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.reference import mla_prologue as reference
 from abiding.testing import (
-    Floors,
+    Roofline,
     assert_bitwise_equal,
     assert_close,
     call_us,
@@ -43,10 +43,10 @@ _CHUNK = 64
 
 def rows(device: torch.device, say: Say) -> Iterator[Row]:
     """Run, check and time each case."""
-    floors = None
+    roofline = None
     if device.type == "cuda":
         say("Measuring what the GPU can do")
-        floors = Floors.measure(device)
+        roofline = Roofline.measure(device)
     for case in CASES:
         name = f"{case.kind}, {case.heads} heads"
         say(f"{name}: running")
@@ -81,7 +81,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
                 "cache bytes": "differ" if cache_faults else "equal",
                 "read-back error": f"{off:.2%} of block",
                 "time": f"{us:.1f} us",
-                "speed": _speed(case, us, floors),
+                "speed": _speed(case, us, roofline),
             },
             faults,
         )
@@ -127,8 +127,12 @@ def _time(case: PrologueCase, inputs: PrologueInputs, device: torch.device) -> f
     return call_us([partial(one.run, face, out=out) for one, out in zip(sets, outs, strict=True)], device).us
 
 
-def _speed(case: PrologueCase, us: float, floors: Floors | None) -> str:
-    return f"{case.bytes / us / 1e3:.1f} GB/s" if floors is None else f"{floors.us(case.bytes) / us:.0%} of the floor"
+def _speed(case: PrologueCase, us: float, roofline: Roofline | None) -> str:
+    return (
+        f"{case.bytes / us / 1e3:.1f} GB/s"
+        if roofline is None
+        else f"{roofline.bound_us(case.bytes) / us:.0%} of roofline"
+    )
 
 
 def _faults(*checks: Callable[[], None]) -> list[str]:

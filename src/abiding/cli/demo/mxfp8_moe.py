@@ -12,7 +12,7 @@ from torch import Tensor
 from abiding import mxfp8_moe as face
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.reference import mxfp8_moe as reference
-from abiding.testing import Floors, assert_bitwise_equal, call_us
+from abiding.testing import Roofline, assert_bitwise_equal, call_us
 from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs
 
 CASES = [LayerCase(8, 6144, 3072, 4, 4, activation="swiglu_oai")]
@@ -24,10 +24,10 @@ ROUNDING = 2.0**-8
 
 def rows(device: torch.device, say: Say) -> Iterator[Row]:
     """Run, check and time each case in both modes."""
-    floors = None
+    roofline = None
     if device.type == "cuda":
         say("Measuring what the GPU can do")
-        floors = Floors.measure(device)
+        roofline = Roofline.measure(device)
     for case in CASES:
         say("MXFP8: making a layer's weights")
         layer = case.make(device)
@@ -53,7 +53,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
                     "error": f"{error:.3%}",
                     "error of quantised activations": f"{_distance(out, exact['w8a16']):.2%}",
                     "time": f"{us / 1e3:.2f} ms",
-                    "speed": _speed(one, us, floors),
+                    "speed": _speed(one, us, roofline),
                 },
                 faults,
             )
@@ -85,13 +85,13 @@ def _parameters(case: LayerCase) -> int:
     return 3 * case.experts * case.hidden * case.intermediate
 
 
-def _speed(one: LayerInputs, us: float, floors: Floors | None) -> str:
+def _speed(one: LayerInputs, us: float, roofline: Roofline | None) -> str:
     case = one.case
     active = int(one.topk_ids.unique().numel())
     moved = active / case.experts * _parameters(case) * 33 / 32 + 4 * case.tokens * case.hidden
-    if floors is None:
+    if roofline is None:
         return f"{moved / us / 1e3:.1f} GB/s"
-    return f"{floors.us(moved) / us:.0%} of the floor"
+    return f"{roofline.bound_us(moved) / us:.0%} of roofline"
 
 
 SECTION = Section("MXFP8 mixture of experts: abiding.mxfp8_moe.moe, quantize, round", rows)

@@ -90,15 +90,15 @@ def _on_gpu(case: AllReduceCase, ranks: int, peer: _Peer | None, settings: Setti
         for comm in comms:
             comm.check()
     peers = {} if peer is None else {"vllm": peer.time(messages, inputs.expected)}
-    floor = settings.floors.us(2 * ranks * case.bytes)
-    return _result("all_reduce", case, ranks, ours, peers, floor)
+    bound_us = settings.roofline.bound_us(2 * ranks * case.bytes)
+    return _result("all_reduce", case, ranks, ours, peers, bound_us)
 
 
 def _result(
-    op: str, case: AllReduceCase, ranks: int, ours: Timing, peers: dict[str, Timing], floor_us: float
+    op: str, case: AllReduceCase, ranks: int, ours: Timing, peers: dict[str, Timing], bound_us: float
 ) -> CaseResult:
     params: dict[str, Param] = {"bytes": case.bytes, "ranks": ranks, "dtype": str(case.dtype).removeprefix("torch.")}
-    return CaseResult.of(op, params, ours, peers, warm=True, floor_us=floor_us)
+    return CaseResult.of(op, params, ours, peers, l2_warm=True, bound_us=bound_us)
 
 
 def _in_process(rank: int, sizes: Sequence[int]) -> list[tuple[list[float], list[float]]]:

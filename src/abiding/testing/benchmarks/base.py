@@ -1,4 +1,4 @@
-"""What a group says about its benchmark."""
+"""The interface of a group's benchmark."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from abiding.testing.results import CaseResult
-from abiding.testing.timing import Floors
+from abiding.testing.timing import Roofline
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, on what."""
+    """What to measure, and on which device."""
 
     device: torch.device
-    floors: Floors
+    roofline: Roofline
     peers: tuple[Path, ...]
     quick: bool
     ops: tuple[str, ...]
@@ -31,11 +31,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A group's cases and how its tables read: a row for each `row(case)`, a column for each value of `params[axis]`.
+    """A group's cases, and the layout of its tables: one row per `row(case)`, one column per value of `params[axis]`.
 
-    `ops` begins with the operator that summaries and plots show; `target_us` is None for a case without a target. The
-    plot has a panel for each row, or, `overlaid`, a line for each in one panel. `other_axes` are those of operators
-    that have another one. `prepare` runs before a GPU is first used.
+    `ops` begins with the operator that summaries and plots show. `target_us` returns None for a case without a target.
+    The plot has one panel per row or, if `overlaid`, one panel with a line per row. `other_axes` maps operators to
+    their axis where it is another one. `prepare` runs before a GPU is first used.
     """
 
     group: str
@@ -53,7 +53,7 @@ class Benchmark:
         return self.other_axes.get(op, self.axis)
 
     def verdict(self, case: CaseResult) -> str:
-        """Met where the case is within its target and not slower than any peer; 1 % slower counts as equal."""
+        """Met if the case is within its target and no slower than any peer; up to 1 % slower counts as equal."""
         target = self.target_us(case)
         if target is None:
             return "-"
@@ -62,5 +62,5 @@ class Benchmark:
 
 
 def say(line: str) -> None:
-    """Progress, apart from the output proper."""
+    """Print progress to stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from abiding.testing.benchmarks.base import say
 from abiding.testing.benchmarks.report import table
 from abiding.testing.cases.mxfp8_moe import performance_case
 from abiding.testing.results import CaseResult, Param, Results
-from abiding.testing.timing import Floors, graph_us
+from abiding.testing.timing import Roofline, graph_us
 
 GROUP = "mxfp8_moe_limits"
 MARKER = "limits:mxfp8_moe"
@@ -60,14 +60,14 @@ def measure(shape: str, tokens: Sequence[int], program: Path, commit: str | None
                 f"{tool} is not on the PATH; Nsight Compute's ncu and the driver's nvidia-smi are needed"
             )
     device = torch.device("cuda", torch.cuda.current_device())
-    results = Results.begin(GROUP, device, Floors.measure(device), commit)
+    results = Results.begin(GROUP, device, Roofline.measure(device), commit)
     for count in tokens:
         say(f"{shape}, {count} tokens")
         arguments = ("moe", "--tokens", str(count), "--shape", shape)
         for name, busy in zip(PRODUCTS, profile(program, arguments), strict=True):
             params: dict[str, Param] = {"tokens": count, "shape": shape}
             params |= {part: round(busy[part], 1) for part in SHARES}
-            results.cases.append(CaseResult(name, params, round(busy["us"], 3), 0.0, warm=False, floor_us=0.0))
+            results.cases.append(CaseResult(name, params, round(busy["us"], 3), 0.0, l2_warm=False, bound_us=0.0))
         results.cases.append(_time_layer(shape, count, device))
     return results
 
@@ -115,7 +115,7 @@ def _time_layer(shape: str, tokens: int, device: torch.device) -> CaseResult:
             settled = graph_us(calls, nodes=CALLS, replays=replays)
     params: dict[str, Param] = {"tokens": tokens, "shape": shape}
     params |= {"mhz": round(board.mhz), "watts": round(board.watts)}
-    return CaseResult.of("layer", params, settled, {}, warm=False, floor_us=0.0)
+    return CaseResult.of("layer", params, settled, {}, l2_warm=False, bound_us=0.0)
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Times of the DeepSeek V4 MLA prologue: decode batches (a page a token) cold and warm, prefill batches cold."""
+"""Times of the DeepSeek V4 MLA prologue: decode batches (one page per token) L2-cold and L2-warm, prefill batches
+L2-cold."""
 
 from __future__ import annotations
 
@@ -50,13 +51,13 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
                 continue
             if peer is not None and not _agrees_to_run(op, case, operator, peer, settings.device):
                 peer = None
-            for warm in (False, True) if case.tokens <= DECODE_TOKENS else (False,):
-                yield _time(op, case, operator, peer, warm, settings)
+            for l2_warm in (False, True) if case.tokens <= DECODE_TOKENS else (False,):
+                yield _time(op, case, operator, peer, l2_warm, settings)
 
 
-def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, warm: bool, settings: Settings) -> CaseResult:
+def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, l2_warm: bool, settings: Settings) -> CaseResult:
     device = settings.device
-    sets = 1 if warm else rotations(operator.bytes(case), device)
+    sets = 1 if l2_warm else rotations(operator.bytes(case), device)
     # The layers of a model share a step's slots, positions and angles; what each has of its own is rotated.
     first = case.make(device, guards=False)
     made = (case.make(device, seed, guards=False) for seed in range(1, sets))
@@ -65,15 +66,15 @@ def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, warm: bool
     peers = {}
     if peer is not None and operator.peer is not None:
         peers["vllm"] = call_us([operator.peer(peer, one).run for one in inputs], device)
-    floor_us = settings.floors.us(operator.bytes(case))
-    return CaseResult.of(op, _params(op, case), ours, peers, warm=warm, floor_us=floor_us)
+    bound_us = settings.roofline.bound_us(operator.bytes(case))
+    return CaseResult.of(op, _params(op, case), ours, peers, l2_warm=l2_warm, bound_us=bound_us)
 
 
 def target_us(case: CaseResult) -> float | None:
     """What the main operator should take: the floor at 95 %, and 2 us for the launch; 1.6 us in all for one token."""
     if case.op != BENCHMARK.ops[0]:
         return None
-    target = case.floor_us / 0.95 + 2.0
+    target = case.bound_us / 0.95 + 2.0
     return min(target, 1.6) if case.params["tokens"] == 1 else target
 
 

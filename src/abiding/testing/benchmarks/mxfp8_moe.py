@@ -54,7 +54,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 def target_us(case: CaseResult) -> float | None:
     """Products: a share of the floor, or of the measured matrix product, and 2.5 us for the launch; e4m3 rows cost at
     most a tenth more than bfloat16 ones. Layers: 0.85 of the best peer's."""
-    tokens, floor = int(case.params["tokens"]), case.floor_us
+    tokens, floor = int(case.params["tokens"]), case.bound_us
     if case.op == "grouped_mm":
         if tokens > 2048:
             rows = tokens * int(case.params["top_k"]) / int(case.params["experts"])
@@ -157,7 +157,7 @@ def _time_product(op: str, case: LayerCase, product: Product, peers: list[Peer],
     device = settings.device
     routings = _routings(case, product, device)
     flops = 2.0 * len(routings[0].rows) * product.n * product.k
-    floor_us = settings.floors.us(routings[0].bytes(product), flops)
+    bound_us = settings.roofline.bound_us(routings[0].bytes(product), flops)
     outs = [one.rows.new_empty(len(one.rows), product.n) for one in routings]
 
     def ours(quantised: bool) -> Calls:
@@ -168,12 +168,12 @@ def _time_product(op: str, case: LayerCase, product: Product, peers: list[Peer],
         return calls
 
     params = _params(case) | {"gemm": product.name, "n": product.n, "k": product.k}
-    timing = _time(ours(op == "grouped_mm_e4m3"), floor_us, device)
+    timing = _time(ours(op == "grouped_mm_e4m3"), bound_us, device)
     if op == "grouped_mm_e4m3":
-        params["bfloat16_us"] = round(_time(ours(False), floor_us, device).us, 3)
-        return CaseResult.of(op, params, timing, {}, warm=False, floor_us=floor_us)
-    theirs = {peer.name: _time([peer.call(one) for one in routings], floor_us, device) for peer in peers}
-    return CaseResult.of(op, params, timing, theirs, warm=False, floor_us=floor_us)
+        params["bfloat16_us"] = round(_time(ours(False), bound_us, device).us, 3)
+        return CaseResult.of(op, params, timing, {}, l2_warm=False, bound_us=bound_us)
+    theirs = {peer.name: _time([peer.call(one) for one in routings], bound_us, device) for peer in peers}
+    return CaseResult.of(op, params, timing, theirs, l2_warm=False, bound_us=bound_us)
 
 
 def _params(case: LayerCase) -> dict[str, Param]:
@@ -186,8 +186,8 @@ def _params(case: LayerCase) -> dict[str, Param]:
     }
 
 
-def _time(calls: Calls, floor_us: float, device: torch.device) -> Timing:
-    if device.type != "cuda" or floor_us < LONG_US:
+def _time(calls: Calls, bound_us: float, device: torch.device) -> Timing:
+    if device.type != "cuda" or bound_us < LONG_US:
         return call_us(calls, device)
     with torch.cuda.device(device):
         return graph_us(calls, replays=8, nodes=max(4, len(calls)))
@@ -211,7 +211,9 @@ def _time_rows(op: str, tokens: int, width: int, settings: Settings) -> CaseResu
             call = torch.ops.abiding.mxfp8_quantize.default
             calls.append(partial(call, x, None, False, data=data, scales=scales))
     params: dict[str, Param] = {"tokens": tokens, "k": width}
-    return CaseResult.of(op, params, call_us(calls, device), {}, warm=False, floor_us=settings.floors.us(moved))
+    return CaseResult.of(
+        op, params, call_us(calls, device), {}, l2_warm=False, bound_us=settings.roofline.bound_us(moved)
+    )
 
 
 def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
@@ -234,11 +236,11 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
     ]
     size = face.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
     space = torch.empty(size, dtype=torch.uint8, device=device)
-    floor_us = settings.floors.us(moved, 2.0 * case.tokens * case.top_k * parameters)
+    bound_us = settings.roofline.bound_us(moved, 2.0 * case.tokens * case.top_k * parameters)
     ours: Calls = [partial(one.run, face, workspace=space, out=torch.empty_like(one.x)) for one in sets]
-    theirs = {peer.name: _time([peer.call(one) for one in sets], floor_us, device) for peer in peers}
+    theirs = {peer.name: _time([peer.call(one) for one in sets], bound_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
-    return CaseResult.of(op, params, _time(ours, floor_us, device), theirs, warm=False, floor_us=floor_us)
+    return CaseResult.of(op, params, _time(ours, bound_us, device), theirs, l2_warm=False, bound_us=bound_us)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------

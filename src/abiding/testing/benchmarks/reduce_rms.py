@@ -93,7 +93,7 @@ def _on_gpu(case: RmsCase, settings: Settings, peer: Timing | None) -> CaseResul
         for comm in comms:
             comm.check()
     peers = {} if peer is None else {"vllm": peer}
-    return _result("qk_norm", case, ours, peers, settings.floors.us(ranks * case.bytes))
+    return _result("qk_norm", case, ours, peers, settings.roofline.bound_us(ranks * case.bytes))
 
 
 def _spaced_us(ranks: int, call: Callable[[int], object]) -> Timing:
@@ -116,7 +116,7 @@ class Spacer:
         self._word.add_(1)
 
 
-def _result(op: str, case: RmsCase, ours: Timing, peers: dict[str, Timing], floor_us: float) -> CaseResult:
+def _result(op: str, case: RmsCase, ours: Timing, peers: dict[str, Timing], bound_us: float) -> CaseResult:
     params: dict[str, Param] = {
         "tokens": case.tokens,
         "ranks": _ranks(case),
@@ -124,7 +124,7 @@ def _result(op: str, case: RmsCase, ours: Timing, peers: dict[str, Timing], floo
         "kv": case.kv or 0,
         "dtype": str(case.dtype).removeprefix("torch."),
     }
-    return CaseResult.of(op, params, ours, peers, warm=True, floor_us=floor_us)
+    return CaseResult.of(op, params, ours, peers, l2_warm=True, bound_us=bound_us)
 
 
 def _in_process(rank: int, tokens: Sequence[int]) -> list[tuple[list[float], list[float]]]:

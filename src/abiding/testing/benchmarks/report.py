@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = tuple[str, list[CaseResult]]
-"""A label and its cases."""
+"""The label of a table's row or a plot's panel, and its cases."""
 
 
 def full_table(results: Results, benchmark: Benchmark) -> str:
-    """Every case in Markdown, with its floor, its target and whether that is met."""
+    """Every case as a Markdown table: its roofline bound, its target, and whether the target is met."""
     peers = _peers(results.cases)
-    times_head = ["us", "spread", "floor", "target", *peers, *(f"/ {name}" for name in peers)]
+    times_head = ["us", "spread", "bound", "target", *peers, *(f"/ {name}" for name in peers)]
     axes = dict.fromkeys([benchmark.axis, *benchmark.other_axes.values()])
-    head = ["op", "case", " / ".join(axes), "L2", *times_head, "verdict"]
+    head = ["op", "case", " / ".join(axes), "cache", *times_head, "verdict"]
     rows = []
     for case in results.cases:
         target = benchmark.target_us(case)
@@ -36,8 +36,8 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
                 case.op,
                 benchmark.row(case),
                 str(case.params.get(benchmark.axis_of(case.op), "-")),
-                "warm" if case.warm else "cold",
-                *map(_us, (case.us, case.spread_us, case.floor_us, target, *times)),
+                case.cache_state,
+                *map(_us, (case.us, case.spread_us, case.bound_us, target, *times)),
                 *("-" if us is None else f"{case.us / us:.2f}" for us in times),
                 benchmark.verdict(case),
             ]
@@ -47,7 +47,7 @@ def full_table(results: Results, benchmark: Benchmark) -> str:
 
 
 def _timed_later(results: Results, benchmark: Benchmark, op: str) -> str:
-    """Which rows of an operator are of other commits than the file, in a sentence each; empty if none is."""
+    """A sentence per commit, other than the file's, at which cases of an operator were timed; empty if none."""
     cases = [case for case in results.cases if case.op == op]
     every = Counter(map(benchmark.row, cases))
     sentences = []
@@ -59,7 +59,7 @@ def _timed_later(results: Results, benchmark: Benchmark, op: str) -> str:
 
 
 def summary(results: Results, benchmark: Benchmark) -> str:
-    """The first operator that was measured on one GPU, as :func:`of_op`, and how many targets all of them meet."""
+    """The table of :func:`of_op` for the first operator that was measured on one GPU, and how many targets are met."""
     measured = {case.op for case in results.cases}
     parts = [of_op(results, benchmark, next((op for op in benchmark.ops if op in measured), benchmark.ops[0]))]
     judged: dict[str, list[str]] = {}
@@ -73,26 +73,26 @@ def summary(results: Results, benchmark: Benchmark) -> str:
 
 
 def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
-    """An operator on one GPU: a line that says what was measured and a table with the axis across; empty if it was not
-    measured there."""
+    """One operator on one GPU: a line that says what was measured, and a table per cache state with the axis across;
+    empty if the operator was not measured there."""
     tables = []
-    for warm in (False, True):
-        cases = [case for case in results.cases if case.op == op and case.warm is warm]
+    for l2_warm in (False, True):
+        cases = [case for case in results.cases if case.op == op and case.l2_warm is l2_warm]
         if cases:
-            tables.append(_across(cases, benchmark, "L2 warm" if warm else "L2 cold"))
+            tables.append(_across(cases, benchmark))
     head = (
         f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
         f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
-        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds a call."
+        f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, microseconds per call."
     )
     return "\n\n".join(filter(None, [head, *tables, _timed_later(results, benchmark, op)])) if tables else ""
 
 
 def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchmark) -> str:
-    """`text` with what stands between the group's markers replaced.
+    """`text` with the tables between the group's markers replaced.
 
-    `<!-- results:GROUP -->` ... `<!-- /results:GROUP -->` takes a summary of each GPU, `results:GROUP:full` every
-    case as well, `results:GROUP:OP` another operator's table.
+    `<!-- results:GROUP -->` ... `<!-- /results:GROUP -->` takes a summary per GPU, `results:GROUP:full` every case as
+    well, `results:GROUP:OP` the table of one operator.
     """
     every = list(results)
     written: dict[str, Callable[[Results], str]] = {
@@ -106,7 +106,7 @@ def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchm
 
 
 def fill(text: str, marker: str, parts: Iterable[str]) -> str:
-    """`text` with the parts that are not empty between `<!-- MARKER -->` and `<!-- /MARKER -->`."""
+    """`text` with the non-empty parts between `<!-- MARKER -->` and `<!-- /MARKER -->`."""
     body = "\n\n".join(filter(None, parts))
     pattern = rf"(<!-- {marker} -->\n).*?(<!-- /?{marker} -->)"
     return re.sub(pattern, partial(_between, body), text, flags=re.DOTALL)
@@ -117,28 +117,28 @@ def _between(body: str, markers: re.Match[str]) -> str:
 
 
 def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
-    """Times of the group's first operator over the axis, cold ones if there are any: ours, the peers', the floor. The
-    suffix chooses SVG or PNG."""
+    """Plot the times of the group's first operator over the axis, L2-cold ones if there are any: ours, the peers' and
+    the roofline bound. The suffix of `path` chooses SVG or PNG."""
     import matplotlib
 
     matplotlib.use("agg")
-    # The same results give the same file.
+    # A fixed salt, so that the same results give the same file.
     matplotlib.rcParams["svg.hashsalt"] = benchmark.group
     from matplotlib import pyplot
 
     cases = [case for case in results.cases if case.op == benchmark.ops[0]]
-    cases = [case for case in cases if not case.warm] or cases
+    cases = [case for case in cases if not case.l2_warm] or cases
     rows = _rows(cases, benchmark)
     figure = pyplot.figure(layout="constrained")
     (_plot_overlaid if benchmark.overlaid else _plot_panels)(figure, rows, benchmark.axis)
-    figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, L2 {'warm' if cases[0].warm else 'cold'}")
+    figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, {cases[0].cache_state}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
 def _plot_panels(figure: Figure, rows: Sequence[Row], axis: str) -> None:
-    """A panel for each row: the peers', ours, the floor."""
+    """One panel per row: the peers' times, ours, the roofline bound."""
     columns = min(len(rows), 2)
     lines = -(-len(rows) // columns)
     figure.set_size_inches(5 * columns, 3.4 * lines)
@@ -151,12 +151,12 @@ def _plot_panels(figure: Figure, rows: Sequence[Row], axis: str) -> None:
             times = [case.peers.get(name, float("nan")) for case in members]
             panel.plot(xs, times, marker="s", color=color, label=name)
         panel.plot(xs, [case.us for case in members], marker="o", color="tab:blue", label="abiding")
-        panel.plot(xs, [case.floor_us for case in members], color="gray", linestyle="--", label="floor")
+        panel.plot(xs, [case.bound_us for case in members], color="gray", linestyle="--", label="bound")
         _finish(panel, axis, title=label)
 
 
 def _plot_overlaid(figure: Figure, rows: Sequence[Row], axis: str) -> None:
-    """One panel: a colour for each row, ours as a line, the peers' dashed, each with its own markers."""
+    """One panel: a color per row, our times as a solid line, the peers' as dashed lines with their own markers."""
     figure.set_size_inches(8, 4.8)
     panel = figure.subplots()
     for index, (label, members) in enumerate(rows):
@@ -169,7 +169,7 @@ def _plot_overlaid(figure: Figure, rows: Sequence[Row], axis: str) -> None:
 
 
 def _finish(panel: Axes, axis: str, **more: str) -> None:
-    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="us a call", **more)
+    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="us per call", **more)
     panel.grid(alpha=0.3)
     panel.legend()
 
@@ -178,7 +178,8 @@ def _peers(cases: Iterable[CaseResult]) -> list[str]:
     return sorted({name for case in cases for name in case.peers})
 
 
-def _across(cases: Sequence[CaseResult], benchmark: Benchmark, title: str) -> str:
+def _across(cases: Sequence[CaseResult], benchmark: Benchmark) -> str:
+    """A table of cases of one cache state, with the axis across."""
     axis = benchmark.axis_of(cases[0].op)
     points = sorted({case.params[axis] for case in cases}, key=float)
     rows = []
@@ -187,8 +188,8 @@ def _across(cases: Sequence[CaseResult], benchmark: Benchmark, title: str) -> st
         rows.append([label, "**abiding**", *(f"**{_us(at[p].us)}**" if p in at else "-" for p in points)])
         for name in _peers(members):
             rows.append(["", name, *(_us(at[p].peers.get(name)) if p in at else "-" for p in points)])
-        rows.append(["", "floor", *(_us(at[p].floor_us) if p in at else "-" for p in points)])
-    return table([title, axis, *map(str, points)], rows)
+        rows.append(["", "bound", *(_us(at[p].bound_us) if p in at else "-" for p in points)])
+    return table([cases[0].cache_state, axis, *map(str, points)], rows)
 
 
 def _rows(cases: Sequence[CaseResult], benchmark: Benchmark) -> list[Row]:
@@ -196,7 +197,7 @@ def _rows(cases: Sequence[CaseResult], benchmark: Benchmark) -> list[Row]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)

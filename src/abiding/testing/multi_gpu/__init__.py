@@ -29,7 +29,7 @@ from abiding.testing.multi_gpu.checks import Setting
 from abiding.testing.multi_gpu.times import Times
 from abiding.testing.ranks import RanksFailedError, prepare_for_virtual_ranks, run_processes
 from abiding.testing.results import CaseResult, Param, Results
-from abiding.testing.timing import Floors, Timing
+from abiding.testing.timing import Roofline, Timing
 
 TOTAL_S = 470.0
 """No phase starts, and none goes on, after this."""
@@ -122,10 +122,10 @@ def run(
 ) -> tuple[Results, dict[str, str]]:
     """All phases: the results, and what failed; prints a table. Writes after every phase where `output` is given."""
     go = _Run(ranks, setting)
-    per_phase, _ = go(Phase("floors", times.floors))
-    floors: Floors = per_phase[0] if per_phase else Floors(0.0, 0.0)
+    per_phase, _ = go(Phase("roofline", times.roofline))
+    roofline: Roofline = per_phase[0] if per_phase else Roofline(0.0, 0.0)
     device = torch.device(setting.device)
-    results = Results.begin("multi_gpu", device, floors, commit)
+    results = Results.begin("multi_gpu", device, roofline, commit)
     results = replace(results, gpu=f"{results.gpu} x{ranks}{' sharing one' if setting.shared_gpu else ''}")
 
     def add(cases: Iterable[CaseResult], *, after: int | None = None) -> None:
@@ -154,10 +154,10 @@ def run(
             add(_cases(mine, peers, case), after=begin)
 
     mine = _slowest(go(Phase("times", times.ours, limit_s=60))[0])
-    compare(mine, _peers(setting), partial(_summed, ranks, floors))
+    compare(mine, _peers(setting), partial(_summed, ranks, roofline))
     mine = _slowest(go(Phase("times of qk_norm", times.qk_norm, limit_s=40))[0])
-    compare(mine, _norm_peers(setting), partial(_normed, ranks, floors))
-    add(_algorithms(ranks, go, floors))
+    compare(mine, _norm_peers(setting), partial(_normed, ranks, roofline))
+    add(_algorithms(ranks, go, roofline))
     print(_summary(results, go.errors))
     return results, go.errors
 
@@ -212,34 +212,36 @@ def _cases(mine: Times, peers: Mapping[str, Times], case: _Case) -> Iterator[Cas
                 yield case(mode, point, timing, theirs)
 
 
-def _summed(ranks: int, floors: Floors, op: str, size: int, timing: Timing, peers: Mapping[str, Timing]) -> CaseResult:
+def _summed(
+    ranks: int, roofline: Roofline, op: str, size: int, timing: Timing, peers: Mapping[str, Timing]
+) -> CaseResult:
     params: dict[str, Param] = {"bytes": size, "ranks": ranks, "dtype": "bfloat16"}
-    return _timed(op, params, timing, peers, floors, 2 * size)
+    return _timed(op, params, timing, peers, roofline, 2 * size)
 
 
 def _normed(
-    ranks: int, floors: Floors, mode: str, tokens: int, timing: Timing, peers: Mapping[str, Timing]
+    ranks: int, roofline: Roofline, mode: str, tokens: int, timing: Timing, peers: Mapping[str, Timing]
 ) -> CaseResult:
     case = RmsCase.minimax_m2(tokens, ranks)
     params: dict[str, Param] = {"tokens": tokens, "ranks": ranks, "q": case.q, "kv": case.kv or 0, "dtype": "bfloat16"}
-    return _timed(f"qk_norm {mode}", params, timing, peers, floors, case.bytes)
+    return _timed(f"qk_norm {mode}", params, timing, peers, roofline, case.bytes)
 
 
 def _timed(
-    op: str, params: Mapping[str, Param], timing: Timing, peers: Mapping[str, Timing], floors: Floors, moved: int
+    op: str, params: Mapping[str, Param], timing: Timing, peers: Mapping[str, Timing], roofline: Roofline, moved: int
 ) -> CaseResult:
-    floor_us = floors.us(moved) if floors.copy_gbps else 0.0
-    return CaseResult.of(op, params, timing, peers, warm=True, floor_us=floor_us)
+    bound_us = roofline.bound_us(moved) if roofline.copy_gbps else 0.0
+    return CaseResult.of(op, params, timing, peers, l2_warm=True, bound_us=bound_us)
 
 
-def _algorithms(ranks: int, go: _Run, floors: Floors) -> Iterator[CaseResult]:
+def _algorithms(ranks: int, go: _Run, roofline: Roofline) -> Iterator[CaseResult]:
     """Both of ours at every size, where they can be told apart: on GPUs."""
     if go.setting.device != "cuda":
         return
     for name in ("one-shot", "two-shot"):
         for (mode, size), timing in _slowest(go(Phase(name, times.algorithm, (name,), limit_s=40))[0]).items():
             if mode == "graph":
-                yield _summed(ranks, floors, name, size, timing, {})
+                yield _summed(ranks, roofline, name, size, timing, {})
 
 
 def _in_short(error: RanksFailedError, may_die: Collection[int]) -> str:

@@ -25,7 +25,7 @@ from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_close
 from abiding.testing.multi_gpu.checks import Setting, insist_on_shared_memory, joined
 from abiding.testing.multi_gpu.sglang import SGLang
-from abiding.testing.timing import Floors, Timing, graph_us
+from abiding.testing.timing import Roofline, Timing, graph_us
 
 Times = dict[tuple[str, int], Timing]
 """By "eager" or "graph" and bytes, or tokens."""
@@ -44,10 +44,10 @@ def sizes(setting: Setting, largest: int = LARGEST) -> list[int]:
     return [size for size in every if size <= 64 << 10][::3] if setting.quick else every
 
 
-def floors(rank: int, setting: Setting) -> Floors | None:
+def roofline(rank: int, setting: Setting) -> Roofline | None:
     """What the device of rank 0 does on its own."""
     with joined(rank, setting, nccl=False) as (device, _):
-        return Floors.measure(device) if rank == 0 else None
+        return Roofline.measure(device) if rank == 0 else None
 
 
 def ours(rank: int, setting: Setting) -> Times:
@@ -225,9 +225,9 @@ def algorithm(rank: int, setting: Setting, name: str) -> Times:
         Communicator(group, device=device, timeout_s=setting.timeout_s) as comm,
     ):
         insist_on_shared_memory(comm)
-        assert comm._link is not None
+        assert comm._memory is not None
         limit = {"one-shot": LARGEST, "two-shot": 0}[name]
-        torch.ops.abiding_custom_ar.configure(comm._link.handle, comm.timeout_s, comm._link.max_blocks, limit)
+        torch.ops.abiding_custom_ar.configure(comm._memory.handle, comm.timeout_s, comm._memory.max_ctas, limit)
         times = _sums(setting, comm.ranks, some, partial(_of_communicator, comm))
         comm.check()
         return times

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from abiding import _library
-from abiding._meeting import MAX_RANKS, Meeting, Step
+from abiding._host_barrier import MAX_RANKS, HostBarrier, Step
 
 _raw = torch.ops.abiding_custom_ar
 
@@ -24,7 +24,7 @@ _OPS = ("all_reduce", "rms_norm", "qk_norm")
 
 
 @dataclass
-class Link:
+class PeerMemory:
     """What a rank holds of the shared memory. Every part is given back by :meth:`release`, however far it got."""
 
     device: torch.device
@@ -33,8 +33,8 @@ class Link:
     opened: list[int] = field(default_factory=list)
     table: int = 0
     table_is_own: bool = False
-    meeting: Meeting | None = None
-    max_blocks: int = 128
+    barrier: HostBarrier | None = None
+    max_ctas: int = 128
     rank_data: Tensor | None = None
 
     def allocate(self) -> bytes:
@@ -49,7 +49,7 @@ class Link:
 
     def allocate_table(self) -> bytes:
         """Make the table of the meeting; returns its handle."""
-        self.table, handle = _raw.allocate_shared_memory_and_handle(Meeting.BYTES)
+        self.table, handle = _raw.allocate_shared_memory_and_handle(HostBarrier.BYTES)
         self.table_is_own = True
         return _bytes(handle)
 
@@ -73,10 +73,10 @@ class Link:
             self.rank_data = torch.empty(0, dtype=torch.uint8, device=self.device)
             self.handle = _raw.init_custom_ar(list(addresses), self.rank_data, rank, True)
         if self.table:
-            self.meeting = Meeting(self.table, rank, pids)
+            self.barrier = HostBarrier(self.table, rank, pids)
 
     def configure(self, timeout_s: float) -> None:
-        _raw.configure(self.handle, timeout_s, self.max_blocks)
+        _raw.configure(self.handle, timeout_s, self.max_ctas)
 
     def send_probe(self) -> None:
         with self.current():
@@ -103,9 +103,9 @@ class Link:
             f"(found by rank {found_by}{where}); reset() it on every rank"
         )
 
-    def meet(self, step: Step, number: int, timeout_s: float) -> int:
-        """As :meth:`Meeting.meet`; a rank alone, or several in one process, have nobody to wait for."""
-        return number if self.meeting is None else self.meeting.meet(step, number, timeout_s)
+    def wait_at_barrier(self, step: Step, number: int, timeout_s: float) -> int:
+        """As :meth:`HostBarrier.wait`; a rank alone, or several in one process, have nobody to wait for."""
+        return number if self.barrier is None else self.barrier.wait(step, number, timeout_s)
 
     def clear(self) -> None:
         with self.current():
@@ -113,7 +113,7 @@ class Link:
 
     def release(self) -> None:
         """Unmap and free everything."""
-        self.meeting = None
+        self.barrier = None
         with self.current():
             if self.handle != -1:
                 _raw.dispose(self.handle)
@@ -129,39 +129,39 @@ class Link:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
-class NoLinkError(Exception):
+class NoPeerMemoryError(Exception):
     """Why there is no shared memory; raised on all ranks with the same text."""
 
 
 def connect(
     group: dist.ProcessGroup | None, rank: int, ranks: int, device: torch.device, max_bytes: int
-) -> tuple[Link | None, str | None]:
-    """Build the shared memory of a group, all ranks together: a link, or why there is none.
+) -> tuple[PeerMemory | None, str | None]:
+    """Build the shared memory of a group, all ranks together: a memory, or why there is none.
 
     Where the ranks' hosts, GPUs or kernels rule it out, that is said by the reason alone. Where the driver promises
     peer access and a step fails all the same, rank 0 also warns.
     """
-    link = Link(device)
+    memory = PeerMemory(device)
     if ranks == 1:
         if reason := _lacking(device):
             return None, reason
-        link.allocate()
-        link.init([link.own], 0)
-        return link, None
+        memory.allocate()
+        memory.init([memory.own], 0)
+        return memory, None
     together = _Together(group, ranks)
     try:
-        link.max_blocks = _agree_on_places(together, device, max_bytes)
-    except NoLinkError as error:
+        memory.max_ctas = _agree_on_places(together, device, max_bytes)
+    except NoPeerMemoryError as error:
         return None, str(error)
     try:
-        _build(together, link, rank)
-    except NoLinkError as error:
-        link.release()
+        _build(together, memory, rank)
+    except NoPeerMemoryError as error:
+        memory.release()
         surprise = f"{error}, though nothing rules shared memory out"
         if rank == 0:
             warnings.warn(f"abiding.Communicator uses torch.distributed for all messages: {surprise}", stacklevel=3)
         return None, surprise
-    return link, None
+    return memory, None
 
 
 class _Together:
@@ -179,7 +179,7 @@ class _Together:
         return values
 
     def take(self, name: str, step: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of a step; NoLinkError on all where it fails on one."""
+        """Every rank's result of a step; NoPeerMemoryError on all where it fails on one."""
         try:
             outcome: tuple[Any, str | None] = step(), None
         except (RuntimeError, OSError) as error:
@@ -187,7 +187,7 @@ class _Together:
         outcomes = self.gather(outcome)
         for rank, (_, complaint) in enumerate(outcomes):
             if complaint is not None:
-                raise NoLinkError(f"rank {rank} failed to {name} ({complaint})")
+                raise NoPeerMemoryError(f"rank {rank} failed to {name} ({complaint})")
         return [value for value, _ in outcomes]
 
 
@@ -198,37 +198,37 @@ def _agree_on_places(together: _Together, device: torch.device, max_bytes: int) 
     if len(set(limits)) > 1:
         raise ValueError(f"Communicator: max_bytes is {list(limits)} on the ranks; expected the same on all")
     if len(hosts) > MAX_RANKS:
-        raise NoLinkError(f"the group has more than {MAX_RANKS} ranks")
+        raise NoPeerMemoryError(f"the group has more than {MAX_RANKS} ranks")
     if len(set(hosts)) > 1:
-        raise NoLinkError("the ranks are on several hosts")
+        raise NoPeerMemoryError("the ranks are on several hosts")
     if any(lacking):
-        raise NoLinkError(next(filter(None, lacking)))
+        raise NoPeerMemoryError(next(filter(None, lacking)))
     if len(set(kinds)) > 1:  # kernels share out their work by what the GPU has
-        raise NoLinkError(f"the ranks are on devices of several kinds: {', '.join(sorted(set(kinds)))}")
+        raise NoPeerMemoryError(f"the ranks are on devices of several kinds: {', '.join(sorted(set(kinds)))}")
     if device.type == "cpu":
-        return blocks_of_a_rank(1)
+        return ctas_per_rank(1)
     strangers = [other for other, uuid in enumerate(devices) if not _peer_connected(device, uuid)]
     for one, others in enumerate(together.gather(strangers)):
         if others:
-            raise NoLinkError(f"the GPUs of ranks {one} and {others[0]} are not peer-connected")
-    return blocks_of_a_rank(max(map(devices.count, devices)))
+            raise NoPeerMemoryError(f"the GPUs of ranks {one} and {others[0]} are not peer-connected")
+    return ctas_per_rank(max(map(devices.count, devices)))
 
 
-def _build(together: _Together, link: Link, rank: int) -> None:
-    handles = together.take("make shared memory", link.allocate)
-    tables = together.take("make shared memory", link.allocate_table if rank == 0 else bytes)
+def _build(together: _Together, memory: PeerMemory, rank: int) -> None:
+    handles = together.take("make shared memory", memory.allocate)
+    tables = together.take("make shared memory", memory.allocate_table if rank == 0 else bytes)
     theirs = [None if other == rank else handle for other, handle in enumerate(handles)]
     pids = together.gather(os.getpid())
     addresses: list[int] = []
     table = None if rank == 0 else tables[0]
-    together.take("open its peers' memory", lambda: addresses.extend(link.open(theirs, table)))
-    together.take("register its peers' memory", lambda: link.init(addresses, rank, pids))
-    together.take("write to its peers' memory", link.send_probe)
-    together.take("see its peers' writes", link.check_probes)
-    together.take("clear its memory", link.clear)
+    together.take("open its peers' memory", lambda: addresses.extend(memory.open(theirs, table)))
+    together.take("register its peers' memory", lambda: memory.init(addresses, rank, pids))
+    together.take("write to its peers' memory", memory.send_probe)
+    together.take("see its peers' writes", memory.check_probes)
+    together.take("clear its memory", memory.clear)
 
 
-def blocks_of_a_rank(ranks_on_device: int) -> int:
+def ctas_per_rank(ranks_on_device: int) -> int:
     """Thread blocks that a kernel may have. Where ranks share a GPU, the blocks of all of them must run at once."""
     return 128 // ranks_on_device
 

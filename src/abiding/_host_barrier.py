@@ -20,7 +20,7 @@ class Step(IntEnum):
     CLOSING = 2
 
 
-class Meeting:
+class HostBarrier:
     """A table in shared memory with a number for each step and rank, which only that rank writes; negative: it gave up.
 
     The table outlives any process that dies, so the others always learn who did not come.
@@ -37,7 +37,7 @@ class Meeting:
         self._numbers = (ctypes.c_int64 * (len(Step) * MAX_RANKS)).from_address(address)
         self._rank, self._pids = rank, pids
 
-    def meet(self, step: Step, number: int, timeout_s: float) -> int:
+    def wait(self, step: Step, number: int, timeout_s: float) -> int:
         """Wait until every rank has come to a step with the same number, the largest that any of them brings.
 
         Ranks that gave up earlier, and others that did not, may bring different numbers.
