@@ -2,7 +2,7 @@
 
     python tools/check_ptxas.py BUILD_FOLDER
 
-A file `*_sm90.cu` has code for sm_90a and nothing else, `*_sm100a.cu` for sm_100a: what an architecture alone has, its
+A file `*_sm90.cu` has code for sm_90a and nothing else, `*_sm100.cu` for sm_100a: what an architecture alone has, its
 successors do not run. All other files are portable and have code for sm_90a among others, since it is measured there.
 """
 
