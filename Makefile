@@ -4,9 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null)
-# Without a GPU: the release that the C++ is developed against. With one: the newest that index and driver of that machine offer.
+# Without a GPU: the release that the C++ is developed against. With one: the newest that the package index and the
+# driver of the machine offer.
 TORCH := $(if $(GPU),torch>=2.10,torch==2.13.0)
-# The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and once "make build" was run.
+# The CUDA binary is built where a GPU can run it, where ABIDING_CUDA=on|auto asks for it, and after a "make build".
 CUDA := $(or $(ABIDING_CUDA),$(patsubst build/installed-%,%,$(wildcard build/installed-*)),$(if $(GPU),auto,off))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
@@ -24,11 +25,12 @@ demo: setup ## run the main job and check it against the reference, on a GPU if 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-lint: setup ## check style and types
+lint: setup ## check style, types and the length of lines
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python tools/check_lines.py
 
 format: setup ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix
