@@ -19,9 +19,6 @@ from abiding._meeting import MAX_RANKS, Meeting, Step
 
 _raw = torch.ops.abiding_custom_ar
 
-_FAULTS = {1: "did not send in time", 2: "made two calls at once", 3: "is gone"}
-_OPS = ("all_reduce", "rms_norm", "qk_norm")
-
 
 @dataclass
 class Link:
@@ -92,16 +89,8 @@ class Link:
     def fault(self, *, look: bool = False) -> str | None:
         """The first fault in words. ``look``: also for what other ranks found, which waits for a GPU's queued work."""
         with self.current():
-            record = _raw.fault(self.handle, look)
-        if not record:
-            return None
-        kind, op, epoch, _, rank, waited_ms, found_by = record
-        told = op < 0
-        where = "" if told else f" in epoch {epoch}, after {waited_ms / 1e3:g} s"
-        return (
-            f"abiding::{'check' if told else _OPS[op]}: this communicator has stopped: rank {rank} {_FAULTS[kind]} "
-            f"(found by rank {found_by}{where}); reset() it on every rank"
-        )
+            text: str = _raw.fault_text(self.handle, look)
+        return text or None
 
     def meet(self, step: Step, number: int, timeout_s: float) -> int:
         """As :meth:`Meeting.meet`; a rank alone, or several in one process, have nobody to wait for."""
