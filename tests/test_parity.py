@@ -18,7 +18,9 @@ from abiding.compat import vllm
 ROOT = Path(__file__).resolve().parents[1]
 
 # Where a group's functions are, if not in abiding.<group>.
-PUBLIC_MODULES = {"all_reduce": "abiding.communicator"}
+PUBLIC_MODULES = {"all_reduce": "abiding.communicator", "peer": "abiding.communicator"}
+# Where a group's operators are documented, if not in docs/<group>.md.
+DOCS = {"peer": "all_reduce"}
 # Operators that an engine calls in turn, over handles: there is nothing to trace, and nothing to differ from.
 LIFECYCLE = "abiding_custom_ar::"
 
@@ -72,7 +74,7 @@ def missing(op: str) -> list[str]:
     group, name = group_of(op), op.partition("::")[2].partition(".")[0]
     lacks = []
     if op.startswith(LIFECYCLE):
-        text = (ROOT / f"docs/{group}.md").read_text() if group else ""
+        text = (ROOT / f"docs/{DOCS.get(group, group)}.md").read_text() if group else ""
         documented = f"`{name}`" in text or f"`abiding_custom_ar.{name}`" in text
         kernels = any(has_kernel(op, key) for key in ("CPU", "CompositeExplicitAutograd"))
         return ["kernel"] * (not kernels) + ["entry in docs"] * (not documented)

@@ -7,7 +7,7 @@
 
 namespace abiding::all_reduce {
 
-// One call of the protocol: at most capacity(algorithm, ranks, max_blocks) bytes.
-cudaError_t all_reduce(const peer::Peers& peers, const AllReduceParams& p, Algorithm algorithm, cudaStream_t stream);
+// As many kernels as the message takes, each of them one call of the protocol.
+cudaError_t run_cuda(const AllReduceParams& p, const peer::Peers& peers, cudaStream_t stream);
 
 }  // namespace abiding::all_reduce

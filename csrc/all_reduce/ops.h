@@ -3,7 +3,6 @@
 
 #include "all_reduce/params.h"
 #include "common/check.h"
-#include "peer/communicator.h"
 
 namespace abiding::all_reduce {
 
@@ -29,7 +28,12 @@ inline AllReduceParams check_message(const char* op, const char* name, const Ten
   const int64_t bytes = input.numel() * static_cast<int64_t>(input.element_size());
   check(from == to || from + bytes <= to || to + bytes <= from, op, "out overlaps ", name,
         "; expected memory of its own, or exactly that of ", name);
-  return {from, output.mutable_data_ptr(), input.numel(), in.dtype()};
+  AllReduceParams p{};
+  p.input = from;
+  p.out = output.mutable_data_ptr();
+  p.numel = input.numel();
+  p.dtype = in.dtype();
+  return p;
 }
 
 }  // namespace abiding::all_reduce

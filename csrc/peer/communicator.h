@@ -1,8 +1,11 @@
-// What both binaries know of communicators: the registry behind handles, and how each kind of device shares memory.
+// What both binaries know of communicators: the registry behind handles, and the memory that each kind of device
+// shares.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "common/check.h"
 #include "peer/protocol.h"
@@ -11,65 +14,92 @@ namespace abiding::peer {
 
 constexpr int64_t kHandleBytes = 64;  // of a memory handle, as of a cudaIpcMemHandle_t
 
-// Memory that other processes can map. Failures raise; `close` and `free` refuse what `open` and `allocate` did not return.
-struct Memory {
-  void* (*allocate)(int64_t bytes, uint8_t* handle);  // zeroed, on the current device; writes kHandleBytes
+// Memory of one kind of device that other processes can map. Failures raise.
+struct PeerMemory {
+  bool is_cuda;
+  void* (*allocate)(int64_t bytes, uint8_t* handle);  // zeroed, on the current device; writes kHandleBytes to `handle`
   void* (*open)(const uint8_t* handle);
   void (*close)(void* opened);
   void (*free)(void* allocated);
-  void (*clear)(void* at, int64_t bytes);  // to zeros, done when it returns
+  void (*clear)(void* at, int64_t bytes);  // zeroes; synchronous
   FaultRecord* (*new_record)();            // zeroed host memory that kernels can write
   void (*free_record)(FaultRecord*);
-  void (*send_probes)(const struct Communicator&);          // writes rank + 1 to its place everywhere
-  void (*read)(void* to, const void* from, int64_t bytes);  // from a workspace, once what is queued is done
+  void (*send_probes)(const struct Communicator&);          // writes rank + 1 to its probe word on every rank
+  void (*read)(void* to, const void* from, int64_t bytes);  // from a workspace, after queued work; synchronous
 };
 
 struct Communicator {
-  int rank, ranks;
-  uint8_t* workspaces[kMaxRanks];  // by rank, at this process's addresses
-  FaultRecord* record;
-  const Memory* memory;
+  int rank = 0, ranks = 0;
+  uint8_t* workspaces[kMaxRanks] = {};  // by rank, at this process's addresses
+  FaultRecord* record = nullptr;
+  const PeerMemory* memory = nullptr;
   uint64_t timeout_ns = 300'000'000'000;
-  int max_blocks = kMaxBlocks;
-  int64_t one_shot_bytes = -1;  // up to which an all-reduce takes one hop, the same on all ranks; -1: its own choice
+  int max_ctas = kMaxCtas;
+  int64_t one_shot_bytes = -1;  // up to this size an all-reduce is one-shot, the same on all ranks; -1: the default
+  std::vector<std::shared_ptr<void>> buffers;  // keeps the workspaces mapped
+  std::atomic<int> references{1};              // the registry's and those of calls; see CommunicatorRef
 
   Peers peers() const {
-    Peers p{rank, ranks, max_blocks, {}, {}, record, timeout_ns};
+    Peers p{};
+    p.rank = rank;
+    p.ranks = ranks;
+    p.max_ctas = max_ctas;
+    p.record = record;
+    p.timeout_ns = timeout_ns;
     for (int i = 0; i < ranks; ++i) p.workspaces[i] = workspaces[(rank + i) % ranks];
     for (int channel = 0; channel < kChannels; ++channel)
-      p.shares[channel] = static_cast<uint32_t>(share_bytes(static_cast<Channel>(channel), ranks, max_blocks));
+      p.region_bytes[channel] = static_cast<uint32_t>(region_bytes(static_cast<Channel>(channel), ranks, max_ctas));
     return p;
   }
 };
 
-// A handle is an index and a generation, never an address: a stale one is refused.
+// An index and a generation, never an address, so that a stale handle is refused.
 using Handle = int64_t;
 
-// Null: stale or never given out. Each binary has its own; the registry is the CPU binary's.
-Communicator* find(Handle handle);
+// Each binary has both; the registry is the CPU binary's. acquire() returns null for a handle that is stale or was
+// never given out; release() frees the communicator when the last reference to it goes, and then may raise.
+Communicator* acquire(Handle handle);
+void release(Communicator* communicator);
 
 [[noreturn]] inline void refuse(const char* op, const char* argument, Handle handle) {
   fail(op, argument, " is ", handle, "; expected the handle of a communicator that is open in this process");
 }
 
-inline Communicator& find_or_fail(const char* op, const char* argument, Handle handle) {
-  Communicator* communicator = find(handle);
-  if (!communicator) refuse(op, argument, handle);
-  return *communicator;
-}
+// A call's reference to its communicator. Invariant: while one exists, the communicator, its record and its workspaces
+// stay valid, whatever other threads dispose of, close or free.
+class CommunicatorRef {
+ public:
+  CommunicatorRef(const char* op, const char* argument, Handle handle) : communicator_(acquire(handle)) {
+    if (!communicator_) refuse(op, argument, handle);
+  }
+  CommunicatorRef(const CommunicatorRef&) = delete;
+  CommunicatorRef& operator=(const CommunicatorRef&) = delete;
+  ~CommunicatorRef() {
+    try {
+      release(communicator_);
+    } catch (const std::exception&) {  // freeing failed, after a dispose(); the call itself did not
+    }
+  }
+  Communicator& operator*() const { return *communicator_; }
+  Communicator* operator->() const { return communicator_; }
 
-// The CPU binary alone has these. A communicator is removed when no call is in it; its memory is the remover's to free.
-Handle add(const Communicator& communicator);
-std::unique_ptr<Communicator> remove(const char* op, const char* argument, Handle handle);
-const Memory& cpu_memory();
+ private:
+  Communicator* communicator_;
+};
+
+// The CPU binary alone has these.
+Handle add(std::unique_ptr<Communicator> communicator);
+void remove(const char* op, const char* argument, Handle handle);  // calls in it go on; new ones are refused
+const PeerMemory& cpu_memory();
 bool is_cpu_handle(const uint8_t* handle);
-const Memory* cuda_memory();  // null: the CUDA binary is not loaded
+const PeerMemory* cuda_memory();  // null: the CUDA binary is not loaded
 
 }  // namespace abiding::peer
 
-// Exported by the CPU binary, which owns the registry. The Python loader hands `abiding_peer_find` to the CUDA binary and the
-// CUDA binary's `Memory` to the CPU binary.
+// Exported by the CPU binary. The Python loader hands the first two to the CUDA binary, and the CUDA binary's
+// PeerMemory to the third.
 extern "C" {
-__attribute__((visibility("default"))) abiding::peer::Communicator* abiding_peer_find(abiding::peer::Handle handle);
-__attribute__((visibility("default"))) void abiding_peer_use_cuda(const abiding::peer::Memory* memory);
+__attribute__((visibility("default"))) abiding::peer::Communicator* abiding_peer_acquire(abiding::peer::Handle handle);
+__attribute__((visibility("default"))) void abiding_peer_release(abiding::peer::Communicator* communicator);
+__attribute__((visibility("default"))) void abiding_peer_use_cuda(const abiding::peer::PeerMemory* memory);
 }

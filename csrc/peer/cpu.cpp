@@ -1,4 +1,4 @@
-// The registry of communicators, and memory that processes of one host share.
+// Memory that processes of one host share.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -17,35 +17,11 @@
 namespace abiding::peer {
 namespace {
 
-// Places are used again, each time under the next generation.
-struct Place {
-  std::unique_ptr<Communicator> communicator;
-  uint32_t generation = 0;
-};
+std::atomic<const PeerMemory*> cuda{nullptr};
 
-struct Registry {
-  std::mutex mutex;
-  std::vector<Place> places;
-
-  // Null: no open communicator has this handle. To be called with the mutex held.
-  Place* place(Handle handle) {
-    const uint64_t index = static_cast<uint64_t>(handle) & 0xFFFFFFFF, generation = static_cast<uint64_t>(handle) >> 32;
-    if (index >= places.size() || places[index].generation != generation) return nullptr;
-    return places[index].communicator ? &places[index] : nullptr;
-  }
-};
-
-// Kept for the life of the process, as operators are.
-Registry& registry() {
-  static auto* const one = new Registry;
-  return *one;
-}
-
-std::atomic<const Memory*> cuda{nullptr};
-
-// A file in memory alone. It has no name that could outlive its processes: the kernel frees it when the last of them has let
-// go, however they end. Others find it through its owner, which keeps the file open for that; and unlike files in /dev/shm
-// it is not subject to the small limit that containers set there.
+// Names a memfd. It has no path that could outlive its processes: the kernel frees it when the last of them has closed
+// and unmapped it, however they end. Other processes open it through /proc/<owner>/fd, so the owner keeps it open; and
+// unlike files in /dev/shm it is not subject to the small limit that containers set there.
 struct FileHandle {
   char kind[8];
   uint32_t pid;
@@ -59,7 +35,7 @@ constexpr char kFileHandle[8] = "cpu-mem";
 
 struct Mapping {
   int64_t bytes;
-  int file;  // -1: another process's
+  int file;  // -1: memory of another process, or one that was opened
 };
 
 struct Mappings {
@@ -67,12 +43,13 @@ struct Mappings {
   std::map<void*, Mapping> all;
 };
 
+// Never destroyed, as the registry.
 Mappings& mappings() {
   static auto* const one = new Mappings;
   return *one;
 }
 
-// Closes a file that nobody came to own.
+// Closes the file unless it was released to another owner.
 struct File {
   int number;
   ~File() {
@@ -96,7 +73,7 @@ void unmap(void* at, bool own) {
     std::lock_guard lock(mappings().mutex);
     const auto found = mappings().all.find(at);
     check(found != mappings().all.end() && (found->second.file >= 0) == own, "peer", "pointer ", at,
-          " is unknown; expected one that was ", own ? "allocated" : "opened", " here and not let go since");
+          " is unknown; expected one that was ", own ? "allocated" : "opened", " here and not given back since");
     mapping = found->second;
     mappings().all.erase(found);
   }
@@ -104,8 +81,8 @@ void unmap(void* at, bool own) {
   if (own) ::close(mapping.file);
 }
 
-// Peers look up whether the owner still runs.
-void sign(void* workspace, int64_t bytes) {
+// Peers that wait look up whether the owner still runs.
+void write_owner_pid(void* workspace, int64_t bytes) {
   if (bytes >= static_cast<int64_t>(sizeof(Header)))
     static_cast<Header*>(workspace)->pid = static_cast<uint32_t>(getpid());
 }
@@ -119,7 +96,7 @@ void* allocate(int64_t bytes, uint8_t* handle) {
                     fstat(file.number, &status) == 0;
   check(made, "peer", "size is ", bytes, " bytes, which cannot be shared: ", std::strerror(errno), "; expected less");
   void* at = map(file.number, bytes, true);
-  sign(at, bytes);
+  write_owner_pid(at, bytes);
   FileHandle name{};
   std::memcpy(name.kind, kFileHandle, sizeof kFileHandle);
   name.pid = static_cast<uint32_t>(getpid());
@@ -153,10 +130,10 @@ void clear(void* at, int64_t bytes) {
   {
     std::lock_guard lock(mappings().mutex);
     const auto found = mappings().all.find(at);
-    // Pages that nobody has used are not made by clearing them.
+    // MADV_REMOVE drops the pages, where memset would allocate those that were never touched.
     if (found != mappings().all.end() && found->second.bytes == bytes &&
         madvise(at, static_cast<size_t>(bytes), MADV_REMOVE) == 0) {
-      if (found->second.file >= 0) sign(at, bytes);
+      if (found->second.file >= 0) write_owner_pid(at, bytes);
       return;
     }
   }
@@ -166,53 +143,38 @@ void clear(void* at, int64_t bytes) {
 FaultRecord* new_record() { return new FaultRecord{}; }
 void free_record(FaultRecord* record) { delete record; }
 
-uint32_t* probe(uint8_t* workspace, int rank) { return &reinterpret_cast<Header*>(workspace)->probes[rank]; }
-
 void send_probes(const Communicator& c) {
   for (int r = 0; r < c.ranks; ++r)
-    __atomic_store_n(probe(c.workspaces[r], c.rank), static_cast<uint32_t>(c.rank) + 1, __ATOMIC_RELAXED);
+    __atomic_store_n(&reinterpret_cast<Header*>(c.workspaces[r])->probes[c.rank], static_cast<uint32_t>(c.rank) + 1,
+                     __ATOMIC_RELAXED);
 }
 
 void read(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 
 }  // namespace
 
-Communicator* find(Handle handle) {
-  std::lock_guard lock(registry().mutex);
-  Place* place = registry().place(handle);
-  return place ? place->communicator.get() : nullptr;
-}
-
-Handle add(const Communicator& communicator) {
-  std::lock_guard lock(registry().mutex);
-  std::vector<Place>& places = registry().places;
-  size_t index = 0;
-  while (index < places.size() && places[index].communicator) ++index;
-  if (index == places.size()) places.emplace_back();
-  Place& place = places[index];
-  place.communicator = std::make_unique<Communicator>(communicator);
-  place.generation = (place.generation + 1) & 0x7FFFFFFF;
-  if (place.generation == 0) place.generation = 1;  // so that no handle is a small number
-  return static_cast<Handle>(place.generation) << 32 | static_cast<Handle>(index);
-}
-
-std::unique_ptr<Communicator> remove(const char* op, const char* argument, Handle handle) {
-  std::lock_guard lock(registry().mutex);
-  Place* place = registry().place(handle);
-  if (!place) refuse(op, argument, handle);
-  return std::move(place->communicator);
-}
-
-const Memory& cpu_memory() {
-  static constexpr Memory memory{allocate, open, close, free, clear, new_record, free_record, send_probes, read};
+const PeerMemory& cpu_memory() {
+  static const PeerMemory memory = [] {
+    PeerMemory m{};
+    m.is_cuda = false;
+    m.allocate = allocate;
+    m.open = open;
+    m.close = close;
+    m.free = free;
+    m.clear = clear;
+    m.new_record = new_record;
+    m.free_record = free_record;
+    m.send_probes = send_probes;
+    m.read = read;
+    return m;
+  }();
   return memory;
 }
 
 bool is_cpu_handle(const uint8_t* handle) { return std::memcmp(handle, kFileHandle, sizeof kFileHandle) == 0; }
 
-const Memory* cuda_memory() { return cuda.load(); }
+const PeerMemory* cuda_memory() { return cuda.load(); }
 
 }  // namespace abiding::peer
 
-abiding::peer::Communicator* abiding_peer_find(abiding::peer::Handle handle) { return abiding::peer::find(handle); }
-void abiding_peer_use_cuda(const abiding::peer::Memory* memory) { abiding::peer::cuda.store(memory); }
+void abiding_peer_use_cuda(const abiding::peer::PeerMemory* memory) { abiding::peer::cuda.store(memory); }

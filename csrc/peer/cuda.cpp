@@ -1,3 +1,4 @@
+// Memory that GPUs share through CUDA IPC.
 #include "common/cuda.h"
 
 #include <cuda_runtime_api.h>
@@ -9,7 +10,7 @@
 namespace abiding::peer {
 namespace {
 
-// Allocation is allowed while a graph is being captured elsewhere in the process.
+// Lets this thread allocate while another thread of the process captures a graph.
 class RelaxedCapture {
  public:
   RelaxedCapture() { STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -47,7 +48,7 @@ void* open(const uint8_t* handle) {
 }
 
 void close(void* opened) { STD_CUDA_CHECK(cudaIpcCloseMemHandle(opened)); }
-void release(void* allocated) { STD_CUDA_CHECK(cudaFree(allocated)); }
+void free(void* allocated) { STD_CUDA_CHECK(cudaFree(allocated)); }
 
 FaultRecord* new_record() {
   const RelaxedCapture relaxed;
@@ -75,22 +76,40 @@ void read(void* to, const void* from, int64_t bytes) {
   STD_CUDA_CHECK(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault));
 }
 
-Communicator* (*find_communicator)(Handle) = nullptr;
+Communicator* (*acquire_communicator)(Handle) = nullptr;
+void (*release_communicator)(Communicator*) = nullptr;
 
 }  // namespace
 
-Communicator* find(Handle handle) { return find_communicator ? find_communicator(handle) : nullptr; }
+Communicator* acquire(Handle handle) { return acquire_communicator ? acquire_communicator(handle) : nullptr; }
+void release(Communicator* communicator) { release_communicator(communicator); }
 
-const Memory* cuda_memory() {
-  static constexpr Memory memory{allocate, open, close, release, clear, new_record, free_record, send_probes, read};
+const PeerMemory* cuda_memory() {
+  static const PeerMemory memory = [] {
+    PeerMemory m{};
+    m.is_cuda = true;
+    m.allocate = allocate;
+    m.open = open;
+    m.close = close;
+    m.free = free;
+    m.clear = clear;
+    m.new_record = new_record;
+    m.free_record = free_record;
+    m.send_probes = send_probes;
+    m.read = read;
+    return m;
+  }();
   return &memory;
 }
 
 }  // namespace abiding::peer
 
-// How the Python loader introduces the two binaries to each other.
-extern "C" __attribute__((visibility("default"))) const abiding::peer::Memory* abiding_cuda_connect(
-    abiding::peer::Communicator* (*find)(abiding::peer::Handle)) {
-  abiding::peer::find_communicator = find;
-  return abiding::peer::cuda_memory();
+// How the Python loader introduces the two binaries to each other: takes the CPU binary's abiding_peer_acquire and
+// abiding_peer_release, returns what its abiding_peer_use_cuda takes.
+extern "C" __attribute__((visibility("default"))) const abiding::peer::PeerMemory* abiding_cuda_connect(
+    abiding::peer::Communicator* (*acquire)(abiding::peer::Handle), void (*release)(abiding::peer::Communicator*)) {
+  using namespace abiding::peer;
+  acquire_communicator = acquire;
+  release_communicator = release;
+  return cuda_memory();
 }

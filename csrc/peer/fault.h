@@ -1,5 +1,7 @@
-// What the host says of a communicator that has stopped.
+// The fault of a communicator, the one sentence that says it, and the frame of a call that raises it.
 #pragma once
+
+#include <string>
 
 #include "peer/communicator.h"
 
@@ -14,22 +16,56 @@ inline const char* op_name(Op op) {
   return "a call";
 }
 
-inline Fault fault_of(const Communicator& communicator) {
-  const uint32_t fault = *static_cast<const volatile uint32_t*>(&communicator.record->fault);
-  return fault == ~0u ? Fault::kNone : static_cast<Fault>(fault);  // ~0: the record is being written
+inline const char* fault_words(uint32_t fault) {
+  switch (static_cast<Fault>(fault)) {
+    case Fault::kTimeout: return " did not send in time";
+    case Fault::kConcurrent: return " made two calls at once";
+    case Fault::kGone: return " is gone";
+    case Fault::kNone: break;
+  }
+  return " stopped";
 }
 
-// Raises if the communicator has stopped. A call that has already been queued on a device may still find out later.
+inline bool has_stopped(const Communicator& communicator) {
+  const uint32_t fault = __atomic_load_n(&communicator.record->fault, __ATOMIC_ACQUIRE);
+  return fault != static_cast<uint32_t>(Fault::kNone) && fault != kRecordInWriting;
+}
+
+inline uint32_t poison_of(const FaultRecord& record) {
+  return poison_word(static_cast<Fault>(record.fault), static_cast<int>(record.rank),
+                     static_cast<int>(record.found_by));
+}
+
+// What follows "abiding::<op>: ". `record` is null for a rank that another rank has poisoned and that has not called
+// since.
+inline std::string describe(uint32_t poison, const FaultRecord* record) {
+  std::ostringstream text;
+  text << "this communicator has stopped: rank " << culprit_of(poison) << fault_words(fault_of(poison))
+       << " (found by rank " << finder_of(poison);
+  if (record)
+    text << " in " << op_name(record->op) << ", epoch " << record->epoch << ", after "
+         << static_cast<double>(record->waited_ns) * 1e-9 << " s";
+  text << "); reset() it on every rank";
+  return text.str();
+}
+
+// Raises if the communicator has stopped. A call that is queued on a device may still find a fault later.
 inline void check_running(const char* op, const Communicator& communicator) {
-  const Fault fault = fault_of(communicator);
-  if (fault == Fault::kNone) return;
-  const FaultRecord& record = *communicator.record;
-  const char* reason = fault == Fault::kTimeout      ? " did not send in time"
-                       : fault == Fault::kConcurrent ? " made two calls at once"
-                                                     : " is gone";
-  fail(op, "this communicator has stopped: rank ", record.rank, reason, ", found by rank ", record.found_by, " in ",
-       op_name(record.op), " (epoch ", record.epoch, ", after ", static_cast<double>(record.waited_ns) * 1e-9,
-       " s); reset() it on every rank");
+  if (!has_stopped(communicator)) return;
+  fail(op, describe(poison_of(*communicator.record), communicator.record));
+}
+
+// One call of a collective: holds the communicator, checks it and `tensor`, and runs body(communicator). A CPU call
+// raises its own faults; those of a kernel are raised by the next call, or by check().
+template <class Body>
+void with_communicator(const char* op, const char* argument, Handle handle, const char* name, const Tensor& tensor,
+                       const Body& body) {
+  const CommunicatorRef communicator(op, argument, handle);
+  check(communicator->memory->is_cuda == tensor.is_cuda(), op, argument, " was made for another kind of device than ",
+        name, " is on; expected the same");
+  check_running(op, *communicator);
+  body(*communicator);
+  if (!communicator->memory->is_cuda) check_running(op, *communicator);
 }
 
 }  // namespace abiding::peer

@@ -1,4 +1,5 @@
-// The push protocol on a host: one thread of each rank, one "block". Whatever other ranks can see goes through an `Access`.
+// The push protocol on the host: one thread per rank, which takes the place of a CTA. Every access to memory that other
+// ranks share goes through an `Access`, so that tests can put another one in.
 #pragma once
 
 #include <fcntl.h>
@@ -13,12 +14,12 @@
 #include <cstring>
 
 #include "common/dtypes.h"
+#include "peer/host_sum.h"
 #include "peer/protocol.h"
-#include "peer/sums.h"
 
 namespace abiding::peer {
 
-// Whether a process has ended. One that its parent has not waited for yet is still listed, as a zombie.
+// Whether a process has ended. Until its parent waits for it, a process that has ended is still listed, as a zombie.
 inline bool has_ended(uint32_t pid) {
   if (pid == 0) return false;
   char path[32], text[512];
@@ -29,13 +30,13 @@ inline bool has_ended(uint32_t pid) {
   close(file);
   if (size <= 0) return true;
   text[size] = 0;
-  const char* name_end = std::strrchr(text, ')');  // the name itself may hold anything
+  const char* name_end = std::strrchr(text, ')');  // the last one: the name may hold any character
   return name_end && name_end[1] && (name_end[2] == 'Z' || name_end[2] == 'X');
 }
 
-// Memory of this host. An aligned word is never torn, nor are the four of a vector; the protocol asks for no more.
+// Host memory. No aligned word is torn, which is all that the protocol needs.
 struct HostAccess {
-  static constexpr int kWords = 4;  // moved at once
+  static constexpr int kWords = 4;  // per load or store
   typedef uint32_t Vector __attribute__((vector_size(16), may_alias));
 
   static void load_words(const uint32_t* from, uint32_t* to) {
@@ -52,14 +53,14 @@ struct HostAccess {
   static uint32_t exchange(uint32_t* at, uint32_t value) { return __atomic_exchange_n(at, value, __ATOMIC_ACQ_REL); }
   static void fence() { std::atomic_thread_fence(std::memory_order_acq_rel); }
 
-  // One wait: it spins, not for long where processors are fewer than ranks, then lets others run, then sleeps.
+  // One wait: it spins (briefly where there are more ranks than processors), then yields, then sleeps.
   class Wait {
    public:
     explicit Wait(int ranks) : spins_(ranks <= processors() ? 500 : 20) {}
 
-    // Between two looks at memory that `source` should have written: what there is to say against waiting on.
+    // To be called between two polls of words from `source`. Returns a reason to stop waiting, or kNone.
     Fault pause(const Header& source, uint64_t timeout_ns) {
-      if (++looks_ < spins_) {
+      if (++polls_ < spins_) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -95,40 +96,41 @@ struct HostAccess {
       clock_gettime(CLOCK_MONOTONIC, &now);
       return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
     }
-    int looks_ = 0, spins_;
+    int polls_ = 0, spins_;
     uint64_t since_ = 0, checked_ = 0;
   };
 };
 
-// A rank's part in one call, over as many epochs as its message takes.
+// A rank's part in one call, which takes as many epochs as the message needs. The constructor claims the epoch, end()
+// publishes the next one.
 template <class Access>
-class HostTurn {
+class HostCallScope {
  public:
-  HostTurn(const Peers& peers, Channel channel, Op op)
-      : peers_(peers), channel_(channel), op_(op), share_(share_bytes(channel, peers.ranks, 1)) {
+  HostCallScope(const Peers& peers, Channel channel, Op op)
+      : peers_(peers), channel_(channel), op_(op), region_bytes_(region_bytes(channel, peers.ranks, 1)) {
     if (const uint32_t poison = Access::load(&header(0)->poison)) {
-      give_up(poison, 0);
+      report_fault(poison, 0);
       return;
     }
-    const uint32_t turn = Access::exchange(&header(0)->turns[channel][0], kTaken);
+    const uint32_t claim = Access::exchange(&header(0)->claims[channel][0], kClaimed);
     epoch_ = Access::load(&header(0)->epochs[channel][0]);
-    if (turn != epoch_) give_up(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
+    if (claim != epoch_) report_fault(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
   }
 
   bool ok() const { return ok_; }
 
-  // Encodes `count` words and stores them from word `at` on into this rank's place at every other rank.
+  // Encodes `count` words in place and stores them to every other rank, from word `at` of this rank's region on.
   void send(uint32_t* words, int64_t at, int count) {
     for (int i = 0; i < count; ++i) words[i] = encode(words[i]);
     for (int peer = 1; peer < peers_.ranks; ++peer) {
-      uint32_t* to = place(peer, peers_.rank) + at;
+      uint32_t* to = slot_ptr(peer, peers_.rank) + at;
       for (int i = 0; i < count; i += Access::kWords) Access::store_words(to + i, words + i);
     }
   }
 
-  // Waits for `count` words of `source`, empties their place and decodes them. False: the call is over.
+  // Waits for `count` words of `source`, empties them in memory and decodes them. False: the call is over.
   bool receive(int source, int64_t at, uint32_t* words, int count) {
-    uint32_t* from = place(0, source) + at;
+    uint32_t* from = slot_ptr(0, source) + at;
     if (!read(from, words, count) && !wait(source, from, words, count)) return false;
     const uint32_t empty[Access::kWords] = {};
     for (int i = 0; i < count; i += Access::kWords) Access::store_words(from + i, empty);
@@ -136,8 +138,8 @@ class HostTurn {
     return true;
   }
 
-  // On to the next epoch. The fence: whoever receives what is sent from now on also sees what was emptied so far.
-  void next() {
+  // Ordering: the fence makes the words that this rank has emptied visible before the words that it sends next.
+  void next_epoch() {
     Access::fence();
     Access::store(&header(0)->epochs[channel_][0], ++epoch_);
   }
@@ -145,15 +147,15 @@ class HostTurn {
   void end() {
     Access::fence();
     Access::store(&header(0)->epochs[channel_][0], epoch_ + 1);
-    Access::store(&header(0)->turns[channel_][0], epoch_ + 1);
+    Access::store(&header(0)->claims[channel_][0], epoch_ + 1);
   }
 
  private:
-  // Of the rank that comes `i` after this one.
+  // The header of rank (rank + i) % ranks.
   Header* header(int i) const { return reinterpret_cast<Header*>(peers_.workspaces[i]); }
 
-  uint32_t* place(int i, int source) const {
-    return reinterpret_cast<uint32_t*>(peers_.workspaces[i] + share_at(channel_, epoch_, source, share_));
+  uint32_t* slot_ptr(int i, int source) const {
+    return reinterpret_cast<uint32_t*>(peers_.workspaces[i] + region_offset(channel_, epoch_, source, region_bytes_));
   }
 
   static bool read(const uint32_t* from, uint32_t* words, int count) {
@@ -169,27 +171,29 @@ class HostTurn {
     Fault fault = Fault::kNone;
     do {
       uint32_t poison = Access::load(&header(0)->poison);
-      // A process may end after it has sent, or wake up late, so one more look has come before it is blamed.
+      // The words are read once more before `source` is blamed: its process may have ended after it had sent them, or
+      // this one may have been suspended.
       if (poison == 0 && fault != Fault::kNone) poison = poison_word(fault, source, peers_.rank);
-      if (poison != 0) return give_up(poison, wait.waited_ns());
+      if (poison != 0) return report_fault(poison, wait.waited_ns());
       fault = wait.pause(*sender, peers_.timeout_ns);
     } while (!read(from, words, count));
     return true;
   }
 
-  // The first fault of a rank is kept for its caller, and every rank is told. Returns false.
-  bool give_up(uint32_t poison, uint64_t waited_ns) {
+  // Records this rank's first fault for its caller and writes the poison to every rank. Returns false.
+  bool report_fault(uint32_t poison, uint64_t waited_ns) {
     ok_ = false;
     FaultRecord* record = peers_.record;
     uint32_t none = 0;
-    if (__atomic_compare_exchange_n(&record->fault, &none, ~0u, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    if (__atomic_compare_exchange_n(&record->fault, &none, kRecordInWriting, false, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED)) {
       record->op = op_;
       record->epoch = epoch_;
-      record->block = 0;
-      record->rank = poison >> 8 & 0xFF;
-      record->found_by = poison >> 16;
+      record->cta = 0;
+      record->rank = culprit_of(poison);
+      record->found_by = finder_of(poison);
       record->waited_ns = waited_ns;
-      __atomic_store_n(&record->fault, poison & 0xFF, __ATOMIC_RELEASE);
+      __atomic_store_n(&record->fault, fault_of(poison), __ATOMIC_RELEASE);
     }
     for (int i = 0; i < peers_.ranks; ++i)
       if (Access::load(&header(i)->poison) == 0) Access::store(&header(i)->poison, poison);
@@ -199,13 +203,13 @@ class HostTurn {
   const Peers& peers_;
   Channel channel_;
   Op op_;
-  int64_t share_;
+  int64_t region_bytes_;
   uint32_t epoch_ = 0;
   bool ok_ = true;
 };
 
-// A message in memory of its own, at any address; reads and writes it by whole words.
-template <class T>
+// A message in the caller's memory, at any address, as whole words; the last one is padded with zeros.
+template <class Format>
 struct HostMessage {
   const uint8_t* input;
   uint8_t* out;
@@ -219,70 +223,61 @@ struct HostMessage {
   void store(int64_t at, const uint32_t* words, int count) const {
     std::memcpy(out + at, words, static_cast<size_t>(std::min<int64_t>(4 * count, bytes - at)));
   }
-  void fill_with_nans() const {
-    const int64_t size = ChunkSums<T>::kHalves ? 2 : 4;
-    for (int64_t i = 0; i < numel; ++i) std::memcpy(out + i * size, &T::kNan, static_cast<size_t>(size));
+  void fill_with_nan() const {
+    const int64_t size = ChunkSum<Format>::kIs16Bit ? 2 : 4;
+    for (int64_t i = 0; i < numel; ++i) std::memcpy(out + i * size, &Format::kNan, static_cast<size_t>(size));
   }
 };
 
-template <class Access, class T>
-bool all_reduce(HostTurn<Access>& turn, const Peers& peers, int64_t share, const HostMessage<T>& message) {
+template <class Access, class Format>
+bool all_reduce(HostCallScope<Access>& scope, const Peers& peers, int64_t region, const HostMessage<Format>& message) {
   uint32_t words[kChunkWords];
-  // Calls body(byte of the message, word of the share, words) for each chunk of a share.
+  // Calls body(byte of the message, word of the region, words) for each chunk of what one region holds.
   const auto for_chunks = [&](int64_t begin, auto body) {
-    const int64_t end = std::min(begin + share, message.bytes);
-    for (int64_t at = begin; at < end && turn.ok(); at += 4 * kChunkWords) {
+    const int64_t end = std::min(begin + region, message.bytes);
+    for (int64_t at = begin; at < end && scope.ok(); at += 4 * kChunkWords) {
       const int64_t left = (end - at + 4 * Access::kWords - 1) / (4 * Access::kWords) * Access::kWords;
       body(at, (at - begin) / 4, static_cast<int>(std::min<int64_t>(left, kChunkWords)));
     }
   };
-  for (int64_t begin = 0; begin < message.bytes && turn.ok(); begin += share) {
-    if (begin > 0) turn.next();
+  for (int64_t begin = 0; begin < message.bytes && scope.ok(); begin += region) {
+    if (begin > 0) scope.next_epoch();
     for_chunks(begin, [&](int64_t at, int64_t word, int count) {
       message.load(at, words, count);
-      turn.send(words, word, count);
+      scope.send(words, word, count);
     });
     for_chunks(begin, [&](int64_t at, int64_t word, int count) {
-      ChunkSums<T> sums;
+      ChunkSum<Format> sum;
       for (int rank = 0; rank < peers.ranks; ++rank) {
         if (rank == peers.rank)
           message.load(at, words, count);
-        else if (!turn.receive(rank, word, words, count))
+        else if (!scope.receive(rank, word, words, count))
           return;
-        rank == 0 ? sums.set(words, count) : sums.add(words, count);
+        rank == 0 ? sum.set(words, count) : sum.add(words, count);
       }
-      sums.round(words, count);
+      sum.round(words, count);
       message.store(at, words, count);
     });
   }
-  if (turn.ok())
-    turn.end();
+  if (scope.ok())
+    scope.end();
   else
-    message.fill_with_nans();
-  return turn.ok();
+    message.fill_with_nan();
+  return scope.ok();
 }
 
-// The sum over ranks, in rank order, the same bits everywhere; `out` may be `input`. False: `out` is all NaN, and the record
-// says why.
+// The sum over ranks in rank order, bitwise equal on all ranks; `out` may be `input`. False: `out` is all NaN, and the
+// record says why.
 template <class Access = HostAccess>
 bool all_reduce(const Peers& peers, Channel channel, Op op, const void* input, void* out, int64_t numel, DType dtype) {
   if (numel == 0) return true;
-  HostTurn<Access> turn(peers, channel, op);
-  const int64_t share = share_bytes(channel, peers.ranks, 1), bytes = numel * size_of(dtype);
+  HostCallScope<Access> scope(peers, channel, op);
+  const int64_t region = region_bytes(channel, peers.ranks, 1), bytes = numel * size_of(dtype);
   return dispatch_floating(dtype, [&](auto tag) {
-    using T = SumFormat<decltype(tag)>;
-    return all_reduce(turn, peers, share,
-                      HostMessage<T>{static_cast<const uint8_t*>(input), static_cast<uint8_t*>(out), numel, bytes});
+    using Format = HostFormat<decltype(tag)>;
+    const HostMessage<Format> message{static_cast<const uint8_t*>(input), static_cast<uint8_t*>(out), numel, bytes};
+    return all_reduce(scope, peers, region, message);
   });
-}
-
-inline bool all_reduce(const Peers& peers, const void* input, void* out, int64_t numel, DType dtype) {
-  return all_reduce(peers, kDirect, Op::kAllReduce, input, out, numel, dtype);
-}
-
-// The same for a few numbers a token, on a channel of their own.
-inline bool sum_scalars(const Peers& peers, Op op, const float* values, float* sums, int64_t count) {
-  return all_reduce(peers, kScalars, op, values, sums, count, DType::kFloat32);
 }
 
 }  // namespace abiding::peer

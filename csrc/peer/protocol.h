@@ -1,12 +1,21 @@
-// The push protocol: ranks write their words into each other's memory, and a word is its own "ready" flag.
+// The push protocol: an LL / Lamport-style protocol (NCCL's LL, TensorRT-LLM's Lamport all-reduce), in which ranks
+// write words into each other's memory and a data word is its own "ready" flag.
 //
-// Each rank owns a workspace that all ranks can write. For each source it holds two slots of words, taken in turn by even and
-// odd epochs. A word that is 0 is empty. To send, a rank stores encoded words, never 0, into its place at the receiver; to
-// receive, it polls its own memory until a word is there, and empties it at once. There is no barrier and no fence, since a
-// word arrives whole or not at all.
+// Each rank owns a workspace that all ranks can write. For each source rank it holds two slots of words, used in turn
+// by even and odd epochs. To send, a rank stores encoded words into its region at the receiver. To receive, a rank
+// polls its own memory until the words are not empty, and empties them at once.
 //
-// Why two slots are enough: a source sends epoch e + 2 into the slot of epoch e. By then it has received this rank's words of
-// epoch e + 1, which this rank sent only after its own epoch e had ended, emptied slots included.
+// How it differs from NCCL's LL: there is no flag word beside the data, so every byte on the wire is payload, and
+// vectors of 16 bytes can be used because each of their words is checked. How it differs from TensorRT-LLM's Lamport:
+// words travel inverted, so that zeroed memory is empty and -0.0 needs no special case; two slots suffice, not three,
+// because the receiver empties a word when it has read it, not one epoch later; and a rank that stops waiting writes a
+// poison word to every rank, so that all of them stop and name the same culprit.
+//
+// Invariant: a word is either kEmpty or complete. Aligned 4-byte stores are never torn, so polling needs neither a
+// barrier nor a fence.
+// Invariant: outside a call, every word that a rank has received is empty again.
+// Ordering: two slots are enough. A source stores epoch e + 2 into the slot of epoch e only after it has received this
+// rank's words of epoch e + 1, and this rank sent those only after its epoch e had ended, with that slot emptied.
 #pragma once
 
 #include <cstdint>
@@ -19,40 +28,41 @@ constexpr int kMaxRanks = 16;
 constexpr int kSlots = 2;
 constexpr uint32_t kEmpty = 0;
 
-// One word cannot be sent as it is: the one that encodes to "empty", all ones, a NaN in every dtype that travels here. Its
-// stand-in is a NaN too. Inverting makes zeroed memory empty and lets every other word through, -0.0 among them.
+// Inverting maps kEmpty, and only kEmpty, to the word 0xFFFFFFFF: a NaN in every dtype that is sent. That one word is
+// sent as another NaN.
 ABIDING_HD uint32_t encode(uint32_t word) { return ~(word == 0xFFFFFFFF ? 0x7FFFFFFF : word); }
 ABIDING_HD uint32_t decode(uint32_t wire) { return ~wire; }
 
-// The workspace of a rank, in bytes from its start. Channels do not share memory, so ops on different ones never meet.
+// A workspace is a Header and then the slots of each channel. Channels share no memory, so operators on different
+// channels cannot interfere.
 enum Channel : int {
-  kDirect,   // whole messages, or the parts that their owner adds up
-  kResult,   // the sums of those parts on their way back
-  kScalars,  // one or two numbers a token
+  kDirect,   // one-shot: whole messages; two-shot: the reduce-scatter
+  kResult,   // two-shot: the all-gather
+  kScalars,  // one or two numbers per token
   kChannels
 };
-constexpr int kMaxBlocks = 128;  // blocks of one kernel; each has its own epochs and its own share of a channel
+constexpr int kMaxCtas = 128;  // per kernel; each CTA has its own epochs and its own region of a channel
 constexpr int64_t kHeaderBytes = 64 << 10;
-// A slot of a channel, all sources together.
+// The size of one slot of a channel, all sources together.
 ABIDING_HD constexpr int64_t slot_bytes(Channel channel) { return channel == kScalars ? 1 << 20 : 8 << 20; }
-ABIDING_HD constexpr int64_t channel_at(int channel) {
-  int64_t at = kHeaderBytes;
-  for (int earlier = 0; earlier < channel; ++earlier) at += kSlots * slot_bytes(static_cast<Channel>(earlier));
-  return at;
+ABIDING_HD constexpr int64_t channel_offset(int channel) {
+  int64_t offset = kHeaderBytes;
+  for (int earlier = 0; earlier < channel; ++earlier) offset += kSlots * slot_bytes(static_cast<Channel>(earlier));
+  return offset;
 }
-constexpr int64_t kWorkspaceBytes = channel_at(kChannels);
+constexpr int64_t kWorkspaceBytes = channel_offset(kChannels);
 
-// What one of a rank's `blocks` kernel blocks may send to one rank in an epoch.
-ABIDING_HD constexpr int64_t share_bytes(Channel channel, int ranks, int blocks) {
-  return slot_bytes(channel) / ranks / blocks / 128 * 128;
-}
-
-// Where a share lies in a receiver's workspace. Block b of rank r has share r * blocks + b.
-ABIDING_HD int64_t share_at(Channel channel, uint32_t epoch, int share, int64_t bytes) {
-  return channel_at(channel) + (epoch % kSlots) * slot_bytes(channel) + share * bytes;
+// A region is what one of a rank's `ctas` CTAs may send to one rank in an epoch.
+ABIDING_HD constexpr int64_t region_bytes(Channel channel, int ranks, int ctas) {
+  return slot_bytes(channel) / ranks / ctas / 128 * 128;
 }
 
-// Which operator a rank was in.
+// Where a region starts in the receiver's workspace. CTA c of rank r has region r * ctas + c.
+ABIDING_HD int64_t region_offset(Channel channel, uint32_t epoch, int region, int64_t bytes) {
+  return channel_offset(channel) + (epoch % kSlots) * slot_bytes(channel) + region * bytes;
+}
+
+// The operator that a rank was in when it stopped.
 enum class Op : uint32_t { kAllReduce, kRmsNorm, kQkNorm };
 
 // Why a communicator stopped. The first fault stays until the communicator is reset.
@@ -63,41 +73,46 @@ enum class Fault : uint32_t {
   kGone         // the process of `rank` has ended
 };
 
-// What a rank that gives up writes to all others, never 0: the fault, the rank to blame, and itself.
+// What a rank that stops writes to all ranks; never 0. It packs the fault, the culprit and the rank that found it.
 ABIDING_HD constexpr uint32_t poison_word(Fault fault, int rank, int found_by) {
   return static_cast<uint32_t>(fault) | static_cast<uint32_t>(rank) << 8 | static_cast<uint32_t>(found_by) << 16;
 }
+ABIDING_HD constexpr uint32_t fault_of(uint32_t poison) { return poison & 0xFF; }
+ABIDING_HD constexpr uint32_t culprit_of(uint32_t poison) { return poison >> 8 & 0xFF; }
+ABIDING_HD constexpr uint32_t finder_of(uint32_t poison) { return poison >> 16; }
 
 // A rank's account of its first fault, in host memory that its kernels can write.
+constexpr uint32_t kRecordInWriting = ~0u;
 struct FaultRecord {
-  uint32_t fault;  // a Fault, or ~0 while the rest is being written
-  Op op;           // where this rank was when it found out or was told
-  uint32_t epoch, block;
-  uint32_t rank;      // to blame
-  uint32_t found_by;  // this rank, or the one that told it
+  uint32_t fault;  // a Fault, or kRecordInWriting; written last
+  Op op;           // the operator in which this rank found the fault or saw the poison
+  uint32_t epoch, cta;
+  uint32_t rank;      // the culprit
+  uint32_t found_by;  // this rank, or the rank whose poison it saw
   uint64_t waited_ns;
 };
 
-constexpr uint32_t kTaken = ~0u;  // a turn
+constexpr uint32_t kClaimed = ~0u;  // a claim, while a call holds it
 
-// The head of a workspace.
+// The start of a workspace.
 struct Header {
-  uint32_t poison;             // a poison_word, from any rank; 0: nobody gave up
+  uint32_t poison;             // a poison_word from any rank; 0: none
   uint32_t pid;                // the owner's process, where the workspace is host memory; 0: unknown
   uint32_t reporting;          // not 0 once a thread of the owner's kernels writes its record
-  uint32_t probes[kMaxRanks];  // rank r proves here that its writes arrive
-  // Per channel and block, for the owner alone: the epoch, and the epoch once more, or kTaken while a call is in it.
-  alignas(128) uint32_t epochs[kChannels][kMaxBlocks];
-  alignas(128) uint32_t turns[kChannels][kMaxBlocks];
+  uint32_t probes[kMaxRanks];  // rank r shows here that its writes arrive
+  // Per channel and CTA, written by the owner alone: the current epoch; and a claim, which is equal to the epoch
+  // between calls and kClaimed during one.
+  alignas(128) uint32_t epochs[kChannels][kMaxCtas];
+  alignas(128) uint32_t claims[kChannels][kMaxCtas];
 };
 static_assert(sizeof(Header) <= kHeaderBytes);
 
-// A communicator as a kernel sees it, what it always reads in front.
+// A communicator as a kernel parameter. What every call reads comes first.
 struct Peers {
   int rank, ranks;
-  int blocks;                      // that a kernel may have, the same on all ranks
-  uint32_t shares[kChannels];      // share_bytes of each channel
-  uint8_t* workspaces[kMaxRanks];  // [i]: of rank (rank + i) % ranks, at this process's address; the own one first
+  int max_ctas;                      // per kernel, the same on all ranks
+  uint32_t region_bytes[kChannels];  // of this many CTAs
+  uint8_t* workspaces[kMaxRanks];    // [i]: of rank (rank + i) % ranks, at this process's address; the own one first
   FaultRecord* record;
   uint64_t timeout_ns;
 };

@@ -1,8 +1,5 @@
 #include "common/cpu.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <vector>
 
@@ -14,7 +11,7 @@ namespace {
 
 using peer::HostAccess;
 
-// The sums of squares of each token's parts, of this rank's columns.
+// The sum of squares of this rank's columns, for each token and part.
 template <class T>
 std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
   std::vector<float> sums(static_cast<size_t>(p.tokens * p.part_count));
@@ -35,7 +32,7 @@ std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
 }
 
 template <class T>
-void normalise(const ReduceRmsParams& p, int ranks, const std::vector<float>& sums) {
+void normalize(const ReduceRmsParams& p, int ranks, const std::vector<float>& sums) {
   torch::stable::parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const T* x = static_cast<const T*>(p.input) + token * p.input_stride;
@@ -52,23 +49,23 @@ void normalise(const ReduceRmsParams& p, int ranks, const std::vector<float>& su
   });
 }
 
-// Exchange over upstream's table: sums of every rank, in rank order. NaN where a rank does not send in time.
+// Replaces each sum by that of all ranks, in rank order, over upstream's table; NaN where a rank does not send in time.
 void sum_over_table(const TableParams& table, std::vector<float>& sums, int parts) {
   auto* counters = static_cast<uint32_t*>(table.pointers[3 * table.ranks]);
   const int64_t slot_bytes = static_cast<const int64_t*>(table.pointers[3 * table.ranks + 1])[1];
-  const int64_t source_bytes = slot_bytes / table.ranks / 16 * 16;
+  const int64_t region_bytes = slot_bytes / table.ranks / 16 * 16;
   const uint32_t epoch = HostAccess::load(&counters[2]);
-  const auto place = [&](int receiver, int source) {
+  const auto slot_ptr = [&](int receiver, int source) {
     auto* buffer = static_cast<uint8_t*>(table.pointers[2 * table.ranks + receiver]);
-    return reinterpret_cast<uint32_t*>(buffer + epoch % peer::kSlots * slot_bytes + source * source_bytes);
+    return reinterpret_cast<uint32_t*>(buffer + epoch % peer::kSlots * slot_bytes + source * region_bytes);
   };
   const auto count = static_cast<int64_t>(sums.size());
-  if (count * 4 > source_bytes)
+  if (count * 4 > region_bytes)
     fail(parts == 2 ? "minimax_allreduce_rms_qk" : "minimax_allreduce_rms", "workspace has slots of ", slot_bytes,
          " bytes; expected at least ", count * 4 * table.ranks);
   for (int peer = 0; peer < table.ranks; ++peer)
     for (int64_t i = 0; peer != table.rank && i < count; ++i)
-      HostAccess::store(place(peer, table.rank) + i,
+      HostAccess::store(slot_ptr(peer, table.rank) + i,
                         peer::encode(float_bits(sums[static_cast<size_t>(i)])) ^ kTableEmpty);
   std::vector<float> total(sums.size());
   for (int source = 0; source < table.ranks; ++source) {
@@ -77,7 +74,7 @@ void sum_over_table(const TableParams& table, std::vector<float>& sums, int part
     for (int64_t i = 0; i < count; ++i) {
       float value = sums[static_cast<size_t>(i)];
       if (source != table.rank) {
-        uint32_t* from = place(table.rank, source) + i;
+        uint32_t* from = slot_ptr(table.rank, source) + i;
         uint32_t wire = HostAccess::load(from);
         while (wire == kTableEmpty && wait.pause(unknown, table.timeout_ns) == peer::Fault::kNone)
           wire = HostAccess::load(from);
@@ -92,31 +89,31 @@ void sum_over_table(const TableParams& table, std::vector<float>& sums, int part
   HostAccess::store(&counters[2], epoch + 1);
 }
 
-struct Backend : CpuScope {
-  static constexpr bool kBlocking = true;
-  using CpuScope::CpuScope;
-  static const peer::Memory* memory() { return &peer::cpu_memory(); }
-  static void reduce_rms(const Communicator& communicator, const ReduceRmsParams& p) {
-    const peer::Op op = p.part_count == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm;
-    dispatch_floating(p.dtype, [&](auto tag) {
-      using T = HostType<decltype(tag)>;
-      std::vector<float> sums = sums_of_squares<T>(p);
-      peer::sum_scalars(communicator.peers(), op, sums.data(), sums.data(), static_cast<int64_t>(sums.size()));
-      normalise<T>(p, communicator.ranks, sums);
-    });
-  }
-  static void reduce_rms(const TableParams& table, const ReduceRmsParams& p) {
-    dispatch_floating(p.dtype, [&](auto tag) {
-      using T = HostType<decltype(tag)>;
-      std::vector<float> sums = sums_of_squares<T>(p);
-      sum_over_table(table, sums, p.part_count);
-      normalise<T>(p, table.ranks, sums);
-    });
-  }
-};
+// Calls sum_over_ranks(sums) between the two passes over the rows.
+template <class SumOverRanks>
+void reduce_and_normalize(const ReduceRmsParams& p, int ranks, const SumOverRanks& sum_over_ranks) {
+  dispatch_floating(p.dtype, [&](auto tag) {
+    using T = HostType<decltype(tag)>;
+    std::vector<float> sums = sums_of_squares<T>(p);
+    sum_over_ranks(sums);
+    normalize<T>(p, ranks, sums);
+  });
+}
 
 }  // namespace
 
-ABIDING_KERNELS(abiding, CPU, reduce_rms, m) { Operators<Backend>::implement(m); }
+void run_cpu(const ReduceRmsParams& p, const peer::Peers& peers) {
+  reduce_and_normalize(p, peers.ranks, [&](std::vector<float>& sums) {
+    const peer::Op op = p.part_count == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm;
+    const auto count = static_cast<int64_t>(sums.size());
+    peer::all_reduce(peers, peer::kScalars, op, sums.data(), sums.data(), count, DType::kFloat32);
+  });
+}
+
+void run_cpu(const ReduceRmsParams& p, const TableParams& table) {
+  reduce_and_normalize(p, table.ranks, [&](std::vector<float>& sums) { sum_over_table(table, sums, p.part_count); });
+}
+
+ABIDING_KERNELS(abiding, CPU, reduce_rms, m) { Operators<CpuScope>::implement(m); }
 
 }  // namespace abiding::reduce_rms

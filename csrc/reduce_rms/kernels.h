@@ -7,10 +7,10 @@
 
 namespace abiding::reduce_rms {
 
-// As many kernels, each a call of the protocol, as the tokens take.
-cudaError_t reduce_rms(const peer::Peers& peers, const ReduceRmsParams& p, cudaStream_t stream);
+// As many kernels as the tokens take, each of them one call of the protocol.
+cudaError_t run_cuda(const ReduceRmsParams& p, const peer::Peers& peers, cudaStream_t stream);
 
 // The same over a table of pointers that the caller allocated, as upstream's operators take it.
-cudaError_t reduce_rms_table(const TableParams& table, const ReduceRmsParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const ReduceRmsParams& p, const TableParams& table, cudaStream_t stream);
 
 }  // namespace abiding::reduce_rms

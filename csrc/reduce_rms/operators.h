@@ -1,4 +1,5 @@
-// The group's operators over a backend: find the communicator, check, launch. Both backends register these.
+// The group's operators over a backend, CpuScope or CudaScope: check, find the communicator, run. Both backends
+// register these.
 #pragma once
 
 #include <tuple>
@@ -9,28 +10,21 @@
 
 namespace abiding::reduce_rms {
 
-using peer::Communicator;
-
 constexpr uint64_t kTableTimeoutNs = 300'000'000'000;
 
-// Backend(tensor) makes the tensor's device current and has reduce_rms(communicator, params) and reduce_rms(table, params).
-template <class Backend>
+template <class Scope>
 struct Operators {
-  static void run(const char* op, int64_t handle, const Tensor& rows, const ReduceRmsParams& p) {
-    const Communicator& communicator = peer::find_or_fail(op, "comm", handle);
-    const Backend backend(rows);
-    check(communicator.memory == Backend::memory(), op,
-          "comm was made for another kind of device than the rows are on; "
-          "expected the same");
-    peer::check_running(op, communicator);
-    if (p.tokens > 0) backend.reduce_rms(communicator, p);
-    if constexpr (Backend::kBlocking) peer::check_running(op, communicator);
+  static void run(const char* op, int64_t handle, const char* name, const Tensor& rows, const ReduceRmsParams& p) {
+    const Scope scope(rows);
+    peer::with_communicator(op, "comm", handle, name, rows, [&](const peer::Communicator& communicator) {
+      if (p.tokens > 0) scope.run(p, communicator.peers());
+    });
   }
 
   static Tensor reduce_rms(const Tensor& input, const Tensor& weight, const Tensor& state, int64_t comm, double eps) {
     Argument("reduce_rms", "state", state).same_device(Argument("reduce_rms", "input", input));
     const RmsNorm call = check_rms_norm("reduce_rms", "input", input, "weight", weight, eps);
-    run("reduce_rms", comm, input, call.params);
+    run("reduce_rms", comm, "input", input, call.params);
     return call.out;
   }
 
@@ -38,7 +32,7 @@ struct Operators {
                                                   const Tensor& state, int64_t comm, double eps) {
     Argument("reduce_rms_qk", "state", state).same_device(Argument("reduce_rms_qk", "qkv", qkv));
     const QkNorm call = check_qk_norm("reduce_rms_qk", qkv, "weight_q", weight_q, "weight_k", weight_k, eps);
-    run("reduce_rms_qk", comm, qkv, call.params);
+    run("reduce_rms_qk", comm, "qkv", qkv, call.params);
     return {call.q, call.k};
   }
 
@@ -46,10 +40,13 @@ struct Operators {
                         int64_t nranks, const ReduceRmsParams& p) {
     check_rank(op, rank, nranks);
     check_table(op, workspace, {op, name, rows}, nranks);
-    const Backend backend(rows);
-    const auto* pointers = static_cast<void* const*>(workspace.const_data_ptr());
-    if (p.tokens > 0)
-      backend.reduce_rms({pointers, static_cast<int>(rank), static_cast<int>(nranks), kTableTimeoutNs}, p);
+    TableParams table{};
+    table.pointers = static_cast<void* const*>(workspace.const_data_ptr());
+    table.rank = static_cast<int>(rank);
+    table.ranks = static_cast<int>(nranks);
+    table.timeout_ns = kTableTimeoutNs;
+    const Scope scope(rows);
+    if (p.tokens > 0) scope.run(p, table);
   }
 
   static Tensor minimax_allreduce_rms(const Tensor& input, const Tensor& norm_weight, const Tensor& workspace,

@@ -1,114 +1,110 @@
-// A team of warps takes a token: it adds up the squares of its columns, sends the sums to every rank, adds up what all ranks
-// sent in rank order, and scales the row, which it still holds. Of few tokens each has a team; of many, warps take one after
-// another.
+// RMSNorm over a width that is split over ranks. For each token, warps compute the sums of squares of this rank's
+// columns, send them to every rank, add up the sums of all ranks in rank order, and scale the row, which they still
+// hold. Two kernels: with few tokens, a CTA takes one tile of tokens, with several warps per token; with many, each
+// warp loops over tokens.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "common/vec16.cuh"
+#include "peer/rank_sum.cuh"
+#include "reduce_rms/exchange.cuh"
 #include "reduce_rms/kernels.h"
-#include "reduce_rms/links.cuh"
 
 namespace abiding::reduce_rms {
 namespace {
 
-constexpr int kTableBlocks = 16;  // so few that those of 8 ranks fit on one GPU
+constexpr int kTableCtas = 16;  // so few that those of 8 ranks are resident on one GPU at once
 
-template <class T, bool kVector>
-using Pack = std::conditional_t<kVector, uint4, T>;
+// What a thread loads at once: 16 bytes, or one element where rows are not aligned to 16 bytes.
+template <class T, bool kVectorized>
+using Vector = std::conditional_t<kVectorized, uint4, T>;
 
-template <class T, bool kVector>
-constexpr int kElements = kVector ? 16 / sizeof(T) : 1;
+template <class T, bool kVectorized>
+constexpr int kElements = kVectorized ? peer::kVectorElements<T> : 1;
 
-template <class T, bool kVector>
-__device__ __forceinline__ void to_floats(const Pack<T, kVector>& pack, float (&x)[kElements<T, kVector>]) {
-  if constexpr (!kVector)
-    x[0] = static_cast<float>(pack);
-  else if constexpr (sizeof(T) == 4)
-    memcpy(x, &pack, 16);
+template <class T, bool kVectorized>
+__device__ __forceinline__ void to_floats(const Vector<T, kVectorized>& v, float (&x)[kElements<T, kVectorized>]) {
+  if constexpr (kVectorized)
+    peer::to_floats<T>(v, x);
   else
-    unpack<T>(pack, x);
+    x[0] = static_cast<float>(v);
 }
 
-template <class T, bool kVector>
-__device__ __forceinline__ Pack<T, kVector> from_floats(const float (&x)[kElements<T, kVector>]) {
-  if constexpr (!kVector) {
+template <class T, bool kVectorized>
+__device__ __forceinline__ Vector<T, kVectorized> from_floats(const float (&x)[kElements<T, kVectorized>]) {
+  if constexpr (kVectorized)
+    return peer::from_floats<T>(x);
+  else
     return static_cast<T>(x[0]);
-  } else if constexpr (sizeof(T) == 4) {
-    uint4 pack;
-    memcpy(&pack, x, 16);
-    return pack;
-  } else {
-    return pack<T>(x);
-  }
 }
 
-// Where pack i of a token lies, counted through all its parts. Their addresses are all at hand, so that choosing is one instruction.
-template <class T, bool kVector, int kParts>
+// The address of vector i of a token, counted through all its parts. The addresses of both parts are in registers, so
+// that the choice is one instruction.
+template <class T, bool kVectorized, int kParts>
 struct Columns {
-  using P = Pack<T, kVector>;
+  using V = Vector<T, kVectorized>;
   const ReduceRmsParams& p;
-  int first;  // packs of part 0
-  int packs;  // of all parts
+  int first;    // vectors of part 0
+  int vectors;  // of all parts
 
   __device__ __forceinline__ explicit Columns(const ReduceRmsParams& p)
-      : p(p), first(p.packs[0]), packs(kParts == 2 ? first + p.packs[1] : first) {}
+      : p(p), first(p.vectors[0]), vectors(kParts == 2 ? first + p.vectors[1] : first) {}
 
   __device__ __forceinline__ bool in_second(int i) const { return kParts == 2 && i >= first; }
-  __device__ __forceinline__ const P* input(int64_t token) const {
-    return reinterpret_cast<const P*>(static_cast<const T*>(p.input) + token * p.input_stride);
+  __device__ __forceinline__ const V* input(int64_t token) const {
+    return reinterpret_cast<const V*>(static_cast<const T*>(p.input) + token * p.input_stride);
   }
-  __device__ __forceinline__ const P* weight_of(int part) const { return static_cast<const P*>(p.parts[part].weight); }
-  __device__ __forceinline__ const P* weight(int i) const {
+  __device__ __forceinline__ const V* weight_of(int part) const { return static_cast<const V*>(p.parts[part].weight); }
+  __device__ __forceinline__ const V* weight(int i) const {
     return in_second(i) ? weight_of(1) + (i - first) : weight_of(0) + i;
   }
-  __device__ __forceinline__ P* out_of(int64_t token, int part) const {
-    return reinterpret_cast<P*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
+  __device__ __forceinline__ V* out_of(int64_t token, int part) const {
+    return reinterpret_cast<V*>(static_cast<T*>(p.parts[part].out) + token * p.parts[part].width);
   }
-  __device__ __forceinline__ P* out(int64_t token, int i) const {
+  __device__ __forceinline__ V* out(int64_t token, int i) const {
     return in_second(i) ? out_of(token, 1) + (i - first) : out_of(token, 0) + i;
   }
 };
 
-template <class T, bool kVector>
-__device__ __forceinline__ float sum_of_squares(const Pack<T, kVector>& pack) {
-  constexpr int kN = kElements<T, kVector>;
+template <class T, bool kVectorized>
+__device__ __forceinline__ float sum_of_squares(const Vector<T, kVectorized>& v) {
+  constexpr int kN = kElements<T, kVectorized>;
   float x[kN], sum = 0;
-  to_floats<T, kVector>(pack, x);
+  to_floats<T, kVectorized>(v, x);
 #pragma unroll
   for (int j = 0; j < kN; ++j) sum = fmaf(x[j], x[j], sum);
   return sum;
 }
 
-template <class T, bool kVector>
-__device__ __forceinline__ Pack<T, kVector> scaled(const Pack<T, kVector>& pack, const Pack<T, kVector>& weight,
-                                                   float factor) {
-  constexpr int kN = kElements<T, kVector>;
+template <class T, bool kVectorized>
+__device__ __forceinline__ Vector<T, kVectorized> scaled(const Vector<T, kVectorized>& v,
+                                                         const Vector<T, kVectorized>& weight, float factor) {
+  constexpr int kN = kElements<T, kVectorized>;
   float x[kN], w[kN];
-  to_floats<T, kVector>(pack, x);
-  to_floats<T, kVector>(weight, w);
+  to_floats<T, kVectorized>(v, x);
+  to_floats<T, kVectorized>(weight, w);
 #pragma unroll
   for (int j = 0; j < kN; ++j) x[j] = x[j] * factor * w[j];
-  return from_floats<T, kVector>(x);
+  return from_floats<T, kVectorized>(x);
 }
 
-__device__ __forceinline__ void copy_async(uint4* to, const uint4* from) {
+__device__ __forceinline__ void cp_async_16(uint4* to, const uint4* from) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 }
-// Of this thread.
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Keeps the compiler from unpacking what is being loaded, and so waiting for it, before this.
-__device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+// An empty asm statement that takes a loaded value: the compiler may not convert the value, and so wait for the load,
+// before it.
+__device__ __forceinline__ void pin(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 template <class Element>
-__device__ __forceinline__ void not_before(Element*& at) {
+__device__ __forceinline__ void pin(Element*& at) {
   asm volatile("" : "+l"(at));
 }
 template <class Element>
-__device__ __forceinline__ void not_before(Element&) {}
+__device__ __forceinline__ void pin(Element&) {}
 
-// Over a warp, each half of which takes its own part.
+// Sums over a warp; lanes 0 to 15 get that of part 0, lanes 16 to 31 that of part 1.
 template <int kParts>
 __device__ __forceinline__ float sum_over_warp(const float (&sums)[kParts], Lane own) {
   float sum = sums[0];
@@ -120,113 +116,121 @@ __device__ __forceinline__ float sum_over_warp(const float (&sums)[kParts], Lane
   return sum;
 }
 
-// Of what lanes l % 16 have from ranks l % 16.
-template <class Link>
-__device__ __forceinline__ float sum_over_ranks(const Link& link, float theirs) {
+// Sums, in rank order, what lanes l % 16 have received from ranks l % 16.
+template <class Exchange>
+__device__ __forceinline__ float sum_over_ranks(const Exchange& exchange, float received) {
   float total = 0;
   int from = 0;
 #pragma unroll 1
-  do {  // beyond the ranks there is a zero
+  do {  // two ranks per iteration: lanes beyond the last rank have 0
 #pragma unroll
-    for (int r = 0; r < 2; ++r) total += __shfl_sync(~0u, theirs, from++, 16);
-  } while (from < link.ranks());
+    for (int r = 0; r < 2; ++r) total += __shfl_sync(~0u, received, from++, 16);
+  } while (from < exchange.ranks());
   return total;
 }
 
 template <int kParts>
 struct SharedSums {
-  float of_warps[kMaxBlockWarps][kParts];
-  float scales[kMaxBlockWarps][kParts];  // of teams
+  float of_warps[kMaxCtaWarps][kParts];
+  float scales[kMaxCtaWarps][kParts];  // per token of the tile
 };
 
-// From a thread's sums of squares to the team's scales. A team that is not busy has no token, and waits at the barriers alone.
-template <int kParts, class Link>
-__device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Link& link, Lane own,
-                                            const float (&sums)[kParts], int64_t token, bool busy, float inverse_width,
-                                            float eps) {
+// From each thread's sums of squares to the scales of its token. The warps of a tile's unused token row (has_token is
+// false) only take part in the barriers.
+template <int kParts, class Exchange>
+__device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Exchange& exchange, Lane own,
+                                            const float (&sums)[kParts], int64_t token, bool has_token,
+                                            float inverse_width, float eps) {
   const int warps = blockDim.x / 32, part = own.part < kParts ? own.part : 0;
   float (*of_warps)[kParts] = shared.of_warps + threadIdx.y * warps;
   float sum = sum_over_warp<kParts>(sums, own);
   if (own.rank == 0 && own.part < kParts) of_warps[threadIdx.x / 32][own.part] = sum;
   __syncthreads();
-  // Over the team's warps, of which the first one goes on.
-  if (threadIdx.x < 32 && busy) {
+  // The first of a token's warps sums over its warps and exchanges.
+  if (threadIdx.x < 32 && has_token) {
     sum = own.rank < warps ? of_warps[own.rank][part] : 0.0f;
     if (own.rank + 16 < warps) sum += of_warps[own.rank + 16][part];
 #pragma unroll
     for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    const float theirs = link.exchange(token, sum);
+    const float received = exchange.exchange(token, sum);
     __syncwarp();
-    // The other ranks' same blocks run, so what other teams of this one wait for will come, and the next kernel may have the room
-    // that is left. Any lane says so for the block.
+    // Ordering: only a thread that has received peer data may trigger dependents (PDL), because that proves that the
+    // peers' CTAs of this index are resident, and what the CTA's other tokens wait for will come. Triggering earlier
+    // can deadlock: a waiting dependent grid may fill the SMs that another rank's kernel needs. One thread triggers for
+    // its CTA.
     pdl_launch_dependents();
-    const float total = sum_over_ranks(link, theirs);
+    const float total = sum_over_ranks(exchange, received);
     if (own.rank == 0 && own.part < kParts) shared.scales[threadIdx.y][own.part] = rsqrtf(total * inverse_width + eps);
   }
   __syncthreads();
 }
 
-template <class T, bool kVector, int kParts, int kPacks, class Peer>
-__device__ __forceinline__ void normalise(const Peer& peer, const ReduceRmsParams& p) {
-  using P = Pack<T, kVector>;
+// One tile of tokens per CTA: threadIdx.y is the token, threadIdx.x the thread of its warps. kVectors per thread are
+// held in registers; 0: the row is read twice.
+template <class T, bool kVectorized, int kParts, int kVectors, class Endpoint>
+__device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const ReduceRmsParams& p) {
+  using V = Vector<T, kVectorized>;
   __shared__ SharedSums<kParts> shared;
-  const int thread = threadIdx.x, threads = blockDim.x, team = threadIdx.y;
-  const Columns<T, kVector, kParts> columns(p);
+  const int thread = threadIdx.x, threads = blockDim.x, row = threadIdx.y;
+  const Columns<T, kVectorized, kParts> columns(p);
 
-  // Calls each(c, i) for the thread's packs, of which pack i is the c-th one.
-  const auto for_packs = [&](auto each) {
-    if constexpr (kPacks == 0) {
-      for (int i = thread; i < columns.packs; i += threads) each(0, i);
+  // Calls body(c, i) for the thread's vectors, of which vector i of the row is the c-th.
+  const auto for_vectors = [&](auto body) {
+    if constexpr (kVectors == 0) {
+      for (int i = thread; i < columns.vectors; i += threads) body(0, i);
     } else {
 #pragma unroll
-      for (int c = 0; c < kPacks; ++c)
-        if (const int i = thread + c * threads; i < columns.packs) each(c, i);
+      for (int c = 0; c < kVectors; ++c)
+        if (const int i = thread + c * threads; i < columns.vectors) body(c, i);
     }
   };
-  constexpr bool kEarly = 1 <= kPacks && kPacks <= 2;  // of more packs, registers have no room for the weights
-  P held[kPacks ? kPacks : 1], weights[kPacks ? kPacks : 1];
-  const int64_t token = int64_t{blockIdx.x} * blockDim.y + team;
-  const bool busy = token < p.tokens;
-  const P* first = columns.input(token) + thread;
-  const auto load_weights = [&] { for_packs([&](int c, int i) { weights[c] = *columns.weight(i); }); };
+  constexpr bool kWeightsEarly =
+      1 <= kVectors && kVectors <= 2;  // with more vectors, registers do not hold the weights
+  V held[kVectors ? kVectors : 1], weights[kVectors ? kVectors : 1];
+  const int64_t token = int64_t{blockIdx.x} * blockDim.y + row;
+  const bool has_token = token < p.tokens;
+  const V* first = columns.input(token) + thread;
+  const auto load_weights = [&] { for_vectors([&](int c, int i) { weights[c] = *columns.weight(i); }); };
 
   pdl_wait(first);
-  if (kPacks > 0 && busy) for_packs([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
-  // What follows, up to the first use of the row, takes no longer than the row takes to come.
+  if (kVectors > 0 && has_token)
+    for_vectors([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
+  // From here to the first use of the row, everything overlaps with its loads.
   const Lane own(threadIdx.x % 32);
-  LinkOver<Peer, kParts> link(peer, own);
-  link.begin();
-  if (kEarly && busy) load_weights();
-  link.find_places(team);
+  ExchangeOver<Endpoint, kParts> exchange(endpoint, own);
+  exchange.begin();
+  if (kWeightsEarly && has_token) load_weights();
+  exchange.find_slots(row);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
-  P* out = columns.out(token, thread);
-  not_before(out);
-  for (P& pack : held) not_before(pack);
-  link.go_to_epoch();
+  V* out = columns.out(token, thread);
+  pin(out);
+  for (V& v : held) pin(v);
+  exchange.select_epoch();
 
   float sums[kParts] = {};
-  if (busy) {
-    for_packs([&](int c, int i) {
-      if constexpr (kPacks == 0) held[c] = columns.input(token)[i];
-      const float sum = sum_of_squares<T, kVector>(held[c]);
+  if (has_token) {
+    for_vectors([&](int c, int i) {
+      if constexpr (kVectors == 0) held[c] = columns.input(token)[i];
+      const float sum = sum_of_squares<T, kVectorized>(held[c]);
       sums[0] += columns.in_second(i) ? 0.0f : sum;
       if constexpr (kParts == 2) sums[1] += columns.in_second(i) ? sum : 0.0f;
     });
   }
-  find_scales(shared, link, own, sums, token, busy, inverse_width, p.eps);
-  if (busy) {
-    if constexpr (kPacks > 0 && !kEarly) load_weights();
-    for (P& pack : weights) not_before(pack);
-    for_packs([&](int c, int i) {
-      if constexpr (kPacks == 0) held[c] = columns.input(token)[i], weights[c] = *columns.weight(i);
-      *(kPacks > 0 && c == 0 ? out : columns.out(token, i)) =
-          scaled<T, kVector>(held[c], weights[c], shared.scales[team][columns.in_second(i)]);
+  find_scales(shared, exchange, own, sums, token, has_token, inverse_width, p.eps);
+  if (has_token) {
+    if constexpr (kVectors > 0 && !kWeightsEarly) load_weights();
+    for (V& v : weights) pin(v);
+    for_vectors([&](int c, int i) {
+      if constexpr (kVectors == 0) held[c] = columns.input(token)[i], weights[c] = *columns.weight(i);
+      *(kVectors > 0 && c == 0 ? out : columns.out(token, i)) =
+          scaled<T, kVectorized>(held[c], weights[c], shared.scales[row][columns.in_second(i)]);
     });
   }
-  link.end();
+  exchange.end();
 }
 
-// Calls load(u, i) and then use(u, i) for a lane's packs i of `count`, a batch at a time, so that what is loaded comes at once.
+// Calls load(u, i), then use(u, i), for a lane's vectors i of `count`, a batch at a time, so that a batch's loads
+// overlap.
 template <int kBatch, class Load, class Use>
 __device__ __forceinline__ void in_batches(int lane, int count, Load load, Use use) {
   for (int first = lane; first < count; first += 32 * kBatch) {
@@ -239,117 +243,119 @@ __device__ __forceinline__ void in_batches(int lane, int count, Load load, Use u
   }
 }
 
-// Of many tokens each warp takes one after another, and holds its row in shared memory, or reads it twice. It waits for no other
-// warp.
-template <class T, bool kVector, int kParts, bool kHold, class Peer>
-__device__ __forceinline__ void normalise_stream(const Peer& peer, const ReduceRmsParams& p) {
-  using P = Pack<T, kVector>;
+// Each warp loops over tokens, and waits for no other warp. kInSmem: it holds the row in shared memory; else it reads
+// it twice.
+template <class T, bool kVectorized, int kParts, bool kInSmem, class Endpoint>
+__device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, const ReduceRmsParams& p) {
+  using V = Vector<T, kVectorized>;
   extern __shared__ uint4 rows[];
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-  const Columns<T, kVector, kParts> columns(p);
+  const Columns<T, kVectorized, kParts> columns(p);
   const int tokens = static_cast<int>(p.tokens), step = static_cast<int>(gridDim.x) * warps;
   int token = static_cast<int>(blockIdx.x) * warps + warp;
-  const bool busy = token < tokens;
+  const bool has_token = token < tokens;
   const Lane own(lane);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   pdl_wait();
-  LinkOver<Peer, kParts> link(peer, own);
-  link.begin();
-  link.find_places(warp);
-  link.go_to_epoch();
+  ExchangeOver<Endpoint, kParts> exchange(endpoint, own);
+  exchange.begin();
+  exchange.find_slots(warp);
+  exchange.select_epoch();
   for (; token < tokens; token += step) {
-    const P* row = columns.input(token);
-    if constexpr (kHold) {
-      uint4* held = rows + warp * columns.packs;
-      __syncwarp();  // lanes read what others copied
-      for (int i = lane; i < columns.packs; i += 32) copy_async(held + i, row + i);
-      wait_for_copies();
+    const V* row = columns.input(token);
+    if constexpr (kInSmem) {
+      uint4* held = rows + warp * columns.vectors;
+      __syncwarp();  // the lanes are done with the row before
+      for (int i = lane; i < columns.vectors; i += 32) cp_async_16(held + i, row + i);
+      cp_async_wait_all();
       __syncwarp();
       row = held;
     }
-    constexpr int kBatch = kHold ? 4 : 2;  // as registers have room
-    P packs_of_row[kBatch], weights[kBatch];
+    constexpr int kBatch = kInSmem ? 4 : 2;  // as registers allow
+    V vectors[kBatch], weights[kBatch];
     float sums[kParts] = {};
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const P* from = row + (part ? columns.first : 0);
+      const V* from = row + (part ? columns.first : 0);
       in_batches<kBatch>(
-          lane, p.packs[part], [&](int u, int i) { packs_of_row[u] = from[i]; },
-          [&](int u, int) { sums[part] += sum_of_squares<T, kVector>(packs_of_row[u]); });
+          lane, p.vectors[part], [&](int u, int i) { vectors[u] = from[i]; },
+          [&](int u, int) { sums[part] += sum_of_squares<T, kVectorized>(vectors[u]); });
     }
-    const float theirs = link.exchange(token, sum_over_warp<kParts>(sums, own));
+    const float received = exchange.exchange(token, sum_over_warp<kParts>(sums, own));
     __syncwarp();
-    const float scale = rsqrtf(sum_over_ranks(link, theirs) * inverse_width + p.eps);
+    const float scale = rsqrtf(sum_over_ranks(exchange, received) * inverse_width + p.eps);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const float factor = __shfl_sync(~0u, scale, 16 * part);
-      const P* from = row + (part ? columns.first : 0);
-      const P* weight = columns.weight_of(part);
-      P* out = columns.out_of(token, part);
+      const V* from = row + (part ? columns.first : 0);
+      const V* weight = columns.weight_of(part);
+      V* out = columns.out_of(token, part);
       in_batches<kBatch>(
-          lane, p.packs[part], [&](int u, int i) { packs_of_row[u] = from[i], weights[u] = weight[i]; },
-          [&](int u, int i) { out[i] = scaled<T, kVector>(packs_of_row[u], weights[u], factor); });
+          lane, p.vectors[part], [&](int u, int i) { vectors[u] = from[i], weights[u] = weight[i]; },
+          [&](int u, int i) { out[i] = scaled<T, kVectorized>(vectors[u], weights[u], factor); });
     }
-    link.advance(warps);
+    exchange.advance(warps);
   }
-  // A warp that waited for nobody does not know that the other ranks' blocks run, which the next kernel could keep from it.
-  if (busy) pdl_launch_dependents();
-  link.end();
+  // Ordering: a warp without a token has received no peer data, so it may not trigger dependents; see find_scales.
+  if (has_token) pdl_launch_dependents();
+  exchange.end();
 }
 
-template <class T, bool kVector, int kParts, int kPacks, class Peer>
-__global__ void __launch_bounds__(32 * kMaxBlockWarps, 1)
-    reduce_rms_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ Peer peer) {
-  if constexpr (kPacks < 0)
-    normalise_stream<T, kVector, kParts, kPacks == kHeldRow>(peer, p);
+// kVectors is CtaTile::vectors_per_thread.
+template <class T, bool kVectorized, int kParts, int kVectors, class Endpoint>
+__global__ void __launch_bounds__(32 * kMaxCtaWarps, 1)
+    reduce_rms_kernel(const __grid_constant__ ReduceRmsParams p, const __grid_constant__ Endpoint endpoint) {
+  if constexpr (kVectors < 0)
+    normalize_per_warp<T, kVectorized, kParts, kVectors == kRowInSmem>(endpoint, p);
   else
-    normalise<T, kVector, kParts, kPacks>(peer, p);
+    normalize_tile<T, kVectorized, kParts, kVectors>(endpoint, p);
 }
 
-// A token has two words at most in a block's share. A table's size is known on the device alone; here it is that int counts.
-int64_t tokens_of_a_block(const Peers& peers) { return peers.shares[peer::kScalars] / (2 * sizeof(float)); }
-int64_t tokens_of_a_block(const TableParams&) { return std::numeric_limits<int>::max() / (2 * kTableBlocks); }
+// How many tokens one kernel may have per CTA. A token has at most two words in a CTA's region; the size of a table is
+// known only on the device, so there the limit is that tokens are counted in an int.
+int64_t max_tokens_per_cta(const Peers& peers) { return peers.region_bytes[peer::kScalars] / (2 * sizeof(float)); }
+int64_t max_tokens_per_cta(const TableParams&) { return std::numeric_limits<int>::max() / (2 * kTableCtas); }
 
-// `peer` is what the kernels exchange over: Peers or TableParams.
-template <class T, bool kVector, int kParts, class Peer>
-cudaError_t launch_parts(const Peer& peer, ReduceRmsParams p, int max_blocks, cudaStream_t stream) {
+template <class T, bool kVectorized, int kParts, class Endpoint>
+cudaError_t launch_parts(ReduceRmsParams p, const Endpoint& endpoint, int max_ctas, cudaStream_t stream) {
+  int64_t row_vectors = 0;  // of 16 bytes
   for (int part = 0; part < kParts; ++part) {
     const int64_t width = p.parts[part].width;
-    p.packs[part] = static_cast<int>(width / kElements<T, kVector>);
-    p.parts[part].inverse_full_width = 1.0f / static_cast<float>(width * peer.ranks);
+    p.vectors[part] = static_cast<int>(width / kElements<T, kVectorized>);
+    p.parts[part].inverse_full_width = 1.0f / static_cast<float>(width * endpoint.ranks);
+    row_vectors += (width * static_cast<int64_t>(sizeof(T)) + 15) / 16;
   }
-  int64_t packs = 0;
-  for (int part = 0; part < kParts; ++part) packs += (p.parts[part].width * static_cast<int64_t>(sizeof(T)) + 15) / 16;
-  int memory = 0;
-  if (const cudaError_t status = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &memory)) return status;
-  const auto kernel_of = [&](const Shape& shape) {
-    if constexpr (kVector) {
-      switch (shape.packs_a_thread) {
-        case 1: return reduce_rms_kernel<T, true, kParts, 1, Peer>;
-        case 2: return reduce_rms_kernel<T, true, kParts, 2, Peer>;
-        case 4: return reduce_rms_kernel<T, true, kParts, 4, Peer>;
-        case kHeldRow: return reduce_rms_kernel<T, true, kParts, kHeldRow, Peer>;
+  int smem_bytes = 0;
+  if (const cudaError_t status = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &smem_bytes)) return status;
+  const auto kernel_of = [&](const CtaTile& tile) {
+    if constexpr (kVectorized) {
+      switch (tile.vectors_per_thread) {
+        case 1: return reduce_rms_kernel<T, true, kParts, 1, Endpoint>;
+        case 2: return reduce_rms_kernel<T, true, kParts, 2, Endpoint>;
+        case 4: return reduce_rms_kernel<T, true, kParts, 4, Endpoint>;
+        case kRowInSmem: return reduce_rms_kernel<T, true, kParts, kRowInSmem, Endpoint>;
       }
     }
-    return shape.streams() ? reduce_rms_kernel<T, kVector, kParts, kReadTwice, Peer>
-                           : reduce_rms_kernel<T, kVector, kParts, 0, Peer>;
+    return tile.warps_loop_over_tokens() ? reduce_rms_kernel<T, kVectorized, kParts, kRowReadTwice, Endpoint>
+                                         : reduce_rms_kernel<T, kVectorized, kParts, 0, Endpoint>;
   };
   for (int64_t left = p.tokens; left > 0;) {
-    const Shape shape = choose_shape(packs, left, max_blocks, memory);
-    const int64_t rounds = shape.streams() ? tokens_of_a_block(peer) / shape.teams : 1;
-    p.tokens = std::min(left, rounds * shape.teams * max_blocks);
-    const int64_t blocks = std::min<int64_t>((p.tokens + shape.teams - 1) / shape.teams, max_blocks);
-    LaunchConfig how{static_cast<unsigned>(blocks), static_cast<unsigned>(32 * shape.team)};
-    how.block_y = static_cast<unsigned>(shape.teams);
-    const auto kernel = kernel_of(shape);
-    if (kVector && shape.packs_a_thread == kHeldRow) {
-      how.smem_bytes = static_cast<size_t>(shape.teams * packs * 16);
-      // The same for all calls: it is the kernel's, and another thread's call may stand between this and the launch.
+    const CtaTile tile = choose_cta_tile(row_vectors, left, max_ctas, smem_bytes);
+    const int64_t iterations = tile.warps_loop_over_tokens() ? max_tokens_per_cta(endpoint) / tile.tokens : 1;
+    p.tokens = std::min(left, iterations * tile.tokens * max_ctas);
+    const int64_t ctas = std::min<int64_t>((p.tokens + tile.tokens - 1) / tile.tokens, max_ctas);
+    LaunchConfig config{static_cast<unsigned>(ctas), static_cast<unsigned>(32 * tile.warps_per_token)};
+    config.block_y = static_cast<unsigned>(tile.tokens);
+    const auto kernel = kernel_of(tile);
+    if (kVectorized && tile.vectors_per_thread == kRowInSmem) {
+      config.smem_bytes = static_cast<size_t>(tile.tokens * row_vectors * 16);
+      // Always the device's limit, not this launch's need: the attribute belongs to the kernel, and another thread may
+      // set it between this call and the launch.
       const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-      if (const cudaError_t status = cudaFuncSetAttribute(kernel, limit, memory)) return status;
+      if (const cudaError_t status = cudaFuncSetAttribute(kernel, limit, smem_bytes)) return status;
     }
-    if (const cudaError_t status = launch(kernel, how, stream, p, peer)) return status;
+    if (const cudaError_t status = launch(kernel, config, stream, p, endpoint)) return status;
     p.input = static_cast<const T*>(p.input) + p.tokens * p.input_stride;
     for (int part = 0; part < kParts; ++part)
       p.parts[part].out = static_cast<T*>(p.parts[part].out) + p.tokens * p.parts[part].width;
@@ -358,9 +364,9 @@ cudaError_t launch_parts(const Peer& peer, ReduceRmsParams p, int max_blocks, cu
   return cudaSuccess;
 }
 
-// 16-byte accesses where every row of every part allows them.
+// Whether every row of every part is aligned to 16 bytes.
 template <class T>
-bool vectorised(const ReduceRmsParams& p) {
+bool can_vectorize(const ReduceRmsParams& p) {
   constexpr int64_t kStep = 16 / sizeof(T);
   if (reinterpret_cast<uintptr_t>(p.input) % 16 || p.input_stride % kStep) return false;
   for (int i = 0; i < p.part_count; ++i) {
@@ -371,29 +377,29 @@ bool vectorised(const ReduceRmsParams& p) {
   return true;
 }
 
-template <class T, class Peer>
-cudaError_t launch_type(const Peer& peer, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
-  if (vectorised<T>(p))
-    return p.part_count == 1 ? launch_parts<T, true, 1>(peer, p, max_blocks, stream)
-                             : launch_parts<T, true, 2>(peer, p, max_blocks, stream);
-  return p.part_count == 1 ? launch_parts<T, false, 1>(peer, p, max_blocks, stream)
-                           : launch_parts<T, false, 2>(peer, p, max_blocks, stream);
+template <class T, class Endpoint>
+cudaError_t launch_type(const ReduceRmsParams& p, const Endpoint& endpoint, int max_ctas, cudaStream_t stream) {
+  if (can_vectorize<T>(p))
+    return p.part_count == 1 ? launch_parts<T, true, 1>(p, endpoint, max_ctas, stream)
+                             : launch_parts<T, true, 2>(p, endpoint, max_ctas, stream);
+  return p.part_count == 1 ? launch_parts<T, false, 1>(p, endpoint, max_ctas, stream)
+                           : launch_parts<T, false, 2>(p, endpoint, max_ctas, stream);
 }
 
-template <class Peer>
-cudaError_t launch_link(const Peer& peer, const ReduceRmsParams& p, int max_blocks, cudaStream_t stream) {
-  return dispatch_floating(p.dtype,
-                           [&](auto tag) { return launch_type<CudaType<decltype(tag)>>(peer, p, max_blocks, stream); });
+template <class Endpoint>
+cudaError_t launch_over(const ReduceRmsParams& p, const Endpoint& endpoint, int max_ctas, cudaStream_t stream) {
+  return dispatch_floating(
+      p.dtype, [&](auto tag) { return launch_type<CudaType<decltype(tag)>>(p, endpoint, max_ctas, stream); });
 }
 
 }  // namespace
 
-cudaError_t reduce_rms(const Peers& peers, const ReduceRmsParams& p, cudaStream_t stream) {
-  return launch_link(peers, p, peers.blocks, stream);
+cudaError_t run_cuda(const ReduceRmsParams& p, const Peers& peers, cudaStream_t stream) {
+  return launch_over(p, peers, peers.max_ctas, stream);
 }
 
-cudaError_t reduce_rms_table(const TableParams& table, const ReduceRmsParams& p, cudaStream_t stream) {
-  return launch_link(table, p, kTableBlocks, stream);
+cudaError_t run_cuda(const ReduceRmsParams& p, const TableParams& table, cudaStream_t stream) {
+  return launch_over(p, table, kTableCtas, stream);
 }
 
 }  // namespace abiding::reduce_rms

@@ -19,8 +19,6 @@ from abiding._host_barrier import MAX_RANKS, HostBarrier, Step
 
 _raw = torch.ops.abiding_custom_ar
 
-_FAULTS = {1: "did not send in time", 2: "made two calls at once", 3: "is gone"}
-_OPS = ("all_reduce", "rms_norm", "qk_norm")
 
 
 @dataclass
@@ -95,16 +93,8 @@ class PeerMemory:
     def fault(self, *, look: bool = False) -> str | None:
         """The text of the first fault. ``look`` also reads what other ranks reported, which synchronizes the GPU."""
         with self.current_device():
-            record = _raw.fault(self.handle, look)
-        if not record:
-            return None
-        kind, op, epoch, _, rank, waited_ms, found_by = record
-        told = op < 0
-        where = "" if told else f" in epoch {epoch}, after {waited_ms / 1e3:g} s"
-        return (
-            f"abiding::{'check' if told else _OPS[op]}: this communicator has stopped: rank {rank} {_FAULTS[kind]} "
-            f"(found by rank {found_by}{where}); reset() it on every rank"
-        )
+            text: str = _raw.fault_text(self.handle, look)
+        return text or None
 
     def wait_at_barrier(self, step: Step, number: int, timeout_s: float) -> int:
         """:meth:`HostBarrier.wait`; returns at once for a single rank and for virtual ranks, which have no barrier."""

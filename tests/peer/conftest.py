@@ -1,4 +1,4 @@
-"""Compiles the C++ programs beside the tests; each links nothing but the headers of the protocol."""
+"""Compiles the C++ programs of this folder, which need nothing but the headers of the protocol."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
-HEADERS = [CSRC / "common" / "numerics.h", *sorted((CSRC / "peer").glob("*.h"))]
+HEADERS = [CSRC / "common" / "dtypes.h", CSRC / "common" / "numerics.h", *sorted((CSRC / "peer").glob("*.h"))]
 
 Compile = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def compile_program(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compiles a program with flags and headers (another text for some of them, by name); what was compiled is kept."""
+    """Compiles a program with flags, and with other texts for some headers, by name. Programs are cached."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler: g++, or what CXX names")
     if not HEADERS[0].exists():
         pytest.skip("needs the sources under csrc/, which this installation comes without")
-    # Test processes share the folder above.
+    # The processes of pytest-xdist share the parent folder.
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
@@ -48,7 +48,7 @@ def compile_program(tmp_path_factory: pytest.TempPathFactory) -> Compile:
             [*command, str(program), "-o", str(include / "program")], capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stderr
-        with contextlib.suppress(OSError):  # another test process was first
+        with contextlib.suppress(OSError):  # another test process has renamed its own first
             include.rename(folder)
         return folder / "program"
 
@@ -57,7 +57,7 @@ def compile_program(tmp_path_factory: pytest.TempPathFactory) -> Compile:
 
 @pytest.fixture
 def run_program() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a program to its end; one that hangs is a failure."""
+    """Runs a program to its end; a program that hangs is a failure."""
 
     def run(program: Path, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         command = [str(program), *map(str, arguments)]

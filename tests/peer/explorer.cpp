@@ -1,12 +1,12 @@
-// Runs the host side of the push protocol through every interleaving of its accesses to shared memory.
+// A model checker of the push protocol: runs the host code through every interleaving of its accesses to shared memory.
 //
-// A rank is the real code with an `Access` that answers from a list, and stops at the first access that has no answer yet. So
-// the rank's local state is its list of answers, and a state of the whole is the shared memory, one such list a rank, and the
-// stores on their way. Stores to another rank arrive late and in any order, as on a link between GPUs; only two to one word
-// keep theirs.
+// A rank runs the real code over an `Access` that answers from a list, and stops at the first access that has no answer
+// yet. So a rank's local state is its list of answers, and a global state is the shared memory, the ranks' local states
+// and the stores in flight. Stores to another rank arrive late and in any order, as on a link between GPUs; only stores
+// to the same word keep their order.
 //
 //   explorer <ranks> <epochs> <words> [crash] [timeout] [late] [twice]
-//     crash: one rank may stop for good anywhere;  timeout: any wait may end;  late: stores are on their way for a while
+//     crash: one rank may stop for good anywhere;  timeout: any wait may end;  late: stores are in flight for a while
 //     twice: another thread of rank 0 makes a call of its own
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@ using namespace abiding::peer;
 
 namespace {
 
-constexpr int kWordsAtMost = 2;
+constexpr int kMaxWords = 2;
 
 struct Options {
   int ranks, epochs, words;
@@ -34,7 +34,7 @@ Options options;
 
 [[noreturn]] void reject(const std::string& what);
 
-// A workspace is an address that nobody follows.
+// A workspace is an address that is never dereferenced.
 constexpr int kRankShift = 40;
 uint64_t workspace(int rank) { return static_cast<uint64_t>(rank + 1) << kRankShift; }
 int rank_at(uint64_t address) { return static_cast<int>(address >> kRankShift) - 1; }
@@ -44,7 +44,7 @@ int rank_at(uint64_t address) { return static_cast<int>(address >> kRankShift) -
 enum Kind { kPoll, kLoad, kStore, kExchange, kPause, kDone };
 struct Step {
   Kind kind;
-  uint64_t address;  // for kPause: the header of the rank that is waited for
+  uint64_t address;  // for kPause: the header of the rank that this one waits for
   uint32_t value;
 };
 
@@ -55,13 +55,13 @@ struct Answers {
 const Answers* answers;
 size_t used;
 
-// What a rank remembers: the call it is in, its fault, and the answers since one or the other.
+// What a rank knows of its past: its call, its fault, and how many answers it had before each.
 struct Progress {
   int call = 0;
   bool stopped = false;
   FaultRecord record{};
-  size_t asked = 0;   // before the fault
-  size_t called = 0;  // before the call
+  size_t asked = 0;   // answers before the fault
+  size_t called = 0;  // answers before the call
   const Header* own = nullptr;
 
   size_t since() const { return record.fault && !stopped ? asked : called; }
@@ -69,7 +69,7 @@ struct Progress {
 Progress progress;
 
 uint32_t ask(Kind kind, const void* at, uint32_t value = 0) {
-  // Stopped is stopped: a call begins with a look at the poison, and goes no further than that if there is any.
+  // Invariant: a call reads the poison first, and if there is any, it only reports it.
   if (used == progress.called && at != &progress.own->poison) reject("a call began without a look at the poison");
   if (used > progress.called && answers->values[progress.called] != 0 && kind != kLoad && kind != kStore)
     reject("a call went on after it had seen the poison");
@@ -93,15 +93,15 @@ struct RecordedAccess {
   };
 };
 
-// ---- One rank's program, and what must hold at its end.
+// ---- A rank's program, and what must hold at its end.
 
 struct Actor {
   int rank;
-  int first, last;  // epochs that it knows of: a second thread has one of its own
+  int first, last;  // its calls: a second thread of a rank has one of its own
 };
 std::vector<Actor> actors;
 
-// A power of two for each word, so that a sum tells which words went into it.
+// A power of two per word, so that a sum tells which words it is made of.
 float payload(int rank, int call, int word) {
   return std::ldexp(1.0f, (rank * (options.epochs + 1) + call) * options.words + word - 12);
 }
@@ -111,7 +111,7 @@ void check_sums(const Actor& actor, int call, const float* sums) {
     float expected = 0;
     for (int rank = 0; rank < options.ranks; ++rank) expected += payload(rank, call, word);
     if (sums[word] == expected) continue;
-    // With two threads in one rank, calls pair up as they come; a sum of one word of each rank is right.
+    // With two threads in one rank, calls are matched in order of arrival: a sum of one word per rank is right.
     bool found = false;
     if (options.twice)
       for (int own = 0; own <= options.epochs; ++own)
@@ -136,12 +136,17 @@ void check_fault(const Actor& actor, const FaultRecord& record) {
 void run(const Actor& actor) {
   progress = {};
   progress.own = reinterpret_cast<const Header*>(workspace(actor.rank));
-  Peers peers{actor.rank, options.ranks, 1, {}, {}, &progress.record, 1};
+  Peers peers{};
+  peers.rank = actor.rank;
+  peers.ranks = options.ranks;
+  peers.max_ctas = 1;
+  peers.record = &progress.record;
+  peers.timeout_ns = 1;
   for (int i = 0; i < options.ranks; ++i)
     peers.workspaces[i] = reinterpret_cast<uint8_t*>(workspace((actor.rank + i) % options.ranks));
   for (progress.call = actor.first; progress.call < actor.last; ++progress.call) {
     progress.called = used;
-    float values[kWordsAtMost], sums[kWordsAtMost];
+    float values[kMaxWords], sums[kMaxWords];
     for (int word = 0; word < options.words; ++word) values[word] = payload(actor.rank, progress.call, word);
     const bool ok = all_reduce<RecordedAccess>(peers, kScalars, Op::kRmsNorm, values, sums, options.words,
                                                abiding::DType::kFloat32);
@@ -153,11 +158,11 @@ void run(const Actor& actor) {
     if (!std::isnan(sums[0])) reject("a call that failed left something but NaN");
     if (progress.stopped) return;
     check_fault(actor, progress.record);
-    progress.stopped = true;  // and one more call, which must fail too
+    progress.stopped = true;  // the next call must fail, too
   }
 }
 
-// ---- Local states, found by running the program and kept by number.
+// ---- Local states, found by running the program, and numbered.
 
 struct Node {
   Answers history;
@@ -194,7 +199,7 @@ uint32_t follow(size_t actor, uint32_t number, uint32_t answer) {
   if (const auto known = nodes[number].after.find(answer); known != nodes[number].after.end()) return known->second;
   Answers history = nodes[number].history;
   if (nodes[number].next.kind == kPause && answer == static_cast<uint32_t>(Fault::kNone)) {
-    // Waiting on leads back to before the poison was looked at, and the words.
+    // To wait on is to return to the state before the poison and the words were read.
     size_t size = history.kinds.size() - 1;
     while (history.kinds[size - 1] == kPoll) --size;
     history.kinds.resize(size);
@@ -208,7 +213,7 @@ uint32_t follow(size_t actor, uint32_t number, uint32_t answer) {
   return next;
 }
 
-// ---- States of the whole. Addresses and values are kept by number, so that a state is a few bytes.
+// ---- Global states. Addresses and values are numbered, so that a state is a few bytes.
 
 template <class T>
 class Numbered {
@@ -240,12 +245,12 @@ constexpr uint8_t kNobody = 255;
 struct State {
   uint32_t at[4] = {};      // node of each actor
   uint8_t memory[72] = {};  // value of each variable
-  Store late[15] = {};      // stores on their way, those to one word in their order
+  Store late[15] = {};      // stores in flight, those to one word in order
   uint8_t late_count = 0, crashed = kNobody;
   uint8_t unused = 0;
 
   void send(Store store) {
-    if (late_count == 15) reject("more stores on their way than there is room for");
+    if (late_count == 15) reject("more stores in flight than there is room for");
     const auto after = [](const Store& a, const Store& b) {
       return std::pair(a.actor, a.variable) < std::pair(b.actor, b.variable);
     };
@@ -289,7 +294,8 @@ void reach(const State& state, uint32_t from) {
   if (is_new) left.emplace_back(state, entry->second);
 }
 
-// Whether nobody but its owner has to do with this access, so that its place among those of others does not matter.
+// Whether only the owner uses this address, so that the order of this access among those of others does not matter
+// (partial-order reduction).
 bool is_private(const Step& step, int rank) {
   if (options.twice || step.kind == kPoll || step.kind == kPause || step.kind == kDone || rank_at(step.address) != rank)
     return false;
@@ -344,10 +350,10 @@ void expand(const State& state, uint32_t number) {
     };
     answer(Fault::kNone);
     if (options.timeout) answer(Fault::kTimeout);
-    bool on_its_way = false;  // what a process has stored is there when it ends
-    for (int i = 0; i < state.late_count; ++i) on_its_way |= state.late[i].actor == source;
-    // A process that has made all its calls ends too.
-    if ((source == state.crashed || nodes[state.at[source]].next.kind == kDone) && !on_its_way && !options.twice)
+    bool in_flight = false;  // the stores of a process arrive before its end is seen
+    for (int i = 0; i < state.late_count; ++i) in_flight |= state.late[i].actor == source;
+    // A process also ends when it has made all its calls.
+    if ((source == state.crashed || nodes[state.at[source]].next.kind == kDone) && !in_flight && !options.twice)
       if (!nodes[state.at[source]].progress.stopped || source == state.crashed) answer(Fault::kGone);
   }
   for (int i = 0; i < state.late_count; ++i) {
@@ -364,9 +370,9 @@ void expand(const State& state, uint32_t number) {
   check_end(state);
 }
 
-// From every state the end can be reached: nobody waits for ever.
+// Invariant: an end can be reached from every state, so no rank waits forever.
 void check_progress() {
-  std::vector<uint32_t> first(numbers.size() + 1);  // of the edges to a state
+  std::vector<uint32_t> first(numbers.size() + 1);  // index of the first edge to a state
   std::sort(edges.begin(), edges.end());
   for (const auto& edge : edges) ++first[edge.first + 1];
   for (size_t i = 1; i < first.size(); ++i) first[i] += first[i - 1];
@@ -385,14 +391,17 @@ void check_progress() {
       open.push_back(from);
     }
   }
-  if (count != numbers.size()) reject("ranks wait for ever");
+  if (count != numbers.size()) reject("ranks wait forever");
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   if (count < 4) return 2;
-  options = {std::atoi(arguments[1]), std::atoi(arguments[2]), std::atoi(arguments[3]), false, false, false, false};
+  options = {};
+  options.ranks = std::atoi(arguments[1]);
+  options.epochs = std::atoi(arguments[2]);
+  options.words = std::atoi(arguments[3]);
   for (int i = 4; i < count; ++i) {
     const std::string option = arguments[i];
     options.crash |= option == "crash";

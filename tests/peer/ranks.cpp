@@ -1,10 +1,11 @@
-// Ranks that call all_reduce many times, as threads or as processes, and compare every bit with a sum made another way.
+// Ranks that call all_reduce many times, as threads or as processes, and compare every bit with a sum computed another
+// way.
 //
 //   ranks threads <ranks> <calls> <seed>     ranks processes <ranks> <calls> <seed>
 //   ranks twice                              two threads on one communicator: neither gets a wrong sum
-//   ranks killed <ranks> <times> <seed>      a rank is killed in a call, and all others say so
-//   ranks missing <ranks>                    a rank makes no call, and all others say so
-//   ranks time <ranks>                       microseconds a call, as "bytes us" lines
+//   ranks killed <ranks> <times> <seed>      a rank is killed in a call, and all others name it
+//   ranks missing <ranks>                    a rank makes no call, and all others name it
+//   ranks time <ranks>                       microseconds per call, as "bytes us" lines
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -23,7 +24,7 @@ using namespace abiding::peer;
 namespace {
 
 #ifdef __SANITIZE_THREAD__
-// The sanitizer knows single words alone.
+// The sanitizer understands accesses to single words only.
 struct Access : HostAccess {
   static void load_words(const uint32_t* from, uint32_t* to) {
     for (int i = 0; i < kWords; ++i) to[i] = load(from + i);
@@ -37,7 +38,7 @@ struct Access : HostAccess {
 using Access = HostAccess;
 #endif
 
-// What all ranks of a run see.
+// Memory that all ranks of a run share.
 struct World {
   int ranks;
   uint8_t* workspaces[kMaxRanks];
@@ -57,14 +58,19 @@ struct World {
     return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   Peers peers(int rank, FaultRecord* record, double timeout_s) const {
-    Peers peers{rank, ranks, 1, {}, {}, record, static_cast<uint64_t>(timeout_s * 1e9)};
+    Peers peers{};
+    peers.rank = rank;
+    peers.ranks = ranks;
+    peers.max_ctas = 1;
+    peers.record = record;
+    peers.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
     for (int i = 0; i < ranks; ++i) peers.workspaces[i] = workspaces[(rank + i) % ranks];
     return peers;
   }
   Header* header(int rank) const { return reinterpret_cast<Header*>(workspaces[rank]); }
 };
 
-// One call of many; every rank draws the same ones.
+// One call of many; every rank draws the same calls.
 struct Call {
   Channel channel;
   abiding::DType dtype;
@@ -83,7 +89,7 @@ struct Call {
     seed = draw();
   }
 
-  // Values of both signs and many sizes, and now and then what sums stumble over.
+  // Values of both signs and many magnitudes, with some special ones: NaN, infinity, -0.0, subnormal, largest.
   uint32_t bits(int rank, int64_t i) const {
     uint64_t x = (seed + static_cast<uint64_t>(i) * 16 + static_cast<uint64_t>(rank)) * 0x9E3779B97F4A7C15;
     x = (x ^ x >> 31) * 0xBF58476D1CE4E5B9;
@@ -95,7 +101,7 @@ struct Call {
     return from_float(value);
   }
 
-  // Conversions by other means than the ones under test.
+  // Conversions by other means than those under test.
   uint32_t from_float(float value) const {
     if (dtype == abiding::DType::kFloat32) return std::isnan(value) ? 0x7FC00000 : abiding::float_bits(value);
     if (std::isnan(value)) return dtype == abiding::DType::kFloat16 ? 0x7E00 : 0x7FC0;
@@ -126,7 +132,7 @@ struct Call {
   }
 };
 
-// Makes a call; the elements that are wrong, or -1 if it failed.
+// Makes a call; returns how many elements are wrong, or -1 if the call failed as it should.
 int64_t make(const Call& call, const Peers& peers) {
   const auto size = static_cast<size_t>(abiding::size_of(call.dtype)), bytes = static_cast<size_t>(call.numel) * size;
   constexpr size_t kGuard = 32;
@@ -150,7 +156,7 @@ int64_t make(const Call& call, const Peers& peers) {
   return ok || wrong ? wrong : -1;
 }
 
-// One rank's life. What went wrong is left in its report.
+// All calls of one rank. What went wrong is in its report.
 void live(const World& world, int rank, int64_t calls, uint32_t seed, double timeout_s) {
   World::Report& report = world.reports[rank];
   FaultRecord record{};
@@ -213,7 +219,7 @@ int processes(int ranks, int64_t calls, uint32_t seed) {
   return judge(world, calls);
 }
 
-// Rank 0 has two threads on one communicator. Where their calls overlap, the communicator stops on every rank.
+// Rank 0 has two threads on one communicator. If their calls overlap, the communicator stops on every rank.
 int twice() {
   int overlaps = 0;
   for (int round = 0; round < 200; ++round) {
@@ -238,7 +244,7 @@ int twice() {
     other.join();
     if (wrong) return fail("a wrong sum");
     overlaps += failed != 0;
-    // A thread may have been in its last call, which went through.
+    // A thread that was in its last call may have succeeded.
     if (failed == 0 ? sums != 200 : records[0].fault != static_cast<uint32_t>(Fault::kConcurrent) || failed < 2)
       return fail(std::to_string(failed) + " failed, fault " + std::to_string(records[0].fault));
   }
@@ -256,13 +262,13 @@ int killed(int ranks, int times, uint32_t seed) {
         live(world, rank, 1 << 30, seed, 30);
       });
     const auto victim = static_cast<int>(draw() % static_cast<uint32_t>(ranks));
-    // A rank whose process nobody knows yet could only be waited for; on a busy machine that can be a while after its start.
+    // Before a rank has written its pid, the others can only time out on it.
     for (int rank = 0; rank < ranks; ++rank)
       while (HostAccess::load(&world.header(rank)->pid) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     std::this_thread::sleep_for(std::chrono::microseconds(20000 + draw() % 20000));
     kill(pids[victim], SIGKILL);
     const auto began = std::chrono::steady_clock::now();
-    // The victim stays a zombie until the others have found out.
+    // The victim stays a zombie until the others have ended.
     for (int rank = 0; rank < ranks; ++rank)
       if (rank != victim) waitpid(pids[rank], nullptr, 0);
     waitpid(pids[victim], nullptr, 0);

@@ -1,4 +1,4 @@
-"""Every interleaving of the push protocol, with ranks that crash and waits that end. Wrong protocols are found."""
+"""Every interleaving of the push protocol, with ranks that crash and waits that end; mutants of it are found out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Mutant:
     old: str
     new: str
     header: str = "host.h"
-    found: str = ""  # in what the explorer says
+    found: str = ""  # part of the explorer's output
 
 
 EMPTY = "for (int i = 0; i < count; i += Access::kWords) Access::store_words(from + i, empty);"
@@ -54,33 +54,33 @@ MUTANTS = [
         "2 3 1",
         READ,
         f"const uint32_t empty_[Access::kWords] = {{}};\n{EMPTY.replace('empty)', 'empty_)')}\n{READ}",
-        found="wait for ever",
+        found="wait forever",
     ),
     Mutant(
         "emptied by the sender",
         "2 3 1",
         "  void end() {\n",
         "  void end() {\n    const uint32_t empty[Access::kWords] = {};\n"
-        "    for (int i = 1; i < peers_.ranks; ++i) Access::store_words(place(i, peers_.rank), empty);\n",
+        "    for (int i = 1; i < peers_.ranks; ++i) Access::store_words(slot_ptr(i, peers_.rank), empty);\n",
     ),
     Mutant(
         "slots by another counter",
         "2 3 1",
-        "share_at(channel_, epoch_, source",
-        "share_at(channel_, 2 * epoch_, source",
+        "region_offset(channel_, epoch_, source",
+        "region_offset(channel_, 2 * epoch_, source",
         found="wrong words",
     ),
     Mutant("poison unseen by a new call", "2 3 1 timeout", "(const uint32_t poison = Access::load(&header(0)->poison))",
            "(const uint32_t poison = 0)", found="without a look"),
     Mutant("poison unseen in a wait", "3 3 1 crash", "uint32_t poison = Access::load(&header(0)->poison);",
-           "uint32_t poison = 0;", found="wait for ever"),
+           "uint32_t poison = 0;", found="wait forever"),
     Mutant("others are not told", "3 3 1 crash", "for (int i = 0; i < peers_.ranks; ++i)\n      if (Access::load",
-           "for (int i = 0; i < 1; ++i)\n      if (Access::load", found="wait for ever"),
+           "for (int i = 0; i < 1; ++i)\n      if (Access::load", found="wait forever"),
     Mutant("blamed without another look", "2 3 1", "fault = wait.pause(*sender, peers_.timeout_ns);",
            "fault = wait.pause(*sender, peers_.timeout_ns);\n"
-           "if (fault != Fault::kNone) return give_up(poison_word(fault, source, peers_.rank), 0);",
+           "if (fault != Fault::kNone) return report_fault(poison_word(fault, source, peers_.rank), 0);",
            found="no reason"),
-    Mutant("two calls at once", "2 3 1 twice timeout", "if (turn != epoch_)", "if (false)"),
+    Mutant("two calls at once", "2 3 1 twice timeout", "if (claim != epoch_)", "if (false)"),
 ]  # fmt: skip
 
 

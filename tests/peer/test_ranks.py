@@ -1,4 +1,4 @@
-"""Ranks on a host: threads under ThreadSanitizer, processes that share memory, and ranks that go missing."""
+"""The push protocol on the host: threads under ThreadSanitizer, processes that share memory, ranks that are missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ranks(compile_program: Compile) -> Path:
 
 @pytest.fixture(scope="session")
 def ranks_sanitized(compile_program: Compile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that the sanitizer watches; it also has to run, which some kernels do not let it."""
+    """The program under ThreadSanitizer; skips where the operating system's kernel does not let that run."""
     program = compile_program("ranks.cpp", "-O1", "-g", "-Wno-tsan", "-fsanitize=thread")
     result = subprocess.run([str(program), "threads", "2", "1", "0"], capture_output=True, text=True, check=False)
     if "unexpected memory mapping" in result.stderr:

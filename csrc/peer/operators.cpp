@@ -1,0 +1,255 @@
+// The operators that make, steer and end a communicator, which every collective takes by its handle.
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
+
+#include "common/registration.h"
+#include "peer/fault.h"
+
+namespace abiding::peer {
+namespace {
+
+const PeerMemory& require_cuda_memory(const char* op) {
+  const PeerMemory* memory = cuda_memory();
+  check(memory != nullptr, op,
+        "CUDA memory is not to be had, as abiding's CUDA binary is not loaded; expected a CUDA build");
+  return *memory;
+}
+
+// Memory that was allocated or opened here. A buffer is given back when neither its caller nor a communicator needs it.
+struct Buffer {
+  const PeerMemory* memory;
+  void* address;
+  bool opened;
+
+  Buffer(const PeerMemory* memory, void* address, bool opened) : memory(memory), address(address), opened(opened) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    try {
+      give_back();
+    } catch (const std::exception&) {  // there is no caller left to tell
+    }
+  }
+  void give_back() {
+    void* at = std::exchange(address, nullptr);
+    if (at) opened ? memory->close(at) : memory->free(at);
+  }
+};
+
+// The buffers that callers hold, by address.
+class Buffers {
+ public:
+  int64_t add(const PeerMemory& memory, void* address, bool opened) {
+    const auto key = reinterpret_cast<int64_t>(address);
+    auto buffer = std::make_shared<Buffer>(&memory, address, opened);
+    std::lock_guard lock(mutex_);
+    all_[key].swap(buffer);
+    return key;
+  }
+
+  // Null: an address of the caller's own.
+  std::shared_ptr<Buffer> find(int64_t ptr) {
+    std::lock_guard lock(mutex_);
+    const auto found = all_.find(ptr);
+    return found == all_.end() ? nullptr : found->second;
+  }
+
+  // Ends the caller's hold on a buffer.
+  void remove(const char* op, int64_t ptr, bool opened) {
+    std::shared_ptr<Buffer> buffer;
+    {
+      std::lock_guard lock(mutex_);
+      const auto found = all_.find(ptr);
+      check(found != all_.end() && found->second->opened == opened, op, "ptr is ", ptr, "; expected what ",
+            opened ? "open_mem_handle" : "allocate_shared_buffer_and_handle", " returned, once");
+      buffer = std::move(found->second);
+      all_.erase(found);
+    }
+    if (buffer.use_count() == 1) buffer->give_back();  // here, where a failure can raise
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<Buffer>> all_;
+};
+
+// Never destroyed, as the registry.
+Buffers& buffers() {
+  static auto* const one = new Buffers;
+  return *one;
+}
+
+// --- memory
+
+std::tuple<int64_t, Tensor> allocate(const char* op, const PeerMemory& memory, int64_t size) {
+  check(size > 0, op, "size is ", size, "; expected a number of bytes, 1 or more");
+  Tensor handle = torch::stable::empty({kHandleBytes}, torch::headeronly::ScalarType::Byte);
+  void* allocated = memory.allocate(size, static_cast<uint8_t*>(handle.mutable_data_ptr()));
+  return {buffers().add(memory, allocated, false), handle};
+}
+
+std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
+  const char* op = "allocate_shared_buffer_and_handle";
+  return allocate(op, require_cuda_memory(op), size);
+}
+std::tuple<int64_t, Tensor> allocate_shared_memory_and_handle(int64_t size) {
+  return allocate("allocate_shared_memory_and_handle", cpu_memory(), size);
+}
+
+int64_t open_mem_handle(const Tensor& mem_handle) {
+  const char* op = "open_mem_handle";
+  const Argument handle{op, "mem_handle", mem_handle};
+  handle.dtype({DType::kUint8}).contiguous();
+  check(mem_handle.numel() == kHandleBytes, op, "mem_handle has shape ", handle.shape(), "; expected [", kHandleBytes,
+        "]");
+  const auto* bytes = static_cast<const uint8_t*>(mem_handle.const_data_ptr());
+  const PeerMemory& memory = is_cpu_handle(bytes) ? cpu_memory() : require_cuda_memory(op);
+  return buffers().add(memory, memory.open(bytes), true);
+}
+
+void close_mem_handle(int64_t ptr) { buffers().remove("close_mem_handle", ptr, true); }
+void free_shared_buffer(int64_t ptr) { buffers().remove("free_shared_buffer", ptr, false); }
+
+// --- a communicator's life
+
+int64_t meta_size() { return kWorkspaceBytes; }
+
+int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& rank_data, int64_t rank, bool) {
+  const char* op = "init_custom_ar";
+  const auto ranks = static_cast<int64_t>(ipc_tensors.size());
+  check(1 <= ranks && ranks <= kMaxRanks, op, "ipc_tensors has ", ranks, " entries; expected one for each of 1 to ",
+        kMaxRanks, " ranks");
+  check(0 <= rank && rank < ranks, op, "rank is ", rank, "; expected 0 or more and less than ", ranks);
+  auto communicator = std::make_unique<Communicator>();
+  communicator->rank = static_cast<int>(rank);
+  communicator->ranks = static_cast<int>(ranks);
+  for (int64_t r = 0; r < ranks; ++r) {
+    check(ipc_tensors[r] != 0, op, "ipc_tensors[", r, "] is 0; expected the address of a workspace");
+    communicator->workspaces[r] = reinterpret_cast<uint8_t*>(ipc_tensors[r]);
+    communicator->buffers.push_back(buffers().find(ipc_tensors[r]));
+  }
+  communicator->memory = rank_data.is_cuda() ? &require_cuda_memory(op) : &cpu_memory();
+  // The workspace may have served another communicator.
+  auto* own = reinterpret_cast<Header*>(communicator->workspaces[rank]);
+  communicator->memory->clear(&own->reporting, sizeof own->reporting);
+  communicator->record = communicator->memory->new_record();
+  return add(std::move(communicator));
+}
+
+void dispose(int64_t fa) { remove("dispose", "fa", fa); }
+
+// Messages are never sent from a caller's own memory, so there is nothing to register. Engines call these all the same.
+void register_buffer(int64_t fa, const std::vector<int64_t>& ipc_tensors) {
+  const int ranks = CommunicatorRef("register_buffer", "fa", fa)->ranks;
+  check(static_cast<int>(ipc_tensors.size()) == ranks, "register_buffer", "ipc_tensors has ", ipc_tensors.size(),
+        " entries; expected one for each of ", ranks, " ranks");
+}
+std::tuple<std::vector<int64_t>, std::vector<int64_t>> get_graph_buffer_ipc_meta(int64_t fa) {
+  const CommunicatorRef communicator("get_graph_buffer_ipc_meta", "fa", fa);
+  return {};
+}
+void register_graph_buffers(int64_t fa, const std::vector<std::vector<int64_t>>& handles,
+                            const std::vector<std::vector<int64_t>>& offsets) {
+  const auto ranks = static_cast<size_t>(CommunicatorRef("register_graph_buffers", "fa", fa)->ranks);
+  check(handles.size() == ranks && offsets.size() == ranks, "register_graph_buffers", "handles and offsets have ",
+        handles.size(), " and ", offsets.size(), " entries; expected one for each of ", ranks, " ranks");
+}
+
+void configure(int64_t fa, double timeout_s, int64_t max_blocks, int64_t one_shot_bytes) {
+  const CommunicatorRef communicator("configure", "fa", fa);
+  check(timeout_s > 0 && timeout_s < 1e9, "configure", "timeout_s is ", timeout_s, "; expected seconds, more than 0");
+  check(1 <= max_blocks && max_blocks <= kMaxCtas, "configure", "max_blocks is ", max_blocks,
+        "; expected 1 or more and at most ", kMaxCtas);
+  check(one_shot_bytes >= -1, "configure", "one_shot_bytes is ", one_shot_bytes,
+        "; expected -1 for the default, or a number of bytes");
+  communicator->timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+  communicator->max_ctas = static_cast<int>(max_blocks);
+  communicator->one_shot_bytes = one_shot_bytes;
+}
+
+// --- faults and probes
+
+const Header* own_header(const Communicator& communicator) {
+  return reinterpret_cast<const Header*>(communicator.workspaces[communicator.rank]);
+}
+
+// What another rank has written, for a rank without a fault of its own in its record. On a GPU this waits for queued
+// work, so it is done only on request. 0: nothing.
+uint32_t poison_from_others(const Communicator& communicator, bool look) {
+  if (!look && communicator.memory->is_cuda) return 0;
+  uint32_t poison = 0;
+  communicator.memory->read(&poison, &own_header(communicator)->poison, sizeof poison);
+  return poison;
+}
+
+// {kind, op, epoch, CTA, rank, waited ms, found by}, or nothing.
+std::vector<int64_t> fault(int64_t fa, bool look) {
+  const CommunicatorRef communicator("fault", "fa", fa);
+  if (has_stopped(*communicator)) {
+    const FaultRecord& r = *communicator->record;
+    const auto op = static_cast<int64_t>(r.op), waited_ms = static_cast<int64_t>(r.waited_ns / 1'000'000);
+    return {r.fault, op, r.epoch, r.cta, r.rank, waited_ms, r.found_by};
+  }
+  const uint32_t poison = poison_from_others(*communicator, look);
+  if (poison == 0) return {};
+  return {fault_of(poison), -1, 0, 0, culprit_of(poison), 0, finder_of(poison)};
+}
+
+// The same as the text of an error; "" for nothing.
+std::string fault_text(int64_t fa, bool look) {
+  const CommunicatorRef communicator("fault_text", "fa", fa);
+  const FaultRecord* record = has_stopped(*communicator) ? communicator->record : nullptr;
+  const uint32_t poison = record ? poison_of(*record) : poison_from_others(*communicator, look);
+  if (poison == 0) return {};
+  return std::string("abiding::") + (record ? op_name(record->op) : "check") + ": " + describe(poison, record);
+}
+
+void clear(int64_t fa) {
+  const CommunicatorRef communicator("clear", "fa", fa);
+  communicator->memory->clear(communicator->workspaces[communicator->rank], kWorkspaceBytes);
+  *communicator->record = {};
+}
+
+void probe_send(int64_t fa) {
+  const CommunicatorRef communicator("probe_send", "fa", fa);
+  communicator->memory->send_probes(*communicator);
+}
+std::vector<int64_t> probe_missing(int64_t fa) {
+  const CommunicatorRef communicator("probe_missing", "fa", fa);
+  uint32_t probes[kMaxRanks];
+  communicator->memory->read(probes, own_header(*communicator)->probes, sizeof(uint32_t) * communicator->ranks);
+  std::vector<int64_t> missing;
+  for (int r = 0; r < communicator->ranks; ++r)
+    if (probes[r] != static_cast<uint32_t>(r) + 1) missing.push_back(r);
+  return missing;
+}
+
+}  // namespace
+
+ABIDING_KERNELS(abiding_custom_ar, CPU, peer, m) {
+  m.impl("init_custom_ar", ABIDING_BOX(init_custom_ar));
+  m.impl("open_mem_handle", ABIDING_BOX(open_mem_handle));
+}
+// Its kernels run on the host on behalf of a tensor on the GPU, so the CUDA binary need not have it.
+ABIDING_KERNELS(abiding_custom_ar, CUDA, peer, m) { m.impl("init_custom_ar", ABIDING_BOX(init_custom_ar)); }
+ABIDING_KERNELS(abiding_custom_ar, CompositeExplicitAutograd, peer, m) {
+  m.impl("dispose", ABIDING_BOX(dispose));
+  m.impl("meta_size", ABIDING_BOX(meta_size));
+  m.impl("register_buffer", ABIDING_BOX(register_buffer));
+  m.impl("get_graph_buffer_ipc_meta", ABIDING_BOX(get_graph_buffer_ipc_meta));
+  m.impl("register_graph_buffers", ABIDING_BOX(register_graph_buffers));
+  m.impl("allocate_shared_buffer_and_handle", ABIDING_BOX(allocate_shared_buffer_and_handle));
+  m.impl("free_shared_buffer", ABIDING_BOX(free_shared_buffer));
+  m.impl("allocate_shared_memory_and_handle", ABIDING_BOX(allocate_shared_memory_and_handle));
+  m.impl("close_mem_handle", ABIDING_BOX(close_mem_handle));
+  m.impl("configure", ABIDING_BOX(configure));
+  m.impl("fault", ABIDING_BOX(fault));
+  m.impl("fault_text", ABIDING_BOX(fault_text));
+  m.impl("clear", ABIDING_BOX(clear));
+  m.impl("probe_send", ABIDING_BOX(probe_send));
+  m.impl("probe_missing", ABIDING_BOX(probe_missing));
+}
+
+}  // namespace abiding::peer
