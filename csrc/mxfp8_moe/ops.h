@@ -234,6 +234,7 @@ inline GroupedMmParams gemm_params(const Groups& groups, const Weight& weight) {
   p.weight_scales = weight.scales;
   p.out_stride = weight.n;
   p.out_dtype = DType::kBfloat16;
+  p.expected_rows = groups.rows;
   return p;
 }
 

@@ -129,6 +129,9 @@ struct GroupedMmParams {
   // layer.cu).
   bool inputs_ready_before_pdl;
   bool interleaved = false;  // a's rows
+  // How many rows the groups are expected to have together. Under expert parallelism this is less than groups.rows, the rows of the
+  // tensors. A hint: it may change the choice of the tile shape, and nothing else.
+  int64_t expected_rows;
 };
 
 // Routing: orders token-expert pairs by expert, and within an expert by token. Pairs of other ids have no row.
