@@ -72,7 +72,7 @@ ABIDING_HD float e4m3_decode(uint8_t code) {
   return code & 0x80 ? -value : value;
 }
 
-// The least e with amax <= 448 * 2^e, for amax a positive normal float; an infinite amax counts as 2^128.
+// The smallest e with amax <= 448 * 2^e, for amax a positive normal float; an infinite amax counts as 2^128.
 ABIDING_HD int e4m3_scale_exponent(float amax) {
   const uint32_t bits = float_bits(amax);
   return static_cast<int>(bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000);

@@ -34,7 +34,7 @@ from abiding.testing.guarded import guarded
 DTYPES_16_BIT = (torch.bfloat16, torch.float16)
 APIS = pytest.mark.parametrize("api", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", DTYPES_16_BIT, ids=["bfloat16", "float16"])
-PRODUCTS = [*REGULAR, *ODD, *CORNER]
+GEMMS = [*REGULAR, *ODD, *CORNER]
 
 ONE = 0x38  # 1.0 in e4m3
 
@@ -204,7 +204,7 @@ def assert_gemm(found: Tensor, a: Tensor, i: GemmInputs) -> None:
     assert not bool(wrong.any()), f"{int(wrong.sum())} of {found.numel()} are off, first {wrong.nonzero()[0].tolist()}"
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_case(case: GemmCase, device: torch.device) -> None:
     i = case.make(device, seed=1)
     given = [tensor.clone() for tensor in (i.x, i.weight.view(torch.uint8), i.weight_scale)]
@@ -235,7 +235,7 @@ def test_split_k_with_many_tiles(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_portable_kernel(case: GemmCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernel, which other GPUs than Hopper run; e4m3 rows become bfloat16 in the order that it reads."""
     monkeypatch.setenv("ABIDING_PORTABLE", "1")

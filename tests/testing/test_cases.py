@@ -86,7 +86,7 @@ def test_performance_cases_are_the_whole_table() -> None:
 
 
 @pytest.mark.parametrize("case", [*mxfp8_moe.REGULAR, *mxfp8_moe.ODD, *mxfp8_moe.CORNER], ids=str)
-def test_products_are_as_asked(case: mxfp8_moe.GemmCase) -> None:
+def test_gemms_are_as_asked(case: mxfp8_moe.GemmCase) -> None:
     i = case.make()
     assert i.x.shape == (case.rows, case.k)
     assert i.x.dtype == case.dtype

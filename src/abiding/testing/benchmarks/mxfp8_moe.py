@@ -52,7 +52,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The target of a GEMM: a fraction of the roofline, plus 2.5 us for the launch up to 2048 tokens; with e4m3 rows at
+    """The target of a GEMM: a fraction of the roofline, plus 2.5 µs for the launch up to 2048 tokens; with e4m3 rows at
     most 10 % more than with bfloat16 rows. The target of a layer: 0.85 of the best peer's time."""
     tokens, bound_us = int(case.params["tokens"]), case.bound_us
     if case.op == "grouped_mm":
