@@ -297,6 +297,7 @@ def test_rows_do_not_depend_on_their_neighbors(device: torch.device) -> None:
     i = case.make(device)
     x = i.x
     together = i.run(mxfp8_moe, x)
+    assert i.expert_offsets is not None
     edges = i.expert_offsets.tolist()
     for expert in range(len(case.sizes)):
         some = i.weight[expert : expert + 1], i.weight_scale[expert : expert + 1]
@@ -336,6 +337,7 @@ def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, d
     i = GemmCase((5, 0, 200, 128), 128, 256, out_dtype=out_dtype).make(device)
     expected = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
     assert_bitwise_equal(raw(i, device), expected)
+    assert i.expert_offsets is not None
     ends = replace(i, expert_offsets=None, offs=i.expert_offsets[1:].clone())
     assert_bitwise_equal(ends.run(mxfp8_moe, ends.quantize(mxfp8_moe)), expected)
     assert_bitwise_equal(ends.quantize(mxfp8_moe).scales, i.quantize(mxfp8_moe).scales)
