@@ -52,9 +52,9 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The target of a GEMM: a fraction of the roofline, plus 2.5 us for the launch up to 2048 tokens; with e4m3 rows at
-    most 10 % more than with bfloat16 rows. The target of a layer: at one token the bound and 12 us; up to 256 tokens
-    the larger of 0.95 of the best peer's time and bound / 0.95 + 6 us; from 512 tokens on a fraction of that peer's."""
+    """The target of a GEMM: a fraction of the roofline, plus 2.5 µs for the launch up to 2048 tokens; with e4m3 rows at
+    most 10 % more than with bfloat16 rows. The target of a layer: at one token the bound and 12 µs; up to 256 tokens
+    the larger of 0.95 of the best peer's time and bound / 0.95 + 6 µs; from 512 tokens on a fraction of that peer's."""
     tokens, bound_us = int(case.params["tokens"]), case.bound_us
     if case.op == "grouped_mm":
         if tokens > 2048:
