@@ -3,26 +3,28 @@
 // PDL contract of a layer, and of a GEMM of e4m3 rows (docs/mxfp8_moe.md explains it):
 //
 //   kernel      reads before pdl_wait          reads after it                  writes (after it)   triggers dependents
-//   route       -                              topk_ids, expert_map            offsets, pair_rows  at its start
-//   gather      -                              x, pair_rows                    gathered            after its pdl_wait
-//   up          offsets; w13, s13: 2 stages    gathered; w13, s13              up_out              after its pdl_wait
-//   activate    -                              up_out, offsets[experts]        activated           at its start
+//   route       nothing                        topk_ids, expert_map            offsets, pair_rows  at its start
+//   gather      nothing                        x, pair_rows                    gathered            after its pdl_wait
+//   gate_up     offsets; w13, s13: 2 stages    gathered; w13, s13              gate_up_out         after its pdl_wait
+//   activate    nothing                        gate_up_out, offsets[experts]   activated           at its start
 //   down        offsets; w2, s2: 2 stages      activated; w2, s2               gathered (alias)    after its pdl_wait
-//   combine     -                              pair_rows, weights, gathered    out                 at its start
+//   combine     nothing                        pair_rows, weights, gathered    out                 at its start
 //
-//   dequantize  -                              offsets, e4m3 rows, codes       bf16 rows           after its pdl_wait
+//   dequantize  nothing                        offsets, e4m3 rows, codes       bf16 rows           after its pdl_wait
 //   grouped_mm  offsets; weights: 2 stages     bf16 rows; weights              out                 after its pdl_wait
 //
 // A grouped_mm of the caller's bf16 rows, quantize and round read nothing before pdl_wait, and trigger after it.
 //
-// Ordering: a kernel starts once every CTA of the kernel upstream has triggered or exited. pdl_wait returns once that kernel has
-// completed; as every CTA has threads that wait, all kernels further upstream have completed too.
-// Invariant 1: nothing is written before pdl_wait. So no alias is a hazard: down's output lies over up's input (`gathered`), and the
-// next layer may use the same workspace.
-// Invariant 2: what a kernel reads before pdl_wait was written upstream of the nearest upstream kernel that triggers after its own
-// pdl_wait (inputs_ready_before_pdl). For up that is gather, so route has completed. For down it is up, since activate triggers
-// at its start: gather and route have completed, while up may still run.
-// So route, activate and combine may trigger first. gather may not: up reads the offsets that route writes.
+// Ordering: a kernel starts once every CTA of the kernel upstream has triggered or exited. pdl_wait returns once that
+// kernel has completed; as every CTA has threads that wait, all kernels further upstream have completed too.
+// Invariant 1: nothing is written before pdl_wait. So no alias is a hazard: down's output lies over gate_up's input
+// (`gathered`), and the next layer may use the same workspace.
+// Invariant 2: before pdl_wait a kernel K reads only what was written upstream of T, the nearest kernel upstream of K
+// that triggers after its own pdl_wait. T had then waited for all of that, and K cannot start before T triggers. For
+// gate_up T is gather, so route has completed. For down T is gate_up, since activate triggers at its start: gather and
+// route have completed, while gate_up may still run. GroupedMmParams::inputs_ready_before_pdl says that this holds.
+// So route, activate and combine may trigger first. gather may not: gate_up reads the offsets that route writes.
+// Without local experts combine follows route directly, which triggers at its start: so combine reads nothing early.
 #include "common/launch.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
@@ -34,8 +36,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 
-// One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its own, and then
-// numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
+// One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its
+// own, and then numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   pdl_launch_dependents();
