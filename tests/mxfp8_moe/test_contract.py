@@ -201,7 +201,7 @@ def test_linear_compiles(device: torch.device) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(linear_step, fullgraph=True, dynamic=True, backend=counter)
     i = GemmCase((24,), 64, 96, form="whole").make(device)
-    for rows in (2, 3, 12):
+    for rows in (3, 5, 12):
         given = i.x[: 2 * rows].view(2, rows, 96), i.weight[0], i.weight_scale
         assert_bitwise_equal(compiled(*given), linear_step(*given))
     assert counter.frame_count == 1, "another number of rows compiles again"
