@@ -45,7 +45,16 @@ struct LaunchConfig {
   size_t smem_bytes = 0;     // dynamic shared memory
   unsigned cluster_x = 1;    // CTAs per cluster
   unsigned grid_y = 1, block_y = 1;
+  unsigned smem_carveout = 0;  // preferred share of L1 that is shared memory, in percent; 0: the driver's choice
 };
+
+// For kernels that run beside one that needs all shared memory of an SM. An SM changes its split of L1 and shared
+// memory only while it is idle, which with PDL it is not. An SM with another split has room for fewer of that kernel's
+// CTAs, as long as they run.
+inline LaunchConfig with_max_smem(LaunchConfig config) {
+  config.smem_carveout = 100;
+  return config;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& shape, cudaStream_t stream,
@@ -53,7 +62,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& shape, cud
   int major = 0;
   if (const cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major); status != cudaSuccess)
     return status;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.grid_x, shape.grid_y);
   config.blockDim = dim3(shape.block_x, shape.block_y);
@@ -67,6 +76,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& shape, cud
   if (shape.cluster_x > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {shape.cluster_x, 1, 1};
+  }
+  if (shape.smem_carveout > 0) {
+    attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[config.numAttrs++].val.sharedMemCarveout = shape.smem_carveout;
   }
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }

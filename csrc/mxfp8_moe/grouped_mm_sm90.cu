@@ -150,9 +150,9 @@ cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, c
     status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
     if (status != cudaSuccess) return status;
   }
-  return abiding::launch(grouped_mm_kernel<C>,
-                         LaunchConfig{static_cast<unsigned>(clusters) * cluster, C::kThreads, smem_bytes, cluster},
-                         stream, a, weights, tokens);
+  return launch(grouped_mm_kernel<C>,
+                with_max_smem({static_cast<unsigned>(clusters) * cluster, C::kThreads, smem_bytes, cluster}), stream, a,
+                weights, tokens);
 }
 
 template <bool kInterleaved>
