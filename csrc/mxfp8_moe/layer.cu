@@ -2,32 +2,34 @@
 //
 // PDL contract of a layer, and of a GEMM of e4m3 rows (docs/mxfp8_moe.md explains it):
 //
-//   kernel      reads before pdl_wait         reads after it                writes (after it)   triggers dependents
-//   route       nothing                       topk_ids, expert_map          offsets, pair_rows  at its start
-//   gather      nothing                       x, pair_rows                  gathered            at its end (*)
-//   up          offsets; w13, s13: 2 stages   gathered; w13, s13            up_out              after its pdl_wait
-//   activate    nothing                       up_out, offsets[experts]      activated           at its end (*)
-//   down        offsets; w2, s2: 2 stages     activated; w2, s2             gathered (alias)    after its pdl_wait
-//   combine     nothing                       pair_rows, weights, gathered  out                 at its start
+//   kernel      reads before pdl_wait         reads after it                 writes (after it)   triggers dependents
+//   route       nothing                       topk_ids, expert_map           offsets, pair_rows  at its start
+//   gather      nothing                       x, pair_rows                   gathered            at its end (*)
+//   gate_up     offsets; w13, s13: 2 stages   gathered; w13, s13             gate_up_out         after its pdl_wait
+//   activate    nothing                       gate_up_out, offsets[experts]  activated           at its end (*)
+//   down        offsets; w2, s2: 2 stages     activated; w2, s2              gathered (alias)    after its pdl_wait
+//   combine     nothing                       pair_rows, weights, gathered   out                 at its start
 //
-//   dequantize  nothing                       offsets, e4m3 rows, codes     bf16 rows           at its end
-//   grouped_mm  offsets; weights: 2 stages    bf16 rows; weights            out                 after its pdl_wait
+//   dequantize  nothing                       offsets, e4m3 rows, codes      bf16 rows           at its end
+//   grouped_mm  offsets; weights: 2 stages    bf16 rows; weights             out                 after its pdl_wait
 //
 // A grouped_mm of the caller's bf16 rows, quantize and round read nothing before pdl_wait, and trigger after it.
 //
 // Ordering: a kernel starts once every CTA of the kernel upstream has triggered or exited. pdl_wait returns once that
 // kernel has completed; as every CTA has threads that wait, all kernels further upstream have completed too.
-// Invariant 1: nothing is written before pdl_wait. So no alias is a hazard: down's output lies over up's input
+// Invariant 1: nothing is written before pdl_wait. So no alias is a hazard: down's output lies over gate_up's input
 // (`gathered`), and the next layer may use the same workspace.
-// Invariant 2: what a GEMM reads before pdl_wait was written upstream of the nearest upstream kernel that triggers after
-// its own pdl_wait. For up that is gather, so route has completed. For down it is activate or, where that triggers at its
-// start, up: gather and route have completed. So gather may never trigger before its pdl_wait: up reads the offsets that
-// route writes.
+// Invariant 2: before pdl_wait a kernel K reads only what was written upstream of T, the nearest kernel upstream of K
+// that triggers after its own pdl_wait (exiting is a trigger). T had then waited for all of that, and K cannot start
+// before T triggers. For gate_up T is gather, so route has completed. For down T is activate or, where that triggers at
+// its start, gate_up: gather and route have completed. GroupedMmParams::inputs_ready_before_pdl says that this holds.
+// So gather may never trigger before its pdl_wait: gate_up reads the offsets that route writes.
+// Without local experts combine follows route directly, which triggers at its start: so combine reads nothing early.
 //
-// (*) The kernels in front of a GEMM trigger by exiting. A CTA of theirs that an SM still holds leaves a gap in the SM's
-// registers, and then the SM has room for one CTA of the GEMM where it has two, as long as the GEMM runs: on an H200 a
-// layer of 11 tokens took 1.2 times as long. Only a few CTAs (kMaxCtasToTriggerEarly) may trigger at once, gather after its
-// pdl_wait and activate at its start, which saves 2 us each where a layer takes 25.
+// (*) The kernels in front of a GEMM trigger by exiting. A CTA of theirs that an SM still holds leaves a gap in its
+// registers. Then the SM has room for one CTA of the GEMM where it has two, as long as the GEMM runs: on an H200 a
+// layer of 11 tokens took 1.2 times as long. Grids of at most kMaxCtasToTriggerEarly CTAs trigger early, gather after
+// its pdl_wait and activate at its start, which saves 2 µs each where a layer takes 25 µs.
 #include "common/launch.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
@@ -40,8 +42,8 @@ constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 constexpr unsigned kMaxCtasToTriggerEarly = 12;  // see (*) above
 
-// One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its own, and then
-// numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
+// One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its
+// own, and then numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   pdl_launch_dependents();

@@ -56,8 +56,8 @@ __device__ __forceinline__ ScaleTile scale_tile_of_lone_group(const Groups& grou
   return {scale_begin, static_cast<int>(range.begin), static_cast<int>(range.count), tile * kScaleTileRows};
 }
 
-// CTA (x, y) takes tile column x and, of its rows, the quarters of a tile y, y + gridDim.y, ...: small units, so that a call of few
-// rows is spread over the SMs. A lone group needs no tile table.
+// CTA (x, y) takes tile column x and, of its rows, the quarters of a tile y, y + gridDim.y, ...: small units, so that a
+// call of few rows is spread over the SMs. A lone group needs no tile table.
 constexpr int kQuarters = 4, kQuarterRows = kScaleTileRows / kQuarters;
 
 template <class T, bool kLone>
