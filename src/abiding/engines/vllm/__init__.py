@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 
 from abiding.engines._jobs import Engine, Later, Status
+from abiding.engines.vllm.linear import LinearJob
+from abiding.engines.vllm.moe import MoeJob
 
 VARIABLE = "ABIDING_VLLM"
 
 ENGINE = Engine(
     "vllm",
-    [*map(Later, ("moe", "linear", "qk_norm", "all_reduce", "prologue"))],
+    [MoeJob(), LinearJob(), *map(Later, ("qk_norm", "all_reduce", "prologue"))],
     how=f"set {VARIABLE}=all or the names of jobs, separated by commas, before vLLM starts",
 )
 
