@@ -16,39 +16,15 @@ from typing import Any
 import torch
 
 # Packages that vLLM imports at the top of the modules under test, and whose contents these do not use.
-PACKAGES = frozenset(
-    [
-        "aiohttp",
-        "blake3",
-        "cachetools",
-        "cbor2",
-        "cloudpickle",
-        "compressed_tensors",
-        "cpuinfo",
-        "depyf",
-        "einops",
-        "gguf",
-        "httpx",
-        "ijson",
-        "loguru",
-        "mistral_common",
-        "msgspec",
-        "openai",
-        "openai_harmony",
-        "partial_json_parser",
-        "prometheus_client",
-        "psutil",
-        "pybase64",
-        "requests",
-        "setproctitle",
-        "tiktoken",
-        "uvloop",
-        "watchfiles",
-        "xgrammar",
-        "zmq",
-    ]
-)
-BINARIES = frozenset({"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch"})
+PACKAGES = {
+    *("aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "compressed_tensors", "cpuinfo", "depyf", "einops"),
+    *("fastapi", "gguf", "httpx", "ijson", "loguru", "mistral_common", "msgspec", "openai", "openai_harmony"),
+    *("partial_json_parser", "prometheus_client", "psutil", "pybase64", "requests", "setproctitle", "starlette"),
+    *("tiktoken", "uvloop", "llguidance", "watchfiles", "xgrammar", "zmq"),
+}
+BINARIES = {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch"}
+# Parts of vLLM that come between: front ends, which ask much of openai's and fastapi's classes, and attention.
+ASIDE = {"vllm.entrypoints", "vllm.parser", "vllm.vllm_flash_attn"}
 
 
 class _Stub(types.ModuleType):
@@ -61,10 +37,12 @@ class _Stub(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Comes last, so that what is installed is used."""
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        is_stub = name in BINARIES or name.partition(".")[0] in PACKAGES
+        parts = name.split(".")
+        is_stub = any(".".join(parts[:count]) in self.names for count in range(1, len(parts) + 1))
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_stub else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
@@ -88,7 +66,8 @@ def pretend(folder: Path) -> None:
     """Make ``import vllm`` find the unpacked wheel in ``folder``, on a pretended Hopper GPU."""
     sys.path[:0] = [str(folder)]
     sys.path.append(str(folder.parent / "site"))
-    sys.meta_path.append(_Finder())
+    sys.meta_path.insert(0, _Finder(ASIDE))
+    sys.meta_path.append(_Finder(PACKAGES | BINARIES))  # last, so that what is installed is used
     for name in (
         "cutlass_scaled_mm_supports_fp8",
         "cutlass_scaled_mm_supports_block_fp8",

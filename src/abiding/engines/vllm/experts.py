@@ -33,7 +33,7 @@ class AbidingMxfp8Experts(mk.FusedMoEExpertsModular):
 
     def __init__(self, moe_config: Any, quant_config: Any, **others: Any) -> None:
         super().__init__(moe_config, quant_config, **others)
-        # vLLM makes experts once per load, after it has put the loaded weights into place and before it captures graphs.
+        # vLLM makes experts once per load, when the loaded weights are in place and before it captures graphs.
         for scale in (self.w1_scale, self.w2_scale):
             _swizzle_in_place(scale)
         self._constants = swiglu_constants(moe_config, quant_config)

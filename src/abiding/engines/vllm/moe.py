@@ -31,9 +31,9 @@ SUPPORTED_PARAMETERS = "cls moe_config weight_key activation_key activation_form
 class MoeJob(Job):
     """Puts an expert class of ours first where vLLM chooses its MXFP8 backend.
 
-    All MXFP8 quantization methods choose through ``select_mxfp8_moe_backend``, which asks ``_select_kernel_cls`` for one
-    backend after the other and takes the next one after a ValueError. There is no official way in, so that function is
-    wrapped. Our class answers for the backend TRITON_MXFP8, because vLLM leaves the weights of that one as they were
+    All MXFP8 quantization methods choose through ``select_mxfp8_moe_backend``, which asks ``_select_kernel_cls`` for
+    one backend after the other and takes the next one after a ValueError. There is no official way in, so that function
+    is wrapped. Our class answers for the backend TRITON_MXFP8, because vLLM leaves the weights of that one as they were
     loaded; a user who asks for "triton" by name gets vLLM's own.
     """
 
