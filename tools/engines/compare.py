@@ -49,9 +49,8 @@ def main(folder: Path, variants: list[str]) -> int:
         for name, kernels in result.get("kernels", {}).items():
             ours = sum(count for key, (count, _) in kernels.items() if "abiding" in key)
             total = sum(time for _, time in kernels.values())
-            print(
-                f"   graph of {name}: {ours:g} kernels of ours of {sum(c for c, _ in kernels.values()):g}, {total:.0f} µs"
-            )
+            count = sum(count for count, _ in kernels.values())
+            print(f"   graph of {name}: {ours:g} kernels of ours of {count:g}, {total:.0f} µs")
             if bool(ours) != (variant in OURS):
                 failures.append(f"{variant}, {name}: {ours:g} kernels of ours in the captured graph")
         for kind, name in (("decode", "graph_ms"), ("decode", "wall_ms_per_step"), ("prefill", "forward_ms")):

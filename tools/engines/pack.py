@@ -25,34 +25,13 @@ VLLM = "0.26.0"
 LIBRARIES = ("_C_stable_libtorch", "_moe_C_stable_libtorch", "vllm_flash_attn/_vllm_fa3_C")
 LEFT_OUT = ("third_party/fmha_sm100/", "third_party/deep_gemm/include/", "kernels/helion/", "/amd/", "/configs/E=")
 PACKAGES = [
-    "annotated-types",
-    "blake3",
-    "cachetools",
-    "cbor2",
-    "compressed-tensors==0.17.0",
-    "distro",
-    "fastapi==0.135.1",
-    "humming-kernels==0.1.10",
-    "jiter",
-    "loguru",
-    "msgspec==0.22.0",
-    "openai==2.25.0",
-    "openai-harmony",
-    "partial-json-parser",
-    "pybase64",
-    "pydantic==2.14.4",
-    "pydantic-core==2.50.5",
-    "pyelftools",
-    "pyzmq",
-    "sniffio",
-    "starlette==1.0.1",
-    "typing-inspection",
+    *("annotated-types", "blake3", "cachetools", "cbor2", "compressed-tensors==0.17.0", "distro", "fastapi==0.135.1"),
+    *("humming-kernels==0.1.10", "jiter", "loguru", "msgspec==0.22.0", "openai==2.25.0", "openai-harmony"),
+    *("partial-json-parser", "pybase64", "pydantic==2.14.4", "pydantic-core==2.50.5", "pyelftools", "pyzmq", "sniffio"),
+    *("starlette==1.0.1", "typing-inspection"),
 ]
 STUBS = ("xgrammar", "llguidance")  # guided decoding, which a comparison of kernels does not use
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 17, 5)] + [
-    "manylinux2014_x86_64",
-    "manylinux1_x86_64",
-]
+PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_26", "_2_17", "_2_5", "2014", "1")]
 
 M2 = {
     "architectures": ["MiniMaxM2ForCausalLM"],
@@ -146,9 +125,8 @@ def pack_vllm(wheel: Path, folder: Path) -> None:
             dropped = drop_other_architectures(data, 90)
             target = folder / "libraries" / f"{name.replace('/', '__')}.abi3.so.xz"
             target.write_bytes(lzma.compress(data, preset=6))
-            print(
-                f"{name}: {len(data) / 1e6:.0f} MB, {dropped / 1e6:.0f} dropped, {target.stat().st_size / 1e6:.1f} packed"
-            )
+            sizes = (len(data), dropped, target.stat().st_size)
+            print("{}: {:.0f} MB, {:.0f} MB dropped, {:.1f} MB packed".format(name, *(size / 1e6 for size in sizes)))
 
 
 def drop_other_architectures(data: bytearray, architecture: int) -> int:

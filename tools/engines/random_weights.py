@@ -1,4 +1,4 @@
-"""A vLLM plugin for comparisons without a checkpoint: ``load_format="seeded"`` fills a model with the same values anywhere.
+"""A vLLM plugin for comparisons without a checkpoint: ``load_format="seeded"``.
 
 The values depend on each parameter's name alone, so that engines which repack weights afterwards start from the same
 ones. vLLM's own ``load_format="dummy"`` leaves scales uninitialized and weights near zero. With ``SEEDED_SPOIL=1`` each

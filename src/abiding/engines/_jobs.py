@@ -101,6 +101,8 @@ class Engine:
                 self._status.pop(name, None)
             elif before is None or before.state != "active":
                 self._status[name] = self._take(job)
+                if self._status[name] != before:
+                    self._say(name)
         return self.status()
 
     def _take(self, job: Job) -> Status:
@@ -111,11 +113,14 @@ class Engine:
             status = Status("unavailable", error.reason, error.remedy)
         except Exception as error:  # whatever happens here, the engine must start
             status = Status("unavailable", f"{type(error).__name__}: {error}")
-        if status.state == "active":
-            self.log.info("abiding: %s is active: %s", job.name, status.reason)
-        else:
-            self.log.warning("abiding: %s is left to %s: %s", job.name, self.name, status.reason)
         return status
+
+    def _say(self, name: str) -> None:
+        status = self._status[name]
+        if status.state == "active":
+            self.log.info("abiding: %s is active: %s", name, status.reason)
+        else:
+            self.log.warning("abiding: %s is left to %s: %s", name, self.name, status.reason)
 
     def _release(self, job: Job) -> None:
         try:

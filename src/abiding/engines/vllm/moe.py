@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from abiding.engines._jobs import Job, UnavailableError
 from abiding.engines.vllm import contract
@@ -13,7 +13,7 @@ from abiding.mxfp8_moe import Mode
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle.mxfp8"
 MODULAR_KERNEL = "vllm.model_executor.layers.fused_moe.modular_kernel"
 MODE_VARIABLE = "ABIDING_VLLM_MOE_MODE"
-MODES = tuple(mode for mode in get_args(Mode) if mode in ("w8a16", "w8a8"))
+MODES: tuple[Mode, ...] = ("w8a16", "w8a8")
 
 # FusedMoEExperts as :mod:`abiding.engines.vllm.experts` implements it.
 EXPERTS_METHODS = (
