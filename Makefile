@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench multi-gpu docs clean
+.PHONY: help setup build demo test engines lint format bench multi-gpu docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,6 +24,12 @@ demo: setup ## run the main job and check it against the reference, on a GPU if 
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+engines: setup ## check what our code rests on in vLLM's own Python, oldest and newest release; needs a package index
+	@timeout 200 $(BIN)/python tools/engines/fetch.py build/engines; status=$$?; \
+	if [ $$status = 3 ]; then echo "skipped: the engines' packages are not to be had here"; exit 0; fi; \
+	if [ $$status != 0 ]; then exit $$status; fi; \
+	ABIDING_REQUIRE_ENGINES=1 timeout 300 $(BIN)/python -m pytest -n 2 tests/engines
 
 lint: setup ## check style, types and the length of lines
 	$(BIN)/ruff check

@@ -11,16 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RELEASES = sorted((ROOT / "build" / "engines").glob("vllm-*"), key=lambda path: path.name)
-METHODS = {
-    "modelopt": "ModelOptMxFp8FusedMoE",
-    "online.mxfp8": "Mxfp8OnlineMoEMethod",
-    "compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_mxfp8": "CompressedTensorsW8A8Mxfp8MoEMethod",
-    "quark.quark_moe": None,
-    "inc.schemes.inc_mxfp8_moe": None,
-}
-
 PREAMBLE = """
-import importlib, logging, os, sys
+import importlib, inspect, logging, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from pretend import pretend
@@ -31,7 +23,10 @@ from abiding.engines import vllm as ours
 from abiding.engines.vllm import contract, moe, linear
 contract.require_hopper = lambda: None  # no CUDA kernels are loaded where there is no GPU
 lines = []
-logging.getLogger("vllm.abiding").addHandler(type("Lines", (logging.Handler,), dict(emit=lambda _, r: lines.append(r.getMessage())))())
+class Lines(logging.Handler):
+    def emit(self, record):
+        lines.append(record.getMessage())
+logging.getLogger("vllm.abiding").addHandler(Lines())
 logging.getLogger("vllm.abiding").setLevel(logging.INFO)
 
 def register(choice):
@@ -45,7 +40,6 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 import vllm.model_executor.layers.fused_moe.config as configs
 
 def config(activation=MoEActivation.SILU, **others):
-    import dataclasses, inspect
     parallel = dict(tp_size=1, pcp_size=1, dp_size=1, ep_size=1, tp_rank=0, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
                     use_ep=False, all2all_backend="allgather_reducescatter", enable_eplb=False)
     parallel |= {{name: others.pop(name) for name in list(others) if name in parallel}}
@@ -111,7 +105,8 @@ assert possible[1:] == stock[2]
 # What is taken, and what is refused so that vLLM's next backend serves it.
 OURS = "AbidingMxfp8Experts"
 assert selected() == OURS
-assert selected(activation=MoEActivation.SWIGLUOAI_UNINTERLEAVE, swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0) == OURS
+oai = dict(swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0)
+assert selected(activation=MoEActivation.SWIGLUOAI_UNINTERLEAVE, **oai) == OURS
 assert selected(swiglu_limit=10.0) == OURS
 assert selected(tp_size=2) == selected(ep_size=2, use_ep=True, num_local_experts=4) == OURS
 assert selected(dp_size=2, ep_size=2, use_ep=True) == OURS
@@ -167,10 +162,7 @@ assert "oracle.mxfp8._select_kernel_cls takes (backend config more); expected (b
 def test_layers_through_vllm(scenario: Callable[..., str]) -> None:
     """vLLM's own modular kernel and linear registry call ours, on the CPU; values are those of a direct call."""
     scenario("""
-import vllm.platforms
-type(vllm.platforms.current_platform)
 register("moe,linear")
-from types import SimpleNamespace
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import make_fp8_moe_quant_config
 from abiding import mxfp8_moe
@@ -193,7 +185,8 @@ for activation, constants, given in (
     plain = [mxfp8_moe.swizzle_scales(s) for s in (s13, s2)]
     parameters = [torch.nn.Parameter(s.clone(), requires_grad=False) for s in (s13, s2)]
     addresses = [p.data_ptr() for p in parameters]
-    moe_config = config(activation=activation, num_experts=2 * E, num_local_experts=E, hidden_dim=H, intermediate_size=I, **constants)
+    sizes = dict(num_experts=2 * E, num_local_experts=E, hidden_dim=H, intermediate_size=I)
+    moe_config = config(activation=activation, **sizes, **constants)
     quant = make_fp8_moe_quant_config(
         oracle.Fp8MoeBackend.TRITON_MXFP8, *parameters, None, None, block_shape=[1, 32],
         swiglu_limit=constants.get("swiglu_limit"), gemm1_alpha=constants.get("swiglu_alpha"),
@@ -223,7 +216,6 @@ for activation, constants, given in (
 
 # The linear kernel that vLLM chooses.
 torch.set_default_dtype(torch.bfloat16)
-import inspect
 for n in (96, 72):
     w, s = weights(n, H)
     told = "weight_shape" in inspect.signature(kernels.init_mxfp8_linear_kernel).parameters

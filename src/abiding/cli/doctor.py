@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from abiding import engines
 
@@ -39,8 +38,9 @@ def _print_machine(console: Console, report: dict[str, Any]) -> None:
 
 
 def _print_engine(console: Console, name: str, engine: dict[str, Any]) -> None:
-    table = Table("job", "state", "why", "what to do", title=f"{name} {engine['installed'] or '(not installed)'}")
+    console.print(f"\n{name} {engine['installed'] or 'is not installed'}")
     for job, status in engine["jobs"].items():
-        state = f"[{_STYLES[status['state']]}]{status['state']}"
-        table.add_row(job, state, status["reason"], status["remedy"])
-    console.print(table)
+        console.print(f"  {job}: [{_STYLES[status['state']]}]{status['state']}[/], ", end="")
+        console.print(status["reason"], markup=False, highlight=False)
+    for remedy in dict.fromkeys(status["remedy"] for status in engine["jobs"].values() if status["remedy"]):
+        console.print(f"  to change this: {remedy}", markup=False, highlight=False)

@@ -83,10 +83,9 @@ def _engine(name: str, probe: bool) -> dict[str, Any]:
     module = importlib.import_module(f"abiding.engines.{name}")
     engine: Engine = module.ENGINE
     chosen = module.chosen()
-    version = engine.version()
-    jobs = engine.status(probe=probe and version is not None, chosen=chosen)
+    jobs = engine.status(probe=probe, chosen=chosen)
     return {
-        "installed": version,
+        "installed": engine.version(),
         "chosen": sorted(chosen),
         "how": engine.how,
         "jobs": {job: asdict(status) for job, status in jobs.items()},

@@ -133,6 +133,10 @@ class Engine:
         """The status of every job; with ``probe``, those that are not active are checked, which imports the engine."""
         if not probe:
             return {name: self._known(name) for name in self.jobs}
+        if self.version() is None:
+            return {
+                name: Status("off", f"{self.name} is not installed", f"pip install {self.name}") for name in self.jobs
+            }
         chosen = set(chosen)
         return {name: self._probe(job, name in chosen) for name, job in self.jobs.items()}
 

@@ -173,7 +173,7 @@ def install() -> dict[str, str]:
 
     * ``registered: CPU, CUDA``: the operator did not exist; now it does. CUDA is missing where Abiding's CUDA kernels
       are.
-    * ``implemented: CPU; kept: CUDA``: the schema existed and kernels were missing; Abiding's serve the devices that had
+    * ``implemented: CPU; kept: CUDA``: the schema existed, kernels were missing; Abiding's serve the devices that had
       none.
     * ``kept: ...``: the operator has kernels of its own.
     * ``left alone: ...``: the operator has another schema.

@@ -1,0 +1,90 @@
+"""Unpack the Python of the engines' releases that we test against: fetch.py FOLDER
+
+FOLDER/vllm-VERSION for the oldest and the newest release, and FOLDER/site with what these import and .venv lacks. Wheels
+are kept in FOLDER/cache. Exits with 3 where the package index has no such wheel, which is no fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+OLDEST = "0.26.0"
+UNAVAILABLE = 3
+PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "_2_28", "_2_17", "2014", "1")]
+# Without the packages of .venv, and without what tests/engines/pretend.py answers for.
+SITE = (
+    "regex",
+    "transformers>=5.16,<5.21",
+    "psutil",
+    "pyzmq",
+    "cloudpickle",
+    "msgspec",
+    "einops",
+    "compressed-tensors",
+)
+KEPT = (".py", ".json", ".txt", "METADATA")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    for requirement in (f"vllm=={OLDEST}", "vllm"):
+        if not download(requirement, cache):
+            print(f"the package index has no wheel of {requirement} for x86-64 Linux")
+            return UNAVAILABLE
+    for wheel in cache.glob("vllm-*.whl"):
+        unpack(wheel, folder)
+    return 0 if install_site(folder / "site") else UNAVAILABLE
+
+
+def pip(*arguments: object) -> bool:
+    return subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)]).returncode == 0
+
+
+def download(requirement: str, cache: Path) -> bool:
+    if list(cache.glob(f"{requirement.replace('==', '-')}-*.whl")):
+        return True
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
+    return pip("download", *options, *(f"--platform={one}" for one in PLATFORMS), "-d", cache, requirement)
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """The Python files of a wheel; its libraries are of no use without a GPU."""
+    target = folder / "-".join(wheel.name.split("-")[:2])
+    if target.exists():
+        return
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(KEPT) and "/configs/E=" not in name:
+                archive.extract(name, partial)
+    partial.rename(target)
+
+
+def install_site(site: Path) -> bool:
+    """Packages beside .venv's: their dependencies too, but none that .venv has, torch above all."""
+    if site.exists():
+        return True
+    partial = site.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", partial], check=True)
+    (packages,) = partial.glob("lib/python*/site-packages")
+    (packages / "beside.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    if not pip("--python", partial / "bin" / "python", "install", "--quiet", "--no-compile", *SITE):
+        return False
+    packages.rename(site)
+    shutil.rmtree(partial)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
