@@ -1,7 +1,7 @@
 """Unpack the Python of the engines' releases that we test against: fetch.py FOLDER
 
-FOLDER/vllm-VERSION for the oldest and the newest release, and FOLDER/site with what these import and .venv lacks. Wheels
-are kept in FOLDER/cache. Exits with 3 where the package index has no such wheel, which is no fault of ours.
+FOLDER/vllm-VERSION for the oldest and the newest release, and FOLDER/site with what these import and .venv lacks.
+Wheels are kept in FOLDER/cache. Exits with 3 where the package index has no such wheel, which is no fault of ours.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ OLDEST = "0.26.0"
 UNAVAILABLE = 3
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "_2_28", "_2_17", "2014", "1")]
 # Without the packages of .venv, and without what tests/engines/pretend.py answers for.
-SITE = (
-    "regex",
-    "transformers>=5.16,<5.21",
-    "psutil",
-    "pyzmq",
-    "cloudpickle",
-    "msgspec",
-    "einops",
-    "compressed-tensors",
-)
+SITE = ("regex", "transformers>=5.16,<5.21", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops")
 KEPT = (".py", ".json", ".txt", "METADATA")
 
 

@@ -134,9 +134,7 @@ class Engine:
         if not probe:
             return {name: self._known(name) for name in self.jobs}
         if self.version() is None:
-            return {
-                name: Status("off", f"{self.name} is not installed", f"pip install {self.name}") for name in self.jobs
-            }
+            return dict.fromkeys(self.jobs, Status("off", f"{self.name} is not installed", f"pip install {self.name}"))
         chosen = set(chosen)
         return {name: self._probe(job, name in chosen) for name, job in self.jobs.items()}
 

@@ -167,8 +167,9 @@ def swiglu_constants(moe_config: Any, quant_config: Any) -> dict[str, float]:
     """
 
     def value(name: str) -> float | None:
-        of_weights = getattr(quant_config, f"gemm1_{'clamp_limit' if name == 'limit' else name}")
-        return of_weights if of_weights is not None else getattr(moe_config, f"swiglu_{name}")
+        of_weights: float | None = getattr(quant_config, f"gemm1_{'clamp_limit' if name == 'limit' else name}")
+        of_layer: float | None = getattr(moe_config, f"swiglu_{name}")
+        return of_layer if of_weights is None else of_weights
 
     limit, alpha, beta = value("limit"), value("alpha"), value("beta")
     constants = {} if limit is None else {"swiglu_limit": float(limit)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from abiding.engines._jobs import Job, UnavailableError
 from abiding.engines.vllm import contract
@@ -68,7 +68,7 @@ class MoeJob(Job):
     def take(self) -> str:
         from abiding.engines.vllm import experts
 
-        oracle = contract.load(ORACLE)
+        oracle: Any = contract.load(ORACLE)
         if self._stock is None:
             self._stock = oracle._select_kernel_cls, oracle._SUPPORTED_BACKENDS
             ours = oracle.Fp8MoeBackend.TRITON_MXFP8
@@ -79,7 +79,7 @@ class MoeJob(Job):
 
     def release(self) -> None:
         if self._stock is not None:
-            oracle = contract.load(ORACLE)
+            oracle: Any = contract.load(ORACLE)
             oracle._select_kernel_cls, oracle._SUPPORTED_BACKENDS = self._stock
             self._stock = None
 
@@ -89,7 +89,7 @@ def mode() -> Mode:
     chosen = os.environ.get(MODE_VARIABLE, "w8a16")
     if chosen not in MODES:
         raise UnavailableError(f"{MODE_VARIABLE} is {chosen!r}; expected {' or '.join(MODES)}", f"set {MODE_VARIABLE}")
-    return cast(Mode, chosen)
+    return chosen
 
 
 def _require_weights_as_loaded(backend: Any) -> None:
