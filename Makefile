@@ -25,11 +25,15 @@ demo: setup ## run the main job and check it against the reference, on a GPU if 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-engines: setup ## check what our code rests on in vLLM's own Python, oldest and newest release; needs a package index
+engines: setup ## check our code against vLLM's and transformers' own Python, oldest and newest release
 	@timeout 200 $(BIN)/python tools/engines/fetch.py build/engines; status=$$?; \
 	if [ $$status = 3 ]; then echo "skipped: the engines' packages are not to be had here"; exit 0; fi; \
 	if [ $$status != 0 ]; then exit $$status; fi; \
-	ABIDING_REQUIRE_ENGINES=1 timeout 300 $(BIN)/python -m pytest -n 2 tests/engines
+	ABIDING_REQUIRE_ENGINES=1 timeout 300 $(BIN)/python -m pytest --quiet -n 2 tests/engines || exit; \
+	for release in build/engines/transformers-*; do \
+		PYTHONPATH=$$release:build/engines/site timeout 200 $(BIN)/python -m pytest --quiet tests/engines/test_transformers* \
+			|| exit; \
+	done
 
 lint: setup ## check style, types and the length of lines
 	$(BIN)/ruff check

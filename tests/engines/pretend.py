@@ -65,7 +65,7 @@ def _define(schema: str, value: Any) -> None:
 def pretend(folder: Path) -> None:
     """Make ``import vllm`` find the unpacked wheel in ``folder``, on a pretended Hopper GPU."""
     sys.path[:0] = [str(folder)]
-    sys.path.append(str(folder.parent / "site"))
+    sys.path += [str(folder.parent / "transformers-5.17.0"), str(folder.parent / "site")]
     sys.meta_path.insert(0, _Finder(ASIDE))
     sys.meta_path.append(_Finder(PACKAGES | BINARIES))  # last, so that what is installed is used
     for name in (

@@ -1,7 +1,7 @@
 """Unpack the Python of the engines' releases that we test against: fetch.py FOLDER
 
-FOLDER/vllm-VERSION for the oldest and the newest release, and FOLDER/site with what these import and .venv lacks.
-Wheels are kept in FOLDER/cache. Exits with 3 where the package index has no such wheel, which is no fault of ours.
+FOLDER/vllm-VERSION and FOLDER/transformers-VERSION for the oldest and the newest release of each, and FOLDER/site with
+what these import and .venv lacks. Wheels are kept in FOLDER/cache. Exits with 3 where the package index has no such wheel, which is no fault of ours.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import sys
 import zipfile
 from pathlib import Path
 
-OLDEST = "0.26.0"
+RELEASES = ("vllm==0.26.0", "vllm", "transformers==5.17.0", "transformers")
 UNAVAILABLE = 3
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "_2_28", "_2_17", "2014", "1")]
 # Without the packages of .venv, and without what tests/engines/pretend.py answers for.
-SITE = ("regex", "transformers>=5.16,<5.21", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops")
+SITE = (
+    *("huggingface-hub>=1.31,<2", "tokenizers>=0.23.1,<0.24", "safetensors>=0.8", "regex", "pyyaml", "tqdm", "accelerate"),
+    *("requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops"),
+)
 KEPT = (".py", ".json", ".txt", "METADATA")
 
 
@@ -27,11 +30,11 @@ def main() -> int:
     folder = parser.parse_args().folder
     cache = folder / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    for requirement in (f"vllm=={OLDEST}", "vllm"):
+    for requirement in RELEASES:
         if not download(requirement, cache):
             print(f"the package index has no wheel of {requirement} for x86-64 Linux")
             return UNAVAILABLE
-    for wheel in cache.glob("vllm-*.whl"):
+    for wheel in cache.glob("*.whl"):
         unpack(wheel, folder)
     return 0 if install_site(folder / "site") else UNAVAILABLE
 
@@ -48,7 +51,7 @@ def download(requirement: str, cache: Path) -> bool:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """The Python files of a wheel; its libraries are of no use without a GPU."""
+    """The Python files of a wheel; libraries are of no use without a GPU."""
     target = folder / "-".join(wheel.name.split("-")[:2])
     if target.exists():
         return
