@@ -20,7 +20,6 @@ from abiding._host_barrier import MAX_RANKS, HostBarrier, Step
 _raw = torch.ops.abiding_custom_ar
 
 
-
 @dataclass
 class PeerMemory:
     """A rank's own workspace and its mappings of the other ranks' workspaces.
