@@ -12,7 +12,60 @@ from torch import Tensor
 
 from abiding.reference.mxfp8_moe import quantize_rows
 
+CONFIGS: dict[str, dict[str, Any]] = {
+    "minimax_m2": {
+        "hidden_size": 128,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+    },
+    "minimax_m3_vl_text": {
+        "hidden_size": 128,
+        "intermediate_size": 64,
+        "dense_intermediate_size": 128,
+        "shared_intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "deepseek_v4": {
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 128,
+        "q_lora_rank": 128,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 4,
+        "layer_types": ["sliding_attention"] * 2,
+        "mlp_layer_types": ["moe"] * 2,
+        "sliding_window": 64,
+        "hc_mult": 2,
+    },
+}
+"""Small configurations, by model type. All experts serve all tokens: with fewer, a rounding in the router that swaps
+two experts moves logits by more than all arithmetic that is compared."""
+
 _KEPT = ("embed", "lm_head", "norm", ".gate.", "shared_expert_gate", "hc_", "head.", "indexer", "compressor")
+
+
+def config_of(model_type: str, **changes: Any) -> Any:
+    """The small configuration of a model type."""
+    from transformers import AutoConfig
+
+    ids = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return AutoConfig.for_model(model_type, **ids, **CONFIGS[model_type] | changes)
 
 
 def write(
@@ -51,25 +104,24 @@ def write(
     path = folder / "model.safetensors"
     tensors = {}
     for name, weight in load_file(path).items():
-        if weight.dim() != 2 or not name.endswith(".weight") or any(part in name for part in _KEPT):
+        is_kept = any(part in name for part in _KEPT) or (kept is not None and kept(name))
+        if weight.dim() < 2 or is_kept:
             tensors[name] = weight
-        elif kept is not None and kept(name):
-            tensors[name] = weight
-        else:
-            data, scale = _quantize(weight, block, scale_fmt)
-            if ".experts." in name and scale.dtype == torch.uint8:
-                scale += shift
-            tensors[name] = data
-            tensors[name.removesuffix(".weight") + ".weight_scale_inv"] = scale
+            continue
+        data, scale = _quantize(weight.flatten(0, -2), block, scale_fmt)
+        if ".experts." in name and scale.dtype == torch.uint8:
+            scale += shift
+        tensors[name] = data.view(weight.shape)
+        tensors[name + "_scale_inv"] = scale.unflatten(0, (*weight.shape[:-2], -1))
     save_file(tensors, path, {"format": "pt"})
     description = json.loads((folder / "config.json").read_text())
-    unquantized = {name.removesuffix(".weight") for name in tensors if name + "_scale_inv" not in tensors}
+    unquantized = {name for name in tensors if not name.endswith("_scale_inv") and f"{name}_scale_inv" not in tensors}
     description["quantization_config"] = {
         "quant_method": "mxfp8" if block == (1, 32) else "fp8",
         "activation_scheme": "dynamic",
         "weight_block_size": list(block),
         "scale_fmt": scale_fmt,
-        "ignored_layers": sorted(name for name in unquantized if not name.endswith("_scale_inv")),
+        "ignored_layers": sorted(name.removesuffix(".weight") for name in unquantized),
     }
     (folder / "config.json").write_text(json.dumps(description))
     return folder
@@ -86,3 +138,29 @@ def _quantize(weight: Tensor, block: tuple[int, int], scale_fmt: str) -> tuple[T
         scale = scale.log2().ceil().exp2()
     data = (blocks / scale[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
     return data, scale
+
+
+def dequantized(model: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The same model without quantization: transformers' own layers on ``e4m3 * 2^(code - 127)``, in this dtype."""
+    from transformers import AutoModelForCausalLM
+
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.quantization_config = None
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+    stored = model.state_dict()
+    weights = {}
+    for name in plain.state_dict():
+        weight, scale = stored[name], stored.get(f"{name}_scale_inv")
+        if scale is not None:
+            scale = scale.double() if scale.dtype == torch.float32 else torch.exp2(scale.view(torch.uint8).double() - 127)
+            for dim in (-2, -1):
+                scale = scale.repeat_interleave(weight.size(dim) // scale.size(dim), dim)
+            weight = weight.double() * scale
+        weights[name] = weight.to(dtype)
+    plain.load_state_dict(weights)
+    return plain.to(model.device).eval()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The root mean square of a difference, as a part of that of ``expected``."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())

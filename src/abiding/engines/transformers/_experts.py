@@ -106,11 +106,14 @@ def _prepare(module: Any) -> _Layer:
     ):
         if getattr(module, name, expected) != expected:
             raise UnsupportedError(f"{name} is {getattr(module, name)!r}; expected {expected!r}")
-    return _Layer(
+    layer = _Layer(
         _format.scale_tiles(module.gate_up_proj, module.gate_up_proj_scale_inv, module.block_size),
         _format.scale_tiles(module.down_proj, module.down_proj_scale_inv, module.block_size),
         _gate(module),
     )
+    _format.align(module.gate_up_proj)
+    _format.align(module.down_proj)
+    return layer
 
 
 def _gate(module: Any) -> dict[str, Any]:

@@ -72,6 +72,13 @@ def _prepare(module: torch.nn.Module, names: Sequence[str], make: Callable[[], A
 _prepare_outside_of_graphs: Callable[..., Prepared] = torch.compiler.disable(_prepare)
 
 
+def align(weight: Tensor) -> None:
+    """Move a weight to aligned memory if it needs to: one that is a part of a mapped file may lie at any address."""
+    if weight.is_contiguous() and weight.data_ptr() % 16 == 0:
+        return
+    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+
+
 def scale_tiles(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> Tensor:
     """The scales of weights [..., N, K] in tiles, from one UE8M0 scale per block of N by K elements.
 
@@ -96,8 +103,6 @@ def scale_tiles(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> T
     expected = (*weight.shape[:-2], -(-n // rows), -(-k // columns))
     if tuple(scale.shape) != expected:
         raise UnsupportedError(f"scales have shape {list(scale.shape)}; expected {list(expected)}")
-    if weight.data_ptr() % 16:  # a checkpoint that is mapped into memory has tensors at any address
-        weight.data = weight.data.clone()
     codes = _codes(scale)
     if rows > 1:
         codes = codes.repeat_interleave(rows, -2)[..., :n, :]

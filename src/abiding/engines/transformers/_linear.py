@@ -97,8 +97,10 @@ def _prepare(module: Any, groups: int) -> Tensor:
     if module.activation_scheme != "dynamic":
         raise UnsupportedError(f"activation_scheme is {module.activation_scheme!r}; expected 'dynamic'")
     weight, scale, block = module.weight, module.weight_scale_inv, module.block_size
-    if groups > 1 and (weight.size(0) % groups or (block is not None and weight.size(0) // groups % block[0])):
-        raise UnsupportedError(f"{weight.size(0)} rows of {groups} groups share scale blocks")
-    if groups > 1 and scale.dim() == 2:
+    if weight.size(0) % groups or (groups > 1 and block is not None and weight.size(0) // groups % block[0]):
+        raise UnsupportedError(f"{groups} groups of {weight.size(0)} rows share scale blocks")
+    if scale.dim() == 2:
         scale = scale.unflatten(0, (groups, -1))
-    return _format.scale_tiles(weight.unflatten(0, (groups, -1)), scale if groups > 1 else scale[None], block)
+    tiles = _format.scale_tiles(weight.unflatten(0, (groups, -1)), scale, block)
+    _format.align(weight)
+    return tiles
