@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -62,10 +63,8 @@ _KEPT = ("embed", "lm_head", "norm", ".gate.", "shared_expert_gate", "hc_", "hea
 
 def config_of(model_type: str, **changes: Any) -> Any:
     """The small configuration of a model type."""
-    from transformers import AutoConfig
-
     ids = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return AutoConfig.for_model(model_type, **ids, **CONFIGS[model_type] | changes)
+    return _transformers().AutoConfig.for_model(model_type, **ids | CONFIGS[model_type] | changes)
 
 
 def write(
@@ -91,19 +90,17 @@ def write(
         scale_fmt: "ue8m0" for one byte per scale, "float" for float32 that are no powers of two.
         kept: which other weights are left unquantized, by name.
     """
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
+    safetensors: Any = importlib.import_module("safetensors.torch")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = _transformers().AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for _, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape) * std)
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
     tensors = {}
-    for name, weight in load_file(path).items():
+    for name, weight in safetensors.load_file(path).items():
         is_kept = any(part in name for part in _KEPT) or (kept is not None and kept(name))
         if weight.dim() < 2 or is_kept:
             tensors[name] = weight
@@ -113,7 +110,7 @@ def write(
             scale += shift
         tensors[name] = data.view(weight.shape)
         tensors[name + "_scale_inv"] = scale.unflatten(0, (*weight.shape[:-2], -1))
-    save_file(tensors, path, {"format": "pt"})
+    safetensors.save_file(tensors, path, {"format": "pt"})
     description = json.loads((folder / "config.json").read_text())
     unquantized = {name for name in tensors if not name.endswith("_scale_inv") and f"{name}_scale_inv" not in tensors}
     description["quantization_config"] = {
@@ -142,25 +139,32 @@ def _quantize(weight: Tensor, block: tuple[int, int], scale_fmt: str) -> tuple[T
 
 def dequantized(model: Any, dtype: torch.dtype = torch.float64) -> Any:
     """The same model without quantization: transformers' own layers on ``e4m3 * 2^(code - 127)``, in this dtype."""
-    from transformers import AutoModelForCausalLM
-
     config = type(model.config).from_dict(model.config.to_dict())
     config.quantization_config = None
-    plain = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+    plain = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     stored = model.state_dict()
     weights = {}
     for name in plain.state_dict():
         weight, scale = stored[name], stored.get(f"{name}_scale_inv")
-        if scale is not None:
-            scale = scale.double() if scale.dtype == torch.float32 else torch.exp2(scale.view(torch.uint8).double() - 127)
-            for dim in (-2, -1):
-                scale = scale.repeat_interleave(weight.size(dim) // scale.size(dim), dim)
-            weight = weight.double() * scale
-        weights[name] = weight.to(dtype)
+        weights[name] = (weight if scale is None else dequantized_weight(weight, scale)).to(dtype)
     plain.load_state_dict(weights)
     return plain.to(model.device).eval()
+
+
+def dequantized_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """``e4m3 * 2^(code - 127)`` in float64, for scales of blocks of any size; float32 scales are the numbers that they
+    are."""
+    scale = scale.double() if scale.dtype == torch.float32 else torch.exp2(scale.view(torch.uint8).double() - 127)
+    for dim in (-2, -1):
+        scale = scale.repeat_interleave(weight.size(dim) // scale.size(dim), dim)
+    return weight.double() * scale
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The root mean square of a difference, as a part of that of ``expected``."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _transformers() -> Any:
+    # Not a plain import, which type checkers cannot follow where transformers is not installed.
+    return importlib.import_module("transformers")

@@ -136,8 +136,11 @@ def refuse_call(x: Tensor) -> str | None:
 def aligned_rows(x: Tensor) -> Tensor:
     """Activations as [rows, K], with the strides and the alignment that the kernels need."""
     rows = x.reshape(-1, x.size(-1))
-    fits = rows.stride(1) == 1 and rows.stride(0) >= rows.size(1) and rows.stride(0) % 8 == 0
-    return rows if fits and rows.storage_offset() % 8 == 0 else rows.clone(memory_format=torch.contiguous_format)
+    strides_fit = rows.stride(1) == 1 and rows.stride(0) >= rows.size(1) and rows.stride(0) % 8 == 0
+    # Under torch.compile a tensor does not tell its offset, and the compiler aligns what it allocates.
+    if strides_fit and (torch.compiler.is_compiling() or rows.storage_offset() % 8 == 0):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def log_once(what: str, reason: str) -> None:

@@ -52,7 +52,7 @@ class Linear(Job):
                 return original(module, input)
             rows = _format.aligned_rows(input)
             out = self._multiply(rows, module.weight[None], tiles, None)
-            return _finish(out.view(*input.shape[:-1], -1), module.bias)
+            return _finish(out.view(*input.shape[:-1], out.size(1)), module.bias)
 
         return forward
 
@@ -66,7 +66,7 @@ class Linear(Job):
             tokens = rows.size(0) // groups
             ends = torch.arange(1, groups + 1, device=x.device, dtype=torch.int32) * tokens
             out = self._multiply(rows, module.weight.view(groups, -1, k), tiles, ends)
-            out = out.view(groups, *x.shape[:-2], -1).movedim(0, -2)
+            out = out.view(groups, *x.shape[:-2], out.size(1)).movedim(0, -2)
             return _finish(out, None if module.bias is None else module.bias.view(groups, -1))
 
         return forward
