@@ -5,8 +5,8 @@
 
 namespace abiding::mxfp8_moe {
 
-// gate * sigmoid(scale * gate). The device's error is at most 2^-15 of the result, before that is rounded to bf16. It takes the side
-// of the exponential that is below 1, since __fdividef returns 0 for large divisors.
+// gate * sigmoid(scale * gate), for a positive scale. The device's error is at most 2^-15 of the result, before that is
+// rounded to bf16. It takes the side of the exponential that is below 1, since __fdividef returns 0 for large divisors.
 ABIDING_HD float swish(float gate, float scale) {
 #ifdef __CUDA_ARCH__
   const float small = __expf(-fabsf(scale * gate));
@@ -17,11 +17,11 @@ ABIDING_HD float swish(float gate, float scale) {
 }
 
 // Comparisons instead of fminf, so that a NaN stays one.
-ABIDING_HD float activated(Activation activation, float gate, float up) {
+ABIDING_HD float activated(Activation activation, const SwigluConstants& swiglu, float gate, float up) {
   if (activation == Activation::kSilu) return swish(gate, 1.0f) * up;
-  gate = gate > 7.0f ? 7.0f : gate;
-  up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
-  return swish(gate, 1.702f) * (up + 1.0f);
+  gate = gate > swiglu.limit ? swiglu.limit : gate;
+  up = up > swiglu.limit ? swiglu.limit : up < -swiglu.limit ? -swiglu.limit : up;
+  return swish(gate, swiglu.alpha) * (up + swiglu.beta);
 }
 
 }  // namespace abiding::mxfp8_moe

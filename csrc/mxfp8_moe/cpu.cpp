@@ -195,16 +195,12 @@ void run_cpu(const GroupedMmParams& p, const CpuGroupedMm&) {
 
 void run_cpu(const RouteParams& p) {
   std::fill_n(p.offsets, p.experts + 1, 0);
-  const auto expert_of = [&p](int64_t pair) {
-    const int64_t id = p.ids[pair];
-    return id < 0 || id >= p.experts ? -1 : id;
-  };
   for (int64_t pair = 0; pair < p.tokens * p.top_k; ++pair)
-    if (const int64_t expert = expert_of(pair); expert >= 0) ++p.offsets[expert + 1];
+    if (const int expert = p.expert(p.ids[pair]); expert >= 0) ++p.offsets[expert + 1];
   for (int64_t expert = 0; expert < p.experts; ++expert) p.offsets[expert + 1] += p.offsets[expert];
   std::vector<int32_t> next(p.offsets, p.offsets + p.experts);
   for (int64_t pair = 0; pair < p.tokens * p.top_k; ++pair) {
-    const int64_t expert = expert_of(pair);
+    const int expert = p.expert(p.ids[pair]);
     p.pair_rows[pair] = expert < 0 ? -1 : next[expert]++;
   }
 }
@@ -230,10 +226,10 @@ void run_cpu(const ActivateParams& p) {
       const uint16_t* from = static_cast<const uint16_t*>(p.input) + row * columns;
       uint16_t* out = static_cast<uint16_t*>(p.out) + row * p.intermediate;
       for (int64_t i = 0; i < p.intermediate; ++i)
-        out[i] =
-            p.activation == Activation::kNone
-                ? from[i]
-                : to_bfloat16(activated(p.activation, from_bfloat16(from[i]), from_bfloat16(from[p.intermediate + i])));
+        out[i] = p.activation == Activation::kNone
+                     ? from[i]
+                     : to_bfloat16(activated(p.activation, p.swiglu, from_bfloat16(from[i]),
+                                             from_bfloat16(from[p.intermediate + i])));
       if (p.round) round_row(reinterpret_cast<const BFloat16*>(out), p.intermediate, out);
     }
   });

@@ -3,7 +3,7 @@
 // PDL contract of a layer, and of a GEMM of e4m3 rows (docs/mxfp8_moe.md explains it):
 //
 //   kernel      reads before pdl_wait          reads after it                  writes (after it)   triggers dependents
-//   route       -                              topk_ids                        offsets, pair_rows  at its start
+//   route       -                              topk_ids, expert_map            offsets, pair_rows  at its start
 //   gather      -                              x, pair_rows                    gathered            after its pdl_wait
 //   up          offsets; w13, s13: 2 stages    gathered; w13, s13              up_out              after its pdl_wait
 //   activate    -                              up_out, offsets[experts]        activated           at its start
@@ -35,7 +35,7 @@ constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
 
 // One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its own, and then
-// numbers its expert's pairs in their order.
+// numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
   pdl_launch_dependents();
@@ -46,15 +46,17 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
   int before = 0, mine = 0;
   for (int from = begin + lane; from < end; from += 32 * kRouteUnroll) {
     int64_t id[kRouteUnroll];
+    int found[kRouteUnroll];
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i)
-      if (from + 32 * i < end) id[i] = p.ids.from(ids, from - begin - lane + 32 * i);
+      id[i] = from + 32 * i < end ? p.ids.from(ids, from - begin - lane + 32 * i) : -1;
+#pragma unroll
+    for (int i = 0; i < kRouteUnroll; ++i) found[i] = p.expert(id[i]);  // their loads are in flight together
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
-      if (from + 32 * i >= end) continue;
-      before += id[i] >= 0 && id[i] < expert;
-      mine += id[i] == expert;
-      if (expert == 0 && (id[i] < 0 || id[i] >= p.experts)) p.pair_rows[from + 32 * i] = -1;
+      before += found[i] >= 0 && found[i] < expert;
+      mine += found[i] == expert;
+      if (expert == 0 && found[i] < 0 && from + 32 * i < end) p.pair_rows[from + 32 * i] = -1;
     }
   }
   before = __reduce_add_sync(~0u, before);
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
       const int pair = from + i * 32 + lane;
-      is_mine[i] = pair < end && p.ids[pair] == expert;
+      is_mine[i] = pair < end && p.expert(p.ids[pair]) == expert;
     }
 #pragma unroll
     for (int i = 0; i < kRouteUnroll; ++i) {
@@ -129,13 +131,14 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 }
 
 template <Activation kActivation>
-__device__ __forceinline__ uint4 activate_vec8(uint4 gates, const uint4& ups, bool round) {
+__device__ __forceinline__ uint4 activate_vec8(uint4 gates, const uint4& ups, const SwigluConstants& swiglu,
+                                               bool round) {
   if constexpr (kActivation != Activation::kNone) {
     float gate[8], up[8];
     unpack<__nv_bfloat16>(gates, gate);
     unpack<__nv_bfloat16>(ups, up);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) gate[j] = activated(kActivation, gate[j], up[j]);
+    for (int j = 0; j < 8; ++j) gate[j] = activated(kActivation, swiglu, gate[j], up[j]);
     gates = pack<__nv_bfloat16>(gate);
     if (!round) return canonical_nans<__nv_bfloat16>(gates);
   }
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constan
   const int used_rows = *p.used_rows;
   // The four lanes of a scale block have the same row, so they leave together.
   while (row < used_rows) {
-    const uint4 result = activate_vec8<kActivation>(gates, ups, p.round);
+    const uint4 result = activate_vec8<kActivation>(gates, ups, p.swiglu, p.round);
     static_cast<uint4*>(p.out)[row * width + column] = p.interleaved ? interleave(result) : result;
     row += step_rows;
     column += step_columns;
@@ -212,7 +215,8 @@ cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
   const int64_t pairs = p.tokens * p.top_k;
   const unsigned threads = pairs <= 256 ? 64 : kRouteThreads, warps = threads / 32;
   const auto range = static_cast<int>(round_up((pairs + warps - 1) / warps, 32));
-  return launch(route_kernel, LaunchConfig{static_cast<unsigned>(p.experts), threads}, stream, p, range);
+  return launch(route_kernel, LaunchConfig{static_cast<unsigned>(p.experts > 0 ? p.experts : 1), threads}, stream, p,
+                range);
 }
 
 cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
@@ -224,7 +228,7 @@ cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream) {
   const LaunchConfig config{static_cast<unsigned>(ctas < 4096 ? ctas : 4096), kThreads};
   switch (p.activation) {
     case Activation::kSilu: return launch(activate_kernel<Activation::kSilu>, config, stream, p);
-    case Activation::kSwigluOai: return launch(activate_kernel<Activation::kSwigluOai>, config, stream, p);
+    case Activation::kSwiglu: return launch(activate_kernel<Activation::kSwiglu>, config, stream, p);
     case Activation::kNone: break;
   }
   return launch(activate_kernel<Activation::kNone>, config, stream, p);

@@ -62,21 +62,27 @@ struct Operators {
 
   static void moe(const Tensor& x, const Tensor& w13, const Tensor& s13, const Tensor& w2, const Tensor& s2,
                   const Tensor& topk_ids, const Tensor& topk_weights, int64_t activation, bool w8a8,
-                  std::optional<Tensor> workspace, const Tensor& out) {
+                  std::optional<Tensor> workspace, std::optional<Tensor> expert_map,
+                  std::optional<int64_t> global_experts, double swiglu_alpha, double swiglu_beta,
+                  std::optional<double> swiglu_limit, const Tensor& out) {
     Moe p = check_moe(x, w13, s13, w2, s2, topk_ids, topk_weights, activation, w8a8, workspace, out);
+    set_activation(p.activate, swiglu_alpha, swiglu_beta, swiglu_limit);
+    set_expert_parallel(p, {kMoe, "x", x}, expert_map, global_experts);
     const Scope scope(x);
-    check_index_values(kMoe, scope, {expert_rule(p.route)});
+    check_index_values(kMoe, scope, {expert_rule(p.route), expert_map_rule(p.route)});
     if (p.route.tokens == 0) return;
     const Tensor space = workspace ? *workspace : new_empty(kMoe, w13, {p.layout.bytes});
     p.place(space.mutable_data_ptr());
-    const auto& impl = choose_grouped_mm(scope, p.up, p.down);
-    p.set_interleaved(impl.activations == ActivationFormat::kBf16Interleaved);
     scope.run(p.route);
-    scope.run(p.gather);
-    scope.run(p.up, impl);
-    scope.run(p.activate);
-    scope.run(p.down, impl);
-    scope.run(p.combine);
+    if (p.route.experts > 0) {
+      const auto& impl = choose_grouped_mm(scope, p.up, p.down);
+      p.set_interleaved(impl.activations == ActivationFormat::kBf16Interleaved);
+      scope.run(p.gather);
+      scope.run(p.up, impl);
+      scope.run(p.activate);
+      scope.run(p.down, impl);
+    }
+    scope.run(p.combine);  // zeros where no pair of a token is here
   }
 
   static void implement(Library& m) {

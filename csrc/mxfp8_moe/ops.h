@@ -16,10 +16,11 @@ constexpr const char* kGroupedMm = "mxfp8_grouped_mm";
 constexpr const char* kMoe = "mxfp8_moe";
 constexpr const char* kWorkspaceBytes = "mxfp8_moe_workspace_bytes";
 
-constexpr int64_t kMaxRows = 1LL << 31;       // of one call: offsets are 32-bit
-constexpr int64_t kMaxWidth = 1LL << 24;      // elements per row
-constexpr uintptr_t kAlignment = 16;          // bytes: rows and scales move as 16-byte vectors
-constexpr int64_t kWorkspaceAlignment = 256;  // bytes, of each buffer in a workspace
+constexpr int64_t kMaxGlobalExperts = 1 << 20;  // of all ranks
+constexpr int64_t kMaxRows = 1LL << 31;         // of one call: offsets are 32-bit
+constexpr int64_t kMaxWidth = 1LL << 24;        // elements per row
+constexpr uintptr_t kAlignment = 16;            // bytes: rows and scales move as 16-byte vectors
+constexpr int64_t kWorkspaceAlignment = 256;    // bytes, of each buffer in a workspace
 
 inline bool is_width(int64_t k) { return k >= kScaleBlock && k <= kMaxWidth && k % kScaleBlock == 0; }
 
@@ -234,6 +235,7 @@ inline GroupedMmParams gemm_params(const Groups& groups, const Weight& weight) {
   p.weight_scales = weight.scales;
   p.out_stride = weight.n;
   p.out_dtype = DType::kBfloat16;
+  p.expected_rows = groups.rows;
   return p;
 }
 
@@ -325,7 +327,7 @@ inline void check_pairs(const char* op, int64_t tokens, int64_t top_k, int64_t e
   check(1 <= top_k && top_k <= kMaxTopK, op, "top_k is ", top_k, "; expected 1 to ", kMaxTopK);
   check(0 <= tokens && tokens * top_k < kMaxRows, op, "tokens is ", tokens,
         "; expected fewer than 2^31 for all of top_k");
-  check(1 <= experts && experts <= kMaxExperts, op, "experts is ", experts, "; expected 1 to ", kMaxExperts);
+  check(0 <= experts && experts <= kMaxExperts, op, "experts is ", experts, "; expected 0 to ", kMaxExperts);
 }
 
 inline int64_t check_workspace_bytes(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
@@ -374,8 +376,7 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   check(0 <= activation && activation <= 2, op, "activation is ", activation, "; expected 0, 1 or 2");
   up.rank(3);
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = w13.size(0);
-  check(1 <= experts && experts <= kMaxExperts, op, "w13 has shape ", up.shape(), "; expected 1 to ", kMaxExperts,
-        " experts");
+  check(experts <= kMaxExperts, op, "w13 has shape ", up.shape(), "; expected up to ", kMaxExperts, " experts");
   const Weight first = check_weight(op, up, {op, "s13", s13}, experts, 1, 2, rows);
   const Weight second = check_weight(op, down, {op, "s2", s2}, experts, 1, 2, rows);
   const auto kind = static_cast<Activation>(activation);
@@ -436,8 +437,63 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   return moe;
 }
 
+// Activations of the operator: 0 silu, 1 swiglu_oai, 2 none. silu with a limit is kSwiglu with alpha 1 and beta 0.
+inline void set_activation(ActivateParams& p, double alpha, double beta, const std::optional<double>& limit) {
+  const char* op = kMoe;
+  constexpr double kAlpha = 1.702, kBeta = 1.0, kLimit = 7.0;  // of swiglu_oai
+  const bool is_oai = p.activation == Activation::kSwiglu;
+  const auto to_float = [](double x) { return static_cast<float>(x); };
+  check(is_oai || alpha == kAlpha, op, "swiglu_alpha is ", alpha, "; expected the default ", kAlpha,
+        " where the activation is not swiglu_oai");
+  check(is_oai || beta == kBeta, op, "swiglu_beta is ", beta, "; expected the default ", kBeta,
+        " where the activation is not swiglu_oai");
+  check(std::isfinite(to_float(alpha)) && to_float(alpha) > 0, op, "swiglu_alpha is ", alpha,
+        "; expected a positive, finite number");
+  check(std::isfinite(to_float(beta)), op, "swiglu_beta is ", beta, "; expected a finite number");
+  if (limit) {
+    check(p.activation != Activation::kNone, op, "swiglu_limit is ", *limit,
+          "; expected None where the activation is none");
+    check(to_float(*limit) > 0, op, "swiglu_limit is ", *limit, "; expected a positive number");
+  }
+  if (is_oai) {
+    p.swiglu = {to_float(alpha), to_float(beta), to_float(limit.value_or(kLimit))};
+  } else if (limit && std::isfinite(to_float(*limit))) {
+    p.activation = Activation::kSwiglu;
+    p.swiglu = {1.0f, 0.0f, to_float(*limit)};
+  }
+}
+
+// Expert parallelism: where ids lead, and how many of the token-expert pairs are expected here.
+inline void set_expert_parallel(Moe& moe, const Argument& x, const std::optional<Tensor>& expert_map,
+                                const std::optional<int64_t>& global_experts) {
+  const char* op = kMoe;
+  const int64_t experts = moe.route.experts;
+  int64_t global = global_experts.value_or(experts);
+  if (expert_map) {
+    const Argument map{op, "expert_map", *expert_map};
+    map.dtype({DType::kInt32}).rank(1).contiguous().same_device(x);
+    const int64_t size = expert_map->size(0);
+    check(1 <= size && size <= kMaxGlobalExperts, op, "expert_map has shape ", map.shape(), "; expected 1 to ",
+          kMaxGlobalExperts, " experts");
+    check(!global_experts || global == size, op, "global_experts is ", global, "; expected ", size,
+          ", the length of expert_map, or None");
+    moe.route.expert_map = static_cast<const int32_t*>(expert_map->const_data_ptr());
+    moe.route.global_experts = global = size;
+  }
+  check(expert_map || (experts <= global && global <= kMaxGlobalExperts), op, "global_experts is ", global,
+        "; expected ", experts, ", the experts of w13, to ", kMaxGlobalExperts);
+  if (experts >= global) return;
+  const int64_t pairs = moe.route.tokens * moe.route.top_k;
+  moe.up.expected_rows = moe.down.expected_rows = (pairs * experts + global - 1) / global;
+}
+
 // What ABIDING_CHECK_INDICES=1 adds. A negative expert id means an expert on another rank; offsets must lie inside the tensors.
-inline IndexRule expert_rule(const RouteParams& p) { return {"topk_ids", p.ids, INT64_MIN, p.experts}; }
+inline IndexRule expert_rule(const RouteParams& p) {
+  return {"topk_ids", p.ids, INT64_MIN, p.expert_map ? p.global_experts : p.experts};
+}
+inline IndexRule expert_map_rule(const RouteParams& p) {
+  return {"expert_map", {p.expert_map, p.expert_map ? p.global_experts : 0, false}, INT64_MIN, p.experts};
+}
 inline IndexRule offset_rule(const Groups& groups) {
   const bool raw = groups.form == OffsetForm::kProblems;
   const int64_t size = groups.form == OffsetForm::kWhole ? 0 : groups.count + (groups.form == OffsetForm::kStarts);

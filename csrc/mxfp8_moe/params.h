@@ -129,14 +129,25 @@ struct GroupedMmParams {
   // layer.cu).
   bool inputs_ready_before_pdl;
   bool interleaved = false;  // a's rows
+  // How many rows the groups are expected to have together. Under expert parallelism this is less than groups.rows, the
+  // rows of the tensors. A hint: it may change the choice of the tile shape, and nothing else.
+  int64_t expected_rows;
 };
 
 // Routing: orders token-expert pairs by expert, and within an expert by token. Pairs of other ids have no row.
 struct RouteParams {
   Indices ids;  // [tokens, top_k]
   int64_t tokens, top_k, experts;
+  const int32_t* expert_map;  // [global_experts]: the local expert of an id, or -1; null if ids are local
+  int64_t global_experts;
   int32_t* offsets;    // [experts + 1]: the experts' first rows, the total last
   int32_t* pair_rows;  // [tokens, top_k]: the row of each pair, or -1
+
+  // The local expert of an id, or -1 if it is elsewhere or does not exist.
+  ABIDING_HD int expert(int64_t id) const {
+    if (expert_map) id = id >= 0 && id < global_experts ? expert_map[id] : -1;
+    return id >= 0 && id < experts ? static_cast<int>(id) : -1;
+  }
 };
 
 // Permute: out[pair_rows[t, j]] = x[t], as it is or rounded as RoundParams says.
@@ -150,8 +161,12 @@ struct GatherParams {
   bool interleaved = false;
 };
 
-// kSilu: silu(gate) * up. kSwigluOai: gate <= 7, up in [-7, 7], gate * sigmoid(1.702 gate) * (up + 1). Gate columns come first.
-enum class Activation { kSilu, kSwigluOai, kNone };
+// kSilu: silu(gate) * up. kSwiglu: gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and up in
+// [-limit, limit]. Gate columns come first.
+enum class Activation { kSilu, kSwiglu, kNone };
+struct SwigluConstants {
+  float alpha, beta, limit;
+};
 struct ActivateParams {
   int64_t max_rows;          // of the buffers
   const int32_t* used_rows;  // how many of them the call has, on the device
@@ -161,6 +176,7 @@ struct ActivateParams {
   bool round;
   void* out;  // bf16, dense
   bool interleaved = false;
+  SwigluConstants swiglu;  // of kSwiglu
 };
 
 // Top-k weighted reduce (unpermute): out[t] = sum over j, in order, of weights[t, j] * input[pair_rows[t, j]].

@@ -15,6 +15,7 @@ ABIDING_SCHEMAS(abiding, mxfp8_moe, m) {
       "Tensor! out) -> ()");
   m.def(
       "mxfp8_moe(Tensor x, Tensor w13, Tensor s13, Tensor w2, Tensor s2, Tensor topk_ids, Tensor topk_weights, "
-      "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor(b!) out) -> ()");
+      "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor? expert_map=None, int? global_experts=None, "
+      "float swiglu_alpha=1.702, float swiglu_beta=1., float? swiglu_limit=None, Tensor(b!) out) -> ()");
   m.def("mxfp8_moe_workspace_bytes(int tokens, int top_k, int experts, int hidden, int intermediate) -> int");
 }

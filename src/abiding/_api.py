@@ -32,7 +32,9 @@ def translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> 
     """Translate an operator's argument error to a TypeError or ValueError; other errors are returned unchanged."""
     text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
     if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
-        complaint = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), match["complaint"])
+        # "a" names an argument at the start, and after "as" and "overlaps"; elsewhere it is the article.
+        words = r"(?!a\b)\w+|^a\b|(?<=\bas )a\b|(?<=\boverlaps )a\b"
+        complaint = re.sub(words, lambda word: names.get(word[0], word[0]), match["complaint"])
         return (TypeError if re.search(r" has dtype | is undefined;", text) else ValueError)(f"{function}: {complaint}")
     mismatch = r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
     if match := re.search(mismatch, str(error)):

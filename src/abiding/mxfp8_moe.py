@@ -160,6 +160,60 @@ def grouped_mm(
     return out
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    out: Tensor | None = None,
+    mode: Mode = "w8a16",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A dense layer, which is a grouped GEMM of one expert: ``out = x @ weight.T``.
+
+    Args:
+        x: ``[..., K]`` bfloat16.
+        weight: ``[N, K]`` float8_e4m3fn, or uint8 of the same bytes, with K dense.
+        scale: its scales in tiles, ``align(N, 128) * align(K / 32, 4)`` bytes.
+        out: ``[..., N]`` bfloat16, float16 or float32 to write to; must not overlap x. With other than 2 dimensions it
+            must be contiguous. Default a new tensor.
+        mode: "w8a16" leaves x bfloat16, "w8a8" puts its rows through :func:`round`.
+        out_dtype: the dtype of a new result: bfloat16, float16 or float32. Default bfloat16.
+
+    Returns:
+        ``out``, or a new tensor ``[..., N]``: bit for bit that of :func:`grouped_mm`. There is no bias; add it to the
+        result.
+
+    Raises:
+        TypeError, ValueError: as :func:`quantize`.
+    """
+    function = "linear"
+    if mode not in get_args(Mode):
+        raise ValueError(f"{function}: mode is {mode!r}; expected {' or '.join(get_args(Mode))}")
+    check_tensor(function, "x", x)
+    check_shape(function, "weight", weight, ("N", "K"))
+    n, k = weight.shape
+    if x.dim() < 1 or x.size(-1) != k or k == 0:
+        raise ValueError(f"{function}: x has shape {list(x.shape)}; expected [..., K] with K = {k}, as weight has")
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"{function}: x has dtype {x.dtype}; expected bfloat16")
+    if out_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"{function}: out_dtype is {out_dtype}; expected bfloat16, float16 or float32")
+    shape = (*x.shape[:-1], n)
+    if out is None:
+        out = torch.empty(shape, dtype=out_dtype or torch.bfloat16, device=x.device)
+    check_shape(function, "out", out, shape)
+    if out.dim() != 2 and not out.is_contiguous():
+        raise ValueError(f"{function}: out has strides {list(out.stride())}; expected a contiguous tensor")
+    rows, result = x.reshape(-1, k), out if out.dim() == 2 else out.view(-1, n)
+    if mode == "w8a8":
+        rows = round(rows)
+    op = _ops.mxfp8_grouped_mm.default
+    names = {"a": "x", "weight_scales": "scale"}
+    call(function, names, op, rows, None, weight[None], _codes(scale), None, False, out=result)
+    return out
+
+
 def moe(
     x: Tensor,
     w13: Tensor,
@@ -171,6 +225,11 @@ def moe(
     *,
     activation: Activation = "silu",
     mode: Mode = "w8a8",
+    expert_map: Tensor | None = None,
+    global_experts: int | None = None,
+    swiglu_alpha: float = 1.702,
+    swiglu_beta: float = 1.0,
+    swiglu_limit: float | None = None,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -192,11 +251,20 @@ def moe(
         s2: its scales in tiles.
         topk_ids: ``[T, top_k]`` int32 or int64, 1 to 16 experts per token. A negative id is an expert of another rank
             (expert parallelism) and adds nothing, as does an id >= E, unless ``ABIDING_CHECK_INDICES=1`` makes that an
-            error.
+            error. With ``expert_map``, ids are those of all ranks' experts.
         topk_weights: ``[T, top_k]`` float32.
-        activation: "silu" is ``gate * sigmoid(gate) * up``; "swiglu_oai" is ``g * sigmoid(1.702 * g) * (u + 1)`` with
-            g = min(gate, 7) and u = up in [-7, 7]; "none" has no gate.
+        activation: "silu" is ``g * sigmoid(g) * u``; "swiglu_oai" is ``g * sigmoid(alpha * g) * (u + beta)``, where g
+            is the gate, at most ``swiglu_limit``, and u is up, within +-``swiglu_limit``; "none" has no gate.
         mode: "w8a8" quantizes activations to MXFP8, "w8a16" leaves them bfloat16.
+        expert_map: ``[global experts]`` int32 on the device of x: the local expert of each id, or -1 for an expert of
+            another rank. Ids outside of the map, and local experts that do not exist, add nothing. Default: ids are
+            local.
+        global_experts: how many experts the ids are spread over, on all ranks, of which E are here. Default the length
+            of ``expert_map``, or E. It is a hint of how many rows to expect, for the choice of the GEMMs' tile shape.
+            Give it where ids are -1 for experts of other ranks: a layer is then as fast as its own rows allow.
+        swiglu_alpha: of "swiglu_oai", positive.
+        swiglu_beta: of "swiglu_oai".
+        swiglu_limit: positive. Default 7 for "swiglu_oai", and no limit for "silu"; ``math.inf`` is no limit.
         workspace: scratch memory, uint8, of at least :func:`workspace_bytes`. Default memory from torch's allocator.
         out: bfloat16 ``[T, K]`` to write to; must not overlap x. Default a new tensor.
 
@@ -205,6 +273,8 @@ def moe(
 
     Raises:
         TypeError, ValueError: as :func:`quantize`.
+
+    With E = 0, or where all experts of a token are elsewhere, the result is zero.
 
     A shared expert is one more expert: append its weights to w13 and w2, its id to every row of topk_ids, and its
     weight (usually 1) to every row of topk_weights.
@@ -231,6 +301,11 @@ def moe(
         _ACTIVATIONS.index(activation),
         mode == "w8a8",
         workspace,
+        expert_map=expert_map,
+        global_experts=global_experts,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_beta=swiglu_beta,
+        swiglu_limit=swiglu_limit,
         out=out,
     )
     return out
@@ -246,7 +321,7 @@ def workspace_bytes(tokens: int, top_k: int, experts: int, hidden: int, intermed
     Args:
         tokens: T, rows of x.
         top_k: experts per token.
-        experts: E, experts of the weights.
+        experts: E, the local experts.
         hidden: K, columns of x.
         intermediate: I, columns of w2.
 

@@ -29,7 +29,8 @@ SCHEMAS = {
     ),
     "mxfp8_moe": (
         "(Tensor x, Tensor w13, Tensor s13, Tensor w2, Tensor s2, Tensor topk_ids, Tensor topk_weights, "
-        "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor(b!) out) -> ()"
+        "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor? expert_map=None, int? global_experts=None, "
+        "float swiglu_alpha=1.702, float swiglu_beta=1., float? swiglu_limit=None, Tensor(b!) out) -> ()"
     ),
     "mxfp8_moe_workspace_bytes": "(int tokens, int top_k, int experts, int hidden, int intermediate) -> int",
 }
@@ -96,6 +97,9 @@ def test_opcheck(name: str, rows: int, device: torch.device) -> None:
 def test_opcheck_without_the_optional_arguments(device: torch.device) -> None:
     args, kwargs = arguments("mxfp8_moe", device)
     torch.library.opcheck(operator("mxfp8_moe"), [*args[:-1], None], kwargs)
+    expert_map = torch.tensor([1, -1, 0, 3, 2], dtype=torch.int32, device=device)
+    options = {"expert_map": expert_map, "global_experts": 5, "swiglu_beta": 0.5, "swiglu_limit": 2.0}
+    torch.library.opcheck(operator("mxfp8_moe"), args, kwargs | options)
     args, kwargs = arguments("mxfp8_grouped_mm", device)
     x = GEMM.make(device).x
     one = [x, None, args[2][:1], args[3][:1].contiguous(), None, False]
@@ -133,6 +137,7 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
         a = api.quantize(t[0], t[3])
         results = [*a, *api.quantize(t[0]), api.round(t[0]), api.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
         results += [api.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), api.moe(*t[4:])]
+        results += [api.linear(t[0], t[1][0], t[2][0]), api.linear(t[0].view(2, -1, 96), t[1][0], t[2][0], mode="w8a8")]
         return [looks(x) for x in [*results, api.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
 
     real = calls(*tensors)
@@ -156,8 +161,14 @@ def gemm_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) 
 
 def layer_step(i: tuple[Tensor, ...]) -> Tensor:
     x, *rest = i
-    first = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai")
-    return mxfp8_moe.moe(first + x, *rest, mode="w8a16", out=torch.empty_like(first))
+    first = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai", swiglu_limit=3.0, global_experts=9)
+    expert_map = torch.tensor([3, -1, 1], dtype=torch.int32, device=x.device)
+    return mxfp8_moe.moe(first + x, *rest, mode="w8a16", expert_map=expert_map, out=torch.empty_like(first))
+
+
+def linear_step(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    exact = mxfp8_moe.linear(x * 2, weight, scale, out_dtype=torch.float32)
+    return exact + mxfp8_moe.linear(x[0], weight, scale, mode="w8a8")
 
 
 def tensors_of(i: LayerInputs) -> tuple[Tensor, ...]:
@@ -176,6 +187,17 @@ def test_compile(device: torch.device) -> None:
     torch._dynamo.reset()
     steps = (torch.compile(step, fullgraph=True, backend="aot_eager") for step in (gemm_step, layer_step))
     assert_compiles(*steps, 5, device)
+
+
+def test_linear_compiles(device: torch.device) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_step, fullgraph=True, dynamic=True, backend=counter)
+    i = GemmCase((24,), 64, 96, form="whole").make(device)
+    for rows in (3, 5, 12):
+        given = i.x[: 2 * rows].view(2, rows, 96), i.weight[0], i.weight_scale
+        assert_bitwise_equal(compiled(*given), linear_step(*given))
+    assert counter.frame_count == 1, "another number of rows compiles again"
 
 
 def test_compile_with_dynamic_shapes(device: torch.device) -> None:
@@ -241,6 +263,39 @@ def test_cuda_graph_with_changing_routing(case: LayerCase, replays: int, cuda: t
         static.topk_weights.copy_(weights)
         graph.replay()
         assert_bitwise_equal(out, static.run(mxfp8_moe), f"replay {step}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_cuda_graph_with_a_changing_expert_map(dtype: torch.dtype, cuda: torch.device) -> None:
+    """The map is read by the kernels of the graph, after whatever wrote it upstream."""
+    case = LayerCase(64, 256, 128, 8, 4, index_dtype=dtype)
+    static = case.make(cuda)
+    static.topk_ids.copy_(replace(case, experts=32).route(torch.Generator(cuda).manual_seed(1))[0])
+    placed, expert_map = torch.zeros(2, 32, dtype=torch.int32, device=cuda)
+
+    def step() -> Tensor:
+        expert_map.copy_(placed)
+        return static.run(mxfp8_moe, expert_map=expert_map)
+
+    graph, out = captured(step)
+    for replay in range(100):
+        placed.fill_(-1)
+        placed[torch.randperm(32)[:8].to(cuda)] = torch.arange(8, dtype=torch.int32, device=cuda)
+        graph.replay()
+        local = replace(static, topk_ids=placed[static.topk_ids.long()])
+        assert_bitwise_equal(out, local.run(mxfp8_moe, global_experts=32), f"replay {replay}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_cuda_graph_of_a_linear_layer(mode: mxfp8_moe.Mode, cuda: torch.device) -> None:
+    i = GemmCase((40,), 256, 512, form="whole").make(cuda)
+    graph, out = captured(lambda: mxfp8_moe.linear(i.x, i.weight[0], i.weight_scale, mode=mode))
+    for replay in range(10):
+        i.x.normal_()
+        graph.replay()
+        assert_bitwise_equal(out, mxfp8_moe.linear(i.x, i.weight[0], i.weight_scale, mode=mode), f"replay {replay}")
 
 
 @pytest.mark.gpu

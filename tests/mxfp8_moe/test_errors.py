@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from abiding.testing.guarded import GuardedTensor, guarded
 QUANT, RAW_MM = "mxfp8_experts_quant", "cutlass_mxfp8_grouped_mm"
 QUANTIZE, ROUND, MM, MOE = "mxfp8_quantize", "mxfp8_round", "mxfp8_grouped_mm", "mxfp8_moe"
 MM_BF16 = "mxfp8_grouped_mm of bfloat16"
+MOE_MAPPED = "mxfp8_moe with an expert_map"
 
 GEMM = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2)
@@ -48,7 +50,7 @@ class Call:
             return mxfp8_moe.quantize(a["input"], a["offsets"])
         if self.op == ROUND:
             return mxfp8_moe.round(a["input"], out=a["out"])
-        if self.op == MOE:
+        if self.op in (MOE, MOE_MAPPED):
             a.update(activation="silu", mode="w8a8")
             del a["w8a8"]
             return mxfp8_moe.moe(**a)
@@ -93,7 +95,7 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
     guards: dict[str, GuardedTensor] = {}
     scalars: dict[str, Any] = {}
     seed = rng.randrange(1 << 30)
-    if op == MOE:
+    if op in (MOE, MOE_MAPPED):
         case = LAYER
         if vary:
             top_k = pick(1, 2, 4)
@@ -105,6 +107,9 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
         guards |= {"topk_weights": keep(i.topk_weights), "workspace": poison(size, dtype=torch.uint8, dense=True)}
         guards["out"] = poison(case.tokens, case.hidden, dtype=torch.bfloat16)
         scalars = {"activation": 0, "w8a8": pick(True, False)}
+        if op == MOE_MAPPED:
+            guards["expert_map"] = keep(torch.tensor([2, -1, 0, 3], dtype=torch.int32, device=device), True)
+            scalars["global_experts"] = pick(None, 4)
     else:
         case = GEMM
         if vary:
@@ -338,6 +343,17 @@ SPOILS: dict[str, dict[str, dict[str, Spoil]]] = {
         "out": written(LAYER.hidden, 8, torch.float16, *OTHER_DTYPES),
         "activation": {"-1": lambda _: -1, "3": lambda _: 3, "huge": lambda _: 1 << 62},
     },
+    MOE_MAPPED: {
+        "expert_map": {
+            "int64": dtype(torch.int64),
+            "float32": dtype(torch.float32),
+            "rank 2": lambda x: x[None],
+            "gaps": strided(2),
+            "empty": lambda x: x[:0],
+            "too many": lambda x: x.new_zeros((1 << 20) + 1),
+            "meta": lambda x: x.to("meta"),
+        },
+    },
 }
 
 
@@ -463,11 +479,71 @@ def test_public_function_refuses_contradictions() -> None:
         mxfp8_moe.unswizzle_scales(torch.zeros(256, 4, dtype=torch.uint8), 100, 128)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_experts": 3}, r"global_experts is 3; expected 4, the experts of w13, to 1048576"),
+        ({"global_experts": -1}, r"global_experts is -1; expected 4"),
+        ({"global_experts": 1 << 62}, r"global_experts is 4611686018427387904; expected 4"),
+        (
+            {"global_experts": 9, "expert_map": torch.zeros(8, dtype=torch.int32)},
+            r"global_experts is 9; expected 8, the length of expert_map, or None",
+        ),
+        ({"expert_map": torch.zeros(8)}, r"expert_map has dtype float32; expected dtype int32"),
+        ({"swiglu_limit": 0.0}, r"swiglu_limit is 0; expected a positive number"),
+        ({"swiglu_limit": -7.0, "activation": "swiglu_oai"}, r"swiglu_limit is -7; expected a positive number"),
+        ({"swiglu_limit": math.nan}, r"swiglu_limit is -?nan; expected a positive number"),
+        ({"swiglu_limit": 7.0, "activation": "none"}, r"swiglu_limit is 7; expected None where the activation is none"),
+        (
+            {"swiglu_alpha": 1.0},
+            r"swiglu_alpha is 1; expected the default 1.702 where the activation is not swiglu_oai",
+        ),
+        ({"swiglu_beta": 0.0}, r"swiglu_beta is 0; expected the default 1 where the activation is not swiglu_oai"),
+        ({"swiglu_alpha": 0.0, "activation": "swiglu_oai"}, r"swiglu_alpha is 0; expected a positive, finite number"),
+        ({"swiglu_alpha": 1e39, "activation": "swiglu_oai"}, r"swiglu_alpha is 1e\+39; expected a positive, finite"),
+        ({"swiglu_beta": math.inf, "activation": "swiglu_oai"}, r"swiglu_beta is inf; expected a finite number"),
+    ],
+    ids=str,
+)
+def test_options_of_a_layer_are_checked(options: dict[str, Any], message: str) -> None:
+    i = replace(LAYER, activation=options.get("activation", "silu")).make()
+    with pytest.raises((TypeError, ValueError), match=f"^moe: {message}"):
+        i.run(mxfp8_moe, **options)
+
+
+def test_linear_refuses() -> None:
+    i = GemmCase((6,), 64, 96, form="whole").make()
+    x, weight, scale = i.x, i.weight[0], i.weight_scale
+    out = torch.zeros(2, 3, 64, dtype=torch.bfloat16)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"x": x[:, :64]}, r"x has shape \[6, 64\]; expected \[..., K\] with K = 96"),
+        ({"x": x[0, 0]}, r"x has shape \[\]; expected \[..., K\]"),
+        ({"x": x.half(), "mode": "w8a8"}, r"x has dtype torch.float16; expected bfloat16"),
+        ({"x": [1.0]}, r"x is a list; expected a Tensor"),
+        ({"weight": i.weight}, r"weight has shape \[1, 64, 96\]; expected \[N, K\]"),
+        ({"weight": weight[:40]}, r"weight has shape \[1, 40, 96\]; expected .* multiples of 32"),
+        ({"x": x[:, :48], "weight": weight[:, :48]}, r"x has shape \[6, 48\]; expected rows of a multiple of 32"),
+        ({"weight": weight.float()}, r"weight has dtype float32; expected dtype float8_e4m3fn or uint8"),
+        ({"scale": scale[:, :64]}, r"scale has shape \[1, 64, 4\]; expected 1 x 128 x 4 bytes"),
+        ({"scale": scale.int()}, r"scale has dtype int32; expected dtype uint8"),
+        ({"mode": "w4a4"}, r"mode is 'w4a4'; expected w8a8 or w8a16"),
+        ({"out_dtype": torch.float64}, r"out_dtype is torch.float64; expected bfloat16, float16 or float32"),
+        ({"out": out}, r"out has shape \[2, 3, 64\]; expected \[6, 64\]"),
+        ({"x": x.view(2, 3, 96), "out": out.transpose(0, 1).contiguous().transpose(0, 1)}, r"out has strides"),
+        ({"out": torch.zeros(6, 64, dtype=torch.float64)}, r"out has dtype float64; expected dtype"),
+        ({"bias": torch.zeros(64)}, r".*bias"),
+    ]
+    for change, message in wrong:
+        with pytest.raises((TypeError, ValueError), match=rf"linear(: |\(\)){message}"):
+            mxfp8_moe.linear(**({"x": x, "weight": weight, "scale": scale} | change))
+
+
 @pytest.mark.parametrize("argument", range(5))
 def test_sizes_of_a_workspace_are_checked(argument: int) -> None:
     good = [8, 2, 4, 64, 96]
+    assert mxfp8_moe.workspace_bytes(8, 2, 0, 64, 96) <= mxfp8_moe.workspace_bytes(*good)
     assert mxfp8_moe.workspace_bytes(*good) % 256 == 0
-    bad = {0: [-1, 1 << 31, (1 << 63) - 1], 1: [0, 17, -1], 2: [0, 1025, -1]}.get(argument, [0, 48, -32, 1 << 25])
+    bad = {0: [-1, 1 << 31, (1 << 63) - 1], 1: [0, 17, -1], 2: [1025, -1]}.get(argument, [0, 48, -32, 1 << 25])
     name = ("tokens", "top_k", "experts", "hidden", "intermediate")[argument]
     for value in bad:
         sizes = [value if index == argument else size for index, size in enumerate(good)]
@@ -483,7 +559,8 @@ def test_checked_indices_raise(device: torch.device, monkeypatch: pytest.MonkeyP
         *((op, "offsets", 1, value, 9) for op in (QUANTIZE, MM, MM_BF16) for value in (-1, 9, 2**31 - 1)),
         *((op, "expert_offsets", 2, value, 9) for op in (QUANT, RAW_MM) for value in (-5, 9)),
         *((op, "blockscale_offsets", 0, value, 385) for op in (QUANT, RAW_MM) for value in (-128, 385)),
-        *((MOE, "topk_ids", 3, value, 4) for value in (4, 2**40)),
+        *((op, "topk_ids", 3, value, 4) for op in (MOE, MOE_MAPPED) for value in (4, 2**40)),
+        *((MOE_MAPPED, "expert_map", 2, value, 4) for value in (4, 2**31 - 1)),
     ]
     for op, name, at, value, bound in bad:
         call = well_formed(op, device)
@@ -537,6 +614,9 @@ def random_view(x: Tensor, rng: random.Random) -> Tensor:
         return x
 
 
+INDICES = {"offsets", "expert_offsets", "problem_sizes", "blockscale_offsets", "topk_ids", "expert_map"}
+
+
 @pytest.mark.parametrize("op", SPOILS)
 def test_fuzz(op: str) -> None:
     """Many calls, half of them spoiled: no crash, every error is ours, no byte outside of a tensor changes."""
@@ -550,9 +630,7 @@ def test_fuzz(op: str) -> None:
             for name in rng.sample(tensors, rng.choice([1, 1, 2])):
                 call.args[name] = random_view(call.args[name], rng)
         elif rng.random() < 0.3:  # random bits in the indices
-            for name in {"offsets", "expert_offsets", "problem_sizes", "blockscale_offsets", "topk_ids"} & set(
-                call.args
-            ):
+            for name in INDICES & set(call.args):
                 index = call.args[name].view(-1)
                 if len(index):
                     index[rng.randrange(len(index))] = rng.choice([-1, -(1 << 31), (1 << 31) - 1, 1, 5, 128, 1 << 30])

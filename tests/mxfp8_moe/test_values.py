@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -417,7 +418,7 @@ def unit_weights(rows: int, columns: int, device: torch.device) -> tuple[Tensor,
     return weight, mxfp8_moe.swizzle_scales(torch.full((1, rows, columns // 32), 127, dtype=torch.uint8, device=device))
 
 
-def activated(h: Tensor, activation: mxfp8_moe.Activation) -> Tensor:
+def activated(h: Tensor, activation: mxfp8_moe.Activation, **options: float) -> Tensor:
     """The activation of the layer, between GEMMs with identity matrices."""
     if activation == "none" or len(h) == 0:
         return h[:, : h.size(1) // (1 if activation == "none" else 2)]
@@ -425,7 +426,7 @@ def activated(h: Tensor, activation: mxfp8_moe.Activation) -> Tensor:
     first, second = unit_weights(2 * width, 2 * width, h.device), unit_weights(2 * width, width, h.device)
     one = torch.ones(len(h), 1, device=h.device)
     ids = torch.zeros(len(h), 1, dtype=torch.int32, device=h.device)
-    return mxfp8_moe.moe(h, *first, *second, ids, one, activation=activation, mode="w8a16")[:, :width]
+    return mxfp8_moe.moe(h, *first, *second, ids, one, activation=activation, mode="w8a16", **options)[:, :width]
 
 
 def composition(i: LayerInputs) -> Tensor:
@@ -471,23 +472,44 @@ def test_layer(case: LayerCase, device: torch.device) -> None:
     assert case.tokens == 0 or float(off.max()) < 2.0**-5
 
 
-@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
-def test_activation(activation: mxfp8_moe.Activation, device: torch.device) -> None:
+SWIGLU: list[dict[str, Any]] = [
+    {"activation": "silu"},
+    {"activation": "silu", "swiglu_limit": 3.5},
+    {"activation": "swiglu_oai"},
+    {"activation": "swiglu_oai", "swiglu_limit": math.inf},
+    {"activation": "swiglu_oai", "swiglu_alpha": 0.5, "swiglu_beta": -0.25, "swiglu_limit": 2.0},
+    {"activation": "swiglu_oai", "swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": 10.0},
+]
+
+
+@pytest.mark.parametrize("options", SWIGLU, ids=str)
+def test_activation(options: dict[str, Any], device: torch.device) -> None:
     gate = torch.cat([torch.randn(40, 64) * 4, torch.linspace(-120, 120, 64 * 8).view(8, 64)])
     up = torch.randn(48, 64) * 5
     gate[0, 0], up[1, 1], gate[2, 2] = math.nan, math.nan, -0.0
     h = torch.cat([gate, up], 1).bfloat16().to(device)
     # GEMM1 turns a NaN times the zeros of an identity matrix into a row of NaN: such rows only show that NaN survives.
-    expected = reference.mxfp8_moe.activate(h.double(), activation)
+    expected = reference.mxfp8_moe.activate(h.double(), **options)
     expected[:2] = math.nan
     # exp(-gate) is infinite from -gate = 88.7 on; there the result, less than 89 * 2^-128 * up, becomes 0.
-    assert_close(activated(h, activation), expected, ulps=1, atol=2.0**-118)
+    assert_close(activated(h, **options), expected, ulps=1, atol=2.0**-118)
+
+
+def test_defaults_of_the_activation(device: torch.device) -> None:
+    """The defaults are what their documentation says, bit for bit."""
+    h = (torch.randn(40, 128) * 6).bfloat16().to(device)
+    oai = activated(h, "swiglu_oai")
+    assert_bitwise_equal(activated(h, "swiglu_oai", swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=7.0), oai)
+    silu = activated(h, "silu")
+    assert_bitwise_equal(activated(h, "silu", swiglu_limit=math.inf), silu)
+    assert_bitwise_equal(activated(h, "silu", swiglu_limit=1e30), silu)
+    assert not torch.equal(activated(h, "silu", swiglu_limit=7.0), silu)
 
 
 @pytest.mark.parametrize("row", [0, 32], ids=["gate", "up"])
-@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+@pytest.mark.parametrize("options", [SWIGLU[0], SWIGLU[1], SWIGLU[2]], ids=str)
 def test_a_nan_in_gate_or_up_alone_survives_the_activation(
-    activation: mxfp8_moe.Activation, row: int, device: torch.device
+    options: dict[str, Any], row: int, device: torch.device
 ) -> None:
     w13, s13 = unit_weights(64, 64, device)
     codes = mxfp8_moe.unswizzle_scales(s13, 64, 64)
@@ -495,7 +517,7 @@ def test_a_nan_in_gate_or_up_alone_survives_the_activation(
     ids, one = torch.zeros(5, 1, dtype=torch.int64, device=device), torch.ones(5, 1, device=device)
     arguments = (w13, mxfp8_moe.swizzle_scales(codes), *unit_weights(64, 32, device), ids, one)
     x = torch.randn(5, 64, device=device).bfloat16()
-    assert bool(mxfp8_moe.moe(x, *arguments, activation=activation).isnan().all())
+    assert bool(mxfp8_moe.moe(x, *arguments, **options).isnan().all())
 
 
 @pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[10]], ids=str)
@@ -529,6 +551,107 @@ def test_experts_that_do_not_exist_add_nothing(device: torch.device) -> None:
     expected = replace(i, topk_ids=ids.masked_fill(away, -1)).run(mxfp8_moe)
     for bad in (4, 5, 2**31, 2**62, -7, -(2**63)):
         assert_bitwise_equal(replace(i, topk_ids=ids.masked_fill(away, bad)).run(mxfp8_moe), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20, 700])
+def test_expert_map(tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Ids through a map give the bits of the local ids that it leads to; ids outside of it are elsewhere."""
+    case = LayerCase(tokens, 64, 64, 5, 4, index_dtype=dtype)
+    i = case.make(device)
+    wide = replace(case, experts=12)
+    ids, _ = wide.route(torch.Generator(device).manual_seed(3))
+    expert_map = torch.tensor([-1, 4, 0, -1, 2, -1, -1, 1, 3, -1, 7, -5], dtype=torch.int32, device=device)
+    local = expert_map[ids.long()].to(dtype)
+    local = torch.where(local < 5, local, -1)
+    for bad in (12, -1, 2**31 - 1, -(2**31)):
+        outside = torch.rand(ids.shape, device=device) < 0.1
+        mapped = replace(i, topk_ids=ids.masked_fill(outside, bad)).run(mxfp8_moe, expert_map=expert_map)
+        expected = replace(i, topk_ids=local.masked_fill(outside, -1))
+        assert_bitwise_equal(mapped, expected.run(mxfp8_moe, global_experts=12))
+        theirs = replace(i, topk_ids=ids.masked_fill(outside, bad)).run(reference.mxfp8_moe, expert_map=expert_map)
+        assert_close(mapped, theirs, rtol=2.0**-6, atol=0.05 * float(theirs.float().std()) + 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+def test_the_number_of_global_experts_only_hints(mode: mxfp8_moe.Mode, device: torch.device) -> None:
+    """Whatever was hinted, whichever tile shape it makes: the sums differ only by their order."""
+    i = LayerCase(90, 2048, 128, 4, 4, mode=mode).make(device)
+    expected = i.run(mxfp8_moe)
+    for experts in (4, 5, 32, 1024, 1 << 20):
+        found = i.run(mxfp8_moe, global_experts=experts)
+        if device.type == "cpu":
+            assert_bitwise_equal(found, expected)
+        assert_close(found, expected, rtol=2.0**-6, atol=0.05 * float(expected.float().std()))
+
+
+@pytest.mark.parametrize("with_map", [False, True])
+def test_a_rank_without_experts(with_map: bool, device: torch.device) -> None:
+    i = LayerCase(7, 64, 96, 4, 2).make(device)
+    none = replace(i, w13=i.w13[:0], s13=i.s13[:0], w2=i.w2[:0], s2=i.s2[:0])
+    options = {"expert_map": torch.full((4,), -1, dtype=torch.int32, device=device)} if with_map else {}
+    size = mxfp8_moe.workspace_bytes(7, 2, 0, 64, 96)
+    space = guarded((size,), torch.uint8, device, fill=0xFF)
+    out = guarded(i.x.shape, torch.bfloat16, device, strides=(72, 1))
+    none.run(mxfp8_moe, workspace=space.tensor, out=out.tensor, **options)
+    space.check()
+    out.check()
+    assert_bitwise_equal(out.tensor, torch.zeros_like(i.x))
+    assert_bitwise_equal(none.run(mxfp8_moe, global_experts=4 if with_map else None), torch.zeros_like(i.x))
+    assert_bitwise_equal(none.run(reference.mxfp8_moe, **options), torch.zeros_like(i.x))
+
+
+def test_the_rows_of_a_rank_add_up_to_the_whole(device: torch.device) -> None:
+    """Expert parallelism over 4 ranks: the sum of the ranks' results is the layer of all experts."""
+    i = LayerCase(40, 64, 64, 8, 3).make(device)
+    whole = reference.mxfp8_moe.layer(
+        i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights, activation="silu", mode="w8a8"
+    )
+    total = torch.zeros_like(whole)
+    for rank in range(4):
+        mine = slice(2 * rank, 2 * rank + 2)
+        expert_map = torch.full((8,), -1, dtype=torch.int32, device=device)
+        expert_map[mine] = torch.arange(2, dtype=torch.int32, device=device)
+        share = replace(i, w13=i.w13[mine], s13=i.s13[mine], w2=i.w2[mine], s2=i.s2[mine])
+        total += share.run(mxfp8_moe, expert_map=expert_map).double()
+    assert_close(total, whole, rtol=2.0**-6, atol=0.05 * float(whole.std()))
+
+
+# --- dense layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (0,), (2, 0), (2, 3), (2, 3, 11)], ids=str)
+def test_linear(shape: tuple[int, ...], mode: mxfp8_moe.Mode, device: torch.device) -> None:
+    rows = math.prod(shape)
+    i = GemmCase((rows,), 96, 160, form="whole").make(device)
+    x, weight, scale = i.x.view(*shape, 160), i.weight[0], i.weight_scale[0]
+    for out_dtype in (None, torch.float16, torch.float32):
+        y = mxfp8_moe.linear(x, weight, scale, mode=mode, out_dtype=out_dtype)
+        assert y.shape == (*shape, 96)
+        assert y.dtype == (out_dtype or torch.bfloat16)
+        a = mxfp8_moe.round(i.x) if mode == "w8a8" else i.x
+        expected = mxfp8_moe.grouped_mm(a, i.weight, i.weight_scale, out_dtype=y.dtype)
+        assert_bitwise_equal(y, expected.view(y.shape))
+        theirs = reference.mxfp8_moe.linear(x, weight, scale, mode=mode, out_dtype=out_dtype)
+        assert theirs.shape == y.shape
+        assert theirs.dtype == y.dtype
+        assert_close(y, theirs, ulps=1, atol=1e-3)
+    out = torch.full((*shape, 96), math.nan, dtype=torch.float32, device=device)
+    assert mxfp8_moe.linear(x, weight.view(torch.uint8), scale, mode=mode, out=out) is out
+    assert_bitwise_equal(out, y)
+
+
+def test_linear_of_strided_rows(device: torch.device) -> None:
+    i = GemmCase((6,), 96, 160, form="whole", gap=32).make(device)
+    expected = mxfp8_moe.linear(i.x.contiguous(), i.weight[0], i.weight_scale)
+    assert_bitwise_equal(mxfp8_moe.linear(i.x, i.weight[0], i.weight_scale), expected)
+    x = i.x.contiguous().view(2, 3, 160).transpose(0, 1)
+    assert_bitwise_equal(mxfp8_moe.linear(x, i.weight[0], i.weight_scale), expected.view(2, 3, 96).transpose(0, 1))
+    out = guarded((6, 96), torch.bfloat16, device, strides=(104, 1))
+    mxfp8_moe.linear(i.x, i.weight[0], i.weight_scale, out=out.tensor)
+    out.check()
+    assert_bitwise_equal(out.tensor, expected)
 
 
 def test_shared_expert_and_quantized_activations_against_plain_ones(device: torch.device) -> None:

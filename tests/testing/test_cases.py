@@ -117,11 +117,26 @@ def test_layers_are_routed_as_asked(case: mxfp8_moe.LayerCase) -> None:
 def test_performance_layers_are_the_whole_table() -> None:
     found = {(case.name, case.routing, case.tokens) for case in mxfp8_moe.PERFORMANCE}
     tokens = mxfp8_moe.PERFORMANCE_TOKENS
-    assert found == {(name, way, t) for name in mxfp8_moe.SHAPES for way in tokens for t in tokens[way]}
+    table = {(name, way, t) for name in mxfp8_moe.SHAPES for way in tokens for t in tokens[way]}
+    real = {(f"{name}-ep8-real", "uniform", t) for name in ("wide", "minimax-m3") for t in tokens["uniform"]}
+    assert found == table | real
     assert tokens["uniform"] == (1, 8, 32, 128, 512, 2048, 8192)
     zipf = mxfp8_moe.LayerCase(4096, 32, 32, 64, 4, "zipf").make()
     counts = zipf.topk_ids.flatten().bincount().sort(descending=True).values
     assert counts[0] > 4 * counts[16]
+
+
+def test_expert_parallel_layers_have_one_rank_of_eight() -> None:
+    case = next(c for c in mxfp8_moe.PERFORMANCE if (c.name, c.tokens) == ("wide-ep8-real", 2048))
+    assert (case.experts, case.global_experts) == (32, 256)
+    ids, _ = case.route(torch.Generator().manual_seed(0))
+    assert ids[0, 0] >= 0, "the rank of the first choice of token 0"
+    assert bool(((ids >= -1) & (ids < 32)).all())
+    assert 0.11 < float((ids >= 0).float().mean()) < 0.14
+    assert len(ids.unique()) == 33
+    moved = mxfp8_moe.rotated_ids(ids, 32, 3, 4)
+    assert torch.equal(moved < 0, ids < 0)
+    assert torch.equal(moved[ids >= 0], (ids[ids >= 0] + 24) % 32)
 
 
 def test_uniform_routing_gives_every_expert_its_share() -> None:

@@ -84,6 +84,23 @@ def grouped_mm(
     return out
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    out: Tensor | None = None,
+    mode: Mode = "w8a16",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A dense layer. As :func:`abiding.mxfp8_moe.linear`."""
+    rows = x.reshape(-1, x.size(-1))
+    rows = round(rows) if mode == "w8a8" else rows
+    result = grouped_mm(rows, weight[None], scale, out_dtype=out_dtype or torch.bfloat16 if out is None else out.dtype)
+    result = result.reshape(*x.shape[:-1], len(weight))
+    return result if out is None else out.copy_(result)
+
+
 def moe(
     x: Tensor,
     w13: Tensor,
@@ -95,11 +112,29 @@ def moe(
     *,
     activation: Activation = "silu",
     mode: Mode = "w8a8",
+    expert_map: Tensor | None = None,
+    global_experts: int | None = None,
+    swiglu_alpha: float = 1.702,
+    swiglu_beta: float = 1.0,
+    swiglu_limit: float | None = None,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """An MoE layer. As :func:`abiding.mxfp8_moe.moe`."""
-    exact = layer(x, w13, s13, w2, s2, topk_ids, topk_weights, activation=activation, mode=mode)
+    exact = layer(
+        x,
+        w13,
+        s13,
+        w2,
+        s2,
+        local_ids(topk_ids, expert_map),
+        topk_weights,
+        activation=activation,
+        mode=mode,
+        swiglu_alpha=swiglu_alpha,
+        swiglu_beta=swiglu_beta,
+        swiglu_limit=swiglu_limit,
+    )
     return exact.to(torch.bfloat16) if out is None else out.copy_(exact)
 
 
@@ -114,6 +149,9 @@ def layer(
     *,
     activation: Activation,
     mode: Mode,
+    swiglu_alpha: float = 1.702,
+    swiglu_beta: float = 1.0,
+    swiglu_limit: float | None = None,
 ) -> Tensor:
     """The top-k weighted sums of a layer in float64, unrounded; everything before them is rounded as in the kernels."""
     w13, w2 = by_rows(w13), by_rows(w2)
@@ -122,21 +160,38 @@ def layer(
     for expert in range(len(w13)):
         token, j = (topk_ids == expert).nonzero(as_tuple=True)
         gate_up = grouped_mm(rounded(x[token]), w13[expert : expert + 1], s13.reshape(len(w13), -1)[expert])
-        activated = rounded(activate(gate_up, activation))
+        activated = rounded(activate(gate_up, activation, swiglu_alpha, swiglu_beta, swiglu_limit))
         down = grouped_mm(activated, w2[expert : expert + 1], s2.reshape(len(w2), -1)[expert])
         result.index_add_(0, token, topk_weights[token, j, None].double() * down)
     return result
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
+def local_ids(ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """The local expert of each id, or -1."""
+    if expert_map is None:
+        return ids
+    known = (ids >= 0) & (ids < len(expert_map))
+    return torch.where(known, expert_map.long()[torch.where(known, ids, 0).long()], -1)
+
+
+def activate(
+    x: Tensor,
+    activation: Activation,
+    swiglu_alpha: float = 1.702,
+    swiglu_beta: float = 1.0,
+    swiglu_limit: float | None = None,
+) -> Tensor:
     """The activation of gate and up columns [n, 2 I], in float64, rounded to x's dtype: [n, I]. "none" returns x."""
     if activation == "none":
         return x
     gate, up = x.double().chunk(2, dim=1)
+    if swiglu_limit is None and activation == "swiglu_oai":
+        swiglu_limit = 7.0
+    if swiglu_limit is not None:
+        gate, up = gate.clamp(max=swiglu_limit), up.clamp(-swiglu_limit, swiglu_limit)
     if activation == "silu":
         return (gate / (1 + torch.exp(-gate)) * up).to(x.dtype)
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    return (gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)).to(x.dtype)
+    return (gate / (1 + torch.exp(-swiglu_alpha * gate)) * (up + swiglu_beta)).to(x.dtype)
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:

@@ -126,9 +126,12 @@ class Routed:
 def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: Settings) -> Iterator[CaseResult]:
     say(f"{cases[0].name}: making weights" + ", and compiling the peers' kernels" * bool(libraries))
     layer = replace(cases[0], tokens=0).make(settings.device)
+    # Expert parallelism with real ids: layers alone, and ours alone, since the peers' calls take no ids of -1.
+    real_ids = cases[0].global_experts is not None
+    libraries = [] if real_ids else libraries
     gemms = (Gemm("GEMM1", layer.w13, layer.s13), Gemm("GEMM2", layer.w2, layer.s2))
     for gemm in gemms:
-        if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops):
+        if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops) and not real_ids:
             peers = [*_bf16(gemm), *(peer for library in libraries for peer in library.gemms(gemm, cases))]
             for op in ("grouped_mm", "grouped_mm_e4m3"):
                 for case in cases:
@@ -220,7 +223,8 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
     device = settings.device
     rng = torch.Generator(device).manual_seed(case.tokens)
     ids, weights = case.route(rng)
-    active = int(torch.bincount(ids.flatten(), minlength=case.experts).gt(0).sum())
+    local = ids[ids >= 0]
+    active = len(local.unique())
     parameters = 3 * case.hidden * case.intermediate
     moved = active * parameters * 33 / 32 + 4 * case.tokens * case.hidden
     count = rotations(int(moved), device)
@@ -236,7 +240,7 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
     ]
     size = api.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
     space = torch.empty(size, dtype=torch.uint8, device=device)
-    bound_us = settings.roofline.bound_us(moved, 2.0 * case.tokens * case.top_k * parameters)
+    bound_us = settings.roofline.bound_us(moved, 2.0 * len(local) * parameters)
     ours: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
     theirs = {peer.name: _time([peer.call(one) for one in sets], bound_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}

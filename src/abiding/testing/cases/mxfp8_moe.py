@@ -114,6 +114,9 @@ class LayerCase:
     index_dtype: torch.dtype = torch.int64
     values: Values = "normal"
     name: str = ""
+    global_experts: int | None = None
+    """Experts of all ranks that tokens choose among, if this rank holds only `experts` of them: the others' ids are -1.
+    This rank is the one that holds the first choice of token 0, so that even a single token has something to do."""
 
     def __str__(self) -> str:
         return describe(self)
@@ -130,16 +133,20 @@ class LayerCase:
 
     def route(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Expert ids and weights [tokens, top_k]; the weights of a token sum to 1."""
-        shape, device = (self.tokens, self.experts), rng.device
+        experts = self.global_experts or self.experts
+        shape, device = (self.tokens, experts), rng.device
         noise = -(-torch.rand(shape, generator=rng, device=device).clamp(min=1e-9).log()).clamp(min=1e-9).log()
         if self.routing == "zipf":
-            rank = torch.randperm(self.experts, generator=rng, device=device) + 1
+            rank = torch.randperm(experts, generator=rng, device=device) + 1
             noise = noise - rank.log()
         elif self.routing == "one" and self.tokens:
             noise = noise[:1].expand(shape)
         ids = noise.topk(self.top_k).indices
         logits = torch.randn(ids.shape, generator=rng, device=device)
         away = torch.rand(ids.shape, generator=rng, device=device) < self.elsewhere
+        if self.global_experts:
+            ids = ids - ids[:1, :1] // self.experts * self.experts
+            away |= (ids < 0) | (ids >= self.experts)
         return ids.masked_fill(away, -1).to(self.index_dtype), logits.softmax(-1)
 
 
@@ -164,14 +171,16 @@ class LayerInputs:
         """Call `api.moe`; `api` is `abiding.mxfp8_moe` or its reference."""
         arguments = (self.x, self.w13, self.s13, self.w2, self.s2, self.topk_ids, self.topk_weights)
         given = {"activation": self.case.activation, "mode": self.case.mode} | options
+        if self.case.global_experts:
+            given = {"global_experts": self.case.global_experts} | given
         result: Tensor = api.moe(*arguments, **given)
         return result
 
 
 def rotated_ids(ids: Tensor, experts: int, index: int, count: int) -> Tensor:
     """Ids for the `index`-th of `count` calls, each with experts that earlier calls did not use, as far as there are
-    any, so that their weights are L2-cold."""
-    return (ids + index * max(1, experts // count)) % experts
+    any, so that their weights are L2-cold. Experts of other ranks stay there."""
+    return torch.where(ids < 0, ids, (ids + index * max(1, experts // count)) % experts)
 
 
 def expert_weights(
@@ -331,6 +340,13 @@ PERFORMANCE = [
     for routing, all_tokens in PERFORMANCE_TOKENS.items()
     for tokens in all_tokens
 ]
+PERFORMANCE += [
+    replace(case, name=f"{case.name}-real", global_experts=8 * case.experts)
+    for case in PERFORMANCE
+    if case.name.endswith("-ep8") and case.routing == "uniform"
+]
+"""Besides SHAPES, whose pairs are all here: "wide-ep8-real" and "minimax-m3-ep8-real", where tokens choose among the
+experts of 8 ranks, so that about seven eighths of the pairs are elsewhere."""
 
 
 def performance_case(shape: str, tokens: int) -> LayerCase:
