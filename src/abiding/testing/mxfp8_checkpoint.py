@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from abiding.reference.mxfp8_moe import quantize_rows
 
@@ -76,7 +77,7 @@ def write(
     shift: int = 0,
     block: tuple[int, int] = (1, 32),
     scale_fmt: str = "ue8m0",
-    kept: Callable[[str], bool] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Write a checkpoint of a model of this configuration, quantized as MiniMax publishes them.
 
@@ -88,24 +89,25 @@ def write(
         shift: added to the scale codes of experts, to spoil them.
         block: rows and columns that share a scale; rows > 1 take the largest scale of the MXFP8 blocks in a block.
         scale_fmt: "ue8m0" for one byte per scale, "float" for float32 that are no powers of two.
-        kept: which other weights are left unquantized, by name.
+        device: where weights are made.
     """
     safetensors: Any = importlib.import_module("safetensors.torch")
     torch.manual_seed(seed)
-    model = _transformers().AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = _transformers().AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape) * std)
-    model.save_pretrained(folder)
+                parameter.copy_(torch.randn_like(parameter) * std)
+    model.save_pretrained(folder, max_shard_size="1TB")
     path = folder / "model.safetensors"
     tensors = {}
     for name, weight in safetensors.load_file(path).items():
-        is_kept = any(part in name for part in _KEPT) or (kept is not None and kept(name))
+        is_kept = any(part in name for part in _KEPT)
         if weight.dim() < 2 or is_kept:
             tensors[name] = weight
             continue
-        data, scale = _quantize(weight.flatten(0, -2), block, scale_fmt)
+        data, scale = (made.cpu() for made in _quantize(weight.flatten(0, -2).to(device), block, scale_fmt))
         if ".experts." in name and scale.dtype == torch.uint8:
             scale += shift
         tensors[name] = data.view(weight.shape)
@@ -158,6 +160,48 @@ def dequantized_weight(weight: Tensor, scale: Tensor) -> Tensor:
     for dim in (-2, -1):
         scale = scale.repeat_interleave(weight.size(dim) // scale.size(dim), dim)
     return weight.double() * scale
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of Abiding's operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "abiding":
+            self.of[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def layer_errors(model: Any, ids: Tensor) -> list[float]:
+    """The relative error of each quantized experts module against a float64 layer on the same activations."""
+    errors: list[float] = []
+
+    def compare(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x, topk_ids, topk_weights = args
+        exact = torch.zeros_like(x, dtype=torch.float64)
+        for expert in range(module.gate_up_proj.size(0)):
+            token, j = (topk_ids == expert).nonzero(as_tuple=True)
+            w13, w2 = (
+                dequantized_weight(weight[expert], scale[expert])
+                for weight, scale in (
+                    (module.gate_up_proj, module.gate_up_proj_scale_inv),
+                    (module.down_proj, module.down_proj_scale_inv),
+                )
+            )
+            rows = module._apply_gate(x[token].double() @ w13.T) @ w2.T
+            exact.index_add_(0, token, topk_weights[token, j, None].double() * rows)
+        errors.append(relative_error(output, exact))
+
+    modules = [module for module in model.modules() if hasattr(module, "gate_up_proj_scale_inv")]
+    hooks = [module.register_forward_hook(compare) for module in modules]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return errors
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

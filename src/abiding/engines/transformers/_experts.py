@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from abiding.engines.transformers._format import UnsupportedError
 IMPLEMENTATION = "abiding"
 _FALLBACK = "grouped_mm"  # what transformers takes where a model does not choose
 _TENSORS = ("gate_up_proj", "gate_up_proj_scale_inv", "down_proj", "down_proj_scale_inv")
+_MAX_TOP_K = 16
+_MAX_EXPERTS = 1024
 _ARGUMENTS = ("self", "hidden_states", "top_k_index", "top_k_weights")
 
 
@@ -57,6 +60,9 @@ class Experts(Job):
     def _forward(self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         known = _format.prepared(module, _TENSORS, lambda: _prepare(module))
         reason = known.reason or _format.refuse_call(hidden_states)
+        if reason is None and (hidden_states.dim() != 2 or top_k_index.size(-1) > _MAX_TOP_K):
+            reason = f"activations are {list(hidden_states.shape)}, experts per token {top_k_index.size(-1)}"
+            reason += f"; expected 2 dimensions, and at most {_MAX_TOP_K}"
         if reason is not None:
             _format.log_once("experts are", reason)
             fp8, _ = _registries()
@@ -106,6 +112,8 @@ def _prepare(module: Any) -> _Layer:
     ):
         if getattr(module, name, expected) != expected:
             raise UnsupportedError(f"{name} is {getattr(module, name)!r}; expected {expected!r}")
+    if module.gate_up_proj.size(0) > _MAX_EXPERTS:
+        raise UnsupportedError(f"there are {module.gate_up_proj.size(0)} experts; expected at most {_MAX_EXPERTS}")
     layer = _Layer(
         _format.scale_tiles(module.gate_up_proj, module.gate_up_proj_scale_inv, module.block_size),
         _format.scale_tiles(module.down_proj, module.down_proj_scale_inv, module.block_size),
@@ -122,22 +130,19 @@ def _gate(module: Any) -> dict[str, Any]:
     The attributes of a module are only a guess: releases add more of them. What decides is that the module's own gate
     has the same values.
     """
-    alpha = getattr(module, "swiglu_alpha", None)
-    limit = next((v for v in (getattr(module, n, None) for n in ("swiglu_limit", "limit")) if v is not None), None)
-    if alpha is None and limit is None:
-        alpha, beta, limit, arguments = 1.0, 0.0, float("inf"), {"activation": "silu"}
-    elif alpha is None:
-        alpha, beta, arguments = 1.0, 0.0, {"activation": "swiglu_oai"}
+    alpha, limit = getattr(module, "swiglu_alpha", None), getattr(module, "swiglu_limit", None)
+    limit = math.inf if limit is None else float(limit)
+    beta = 0.0 if alpha is None else 1.0
+    if alpha is None:
+        arguments = {"activation": "silu", "swiglu_limit": limit}
     else:
-        beta, arguments = 1.0, {"activation": "swiglu_oai"}
-    limit = float("inf") if limit is None else limit
+        arguments = {"activation": "swiglu_oai", "swiglu_alpha": alpha, "swiglu_beta": beta, "swiglu_limit": limit}
 
     values = torch.linspace(-24, 24, 97, dtype=torch.float64, device="cpu")
     gate, up = values.repeat(97), values.repeat_interleave(97)
     theirs = module._apply_gate(torch.cat((gate, up))[None])[0]
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    if not torch.allclose(theirs.double(), gate * torch.sigmoid(alpha * gate) * (up + beta), rtol=1e-5, atol=1e-5):
+    ours = gate * torch.sigmoid((alpha or 1.0) * gate) * (up + beta)
+    if not torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5):
         raise UnsupportedError(f"{type(module).__name__}'s gate is neither silu nor a swiglu of alpha, beta and limit")
-    if arguments["activation"] == "swiglu_oai" and (alpha, beta, limit) != (1.702, 1.0, 7.0):
-        raise UnsupportedError(f"swiglu has alpha {alpha}, beta {beta}, limit {limit}; expected 1.702, 1 and 7")
     return arguments

@@ -38,6 +38,8 @@ class Prepared:
             self.layer = make()
         except UnsupportedError as error:
             self.reason = str(error)
+        except Exception as error:  # a layer that is not as expected must still run in transformers
+            self.reason = f"{type(error).__name__}: {error}"
         self.sources = [(name, getattr(module, name, None)) for name in names]
         self.states = [_state(tensor) for _, tensor in self.sources]
 
@@ -91,6 +93,8 @@ def scale_tiles(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> T
         raise UnsupportedError(f"weights are a {type(weight.data).__name__}; expected a plain tensor")
     if weight.device.type == "cuda" and not abiding.has_cuda_kernels():
         raise UnsupportedError(f"there are no CUDA kernels: {abiding.cuda_unavailable_reason()}")
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        raise UnsupportedError("the GPU has a compute capability below 8.0")
     if weight.device.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"weights are on {weight.device.type}; expected cpu or cuda")
     if block is None:

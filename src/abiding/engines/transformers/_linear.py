@@ -50,9 +50,8 @@ class Linear(Job):
             tiles = _tiles(module, input, groups=1)
             if tiles is None:
                 return original(module, input)
-            rows = _format.aligned_rows(input)
-            out = self._multiply(rows, module.weight[None], tiles, None)
-            return _finish(out.view(*input.shape[:-1], out.size(1)), module.bias)
+            out = mxfp8_moe.linear(_format.aligned_rows(input), module.weight, tiles, mode=self.mode)
+            return _with_bias(out.view(*input.shape[:-1], out.size(1)), module.bias)
 
         return forward
 
@@ -65,18 +64,15 @@ class Linear(Job):
             rows = _format.aligned_rows(x.movedim(-2, 0))
             tokens = rows.size(0) // groups
             ends = torch.arange(1, groups + 1, device=x.device, dtype=torch.int32) * tokens
-            out = self._multiply(rows, module.weight.view(groups, -1, k), tiles, ends)
+            rows = mxfp8_moe.round(rows) if self.mode == "w8a8" else rows
+            out = mxfp8_moe.grouped_mm(rows, module.weight.view(groups, -1, k), tiles, offs=ends)
             out = out.view(groups, *x.shape[:-2], out.size(1)).movedim(0, -2)
-            return _finish(out, None if module.bias is None else module.bias.view(groups, -1))
+            return _with_bias(out, None if module.bias is None else module.bias.view(groups, -1))
 
         return forward
 
-    def _multiply(self, rows: Tensor, weight: Tensor, tiles: Tensor, ends: Tensor | None) -> Tensor:
-        rows = mxfp8_moe.round(rows) if self.mode == "w8a8" else rows
-        return mxfp8_moe.grouped_mm(rows, weight, tiles, offs=ends)
 
-
-def _finish(out: Tensor, bias: Tensor | None) -> Tensor:
+def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
