@@ -143,14 +143,15 @@ def dequantized(model: Any, dtype: torch.dtype = torch.float64) -> Any:
     """The same model without quantization: transformers' own layers on ``e4m3 * 2^(code - 127)``, in this dtype."""
     config = type(model.config).from_dict(model.config.to_dict())
     config.quantization_config = None
-    plain = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+    with torch.device(model.device):
+        plain = _transformers().AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     stored = model.state_dict()
     weights = {}
     for name in plain.state_dict():
         weight, scale = stored[name], stored.get(f"{name}_scale_inv")
         weights[name] = (weight if scale is None else dequantized_weight(weight, scale)).to(dtype)
-    plain.load_state_dict(weights)
-    return plain.to(model.device).eval()
+    plain.load_state_dict(weights, assign=True)
+    return plain.eval()
 
 
 def dequantized_weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -206,7 +207,8 @@ def layer_errors(model: Any, ids: Tensor) -> list[float]:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The root mean square of a difference, as a part of that of ``expected``."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _transformers() -> Any:
