@@ -14,8 +14,8 @@ void expect(bool ok, const char* format, Values... values) {
   std::printf(format, values...);
 }
 
-// An expert's tiles cover its tokens in order and without gaps. None is wider than its shape allows, none is empty, and together they
-// are less than one TMA box wider than the tokens.
+// An expert's tiles cover its tokens in order and without gaps. None is wider than its shape allows, none is empty, and
+// together they are less than one TMA box wider than the tokens.
 static void check_token_ranges(TileShape shape, int tokens) {
   const int most = max_tokens(shape), box = tma_box_rows(shape), tiles = (tokens + most - 1) / most;
   int next = 0, widest = 0, narrowest = most;
@@ -43,8 +43,8 @@ int main() {
        {choose_plan(0, 8, 768, 6144, 132), choose_plan(8, 0, 768, 6144, 132), choose_plan(8, 8, 768, 6144, 0)})
     expect(p.cluster == 1, "an empty call has clusters of %d\n", p.cluster);
 
-  // One token's experts of a layer with few and long tiles: K is divided among as many CTAs as a cluster may have. Where there are many
-  // tiles, or K is short, nothing is gained by that.
+  // The experts of one token, in a layer with few and long tiles: split-K takes as many CTAs as a cluster may have.
+  // With many tiles, or a short K, it gains nothing.
   expect(choose_plan(4, 128, 768, 6144, 132).cluster == 8, "4 rows, K = 6144\n");
   expect(choose_plan(4, 128, 6144, 384, 132).cluster == 1, "4 rows, K = 384\n");
   expect(choose_plan(1000, 256, 6144, 384, 132).cluster == 1, "1000 rows of 256 experts, K = 384\n");
