@@ -25,15 +25,15 @@ target_link_libraries(abiding_cuda PRIVATE CUDA::cudart_static)
 set_target_properties(abiding_cuda PROPERTIES CUDA_RUNTIME_LIBRARY None)
 
 # A kernel file's suffix names its architecture: name_sm90.cu is compiled for sm_90a alone, with that architecture's own
-# instructions. A file without a suffix is portable: machine code for sm_80 and sm_90a, and PTX that newer GPUs translate.
-# A new architecture is a file with its suffix; ABIDING_CUDA_ARCHS restricts portable files.
+# instructions. A file without a suffix is portable: machine code for sm_80 and sm_90a, and PTX that newer GPUs
+# translate. A new architecture is a file with its suffix; ABIDING_CUDA_ARCHS restricts portable files.
 set(portable -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80
              -gencode=arch=compute_90,code=compute_90)
 if(ABIDING_CUDA_ARCHS)
   list(TRANSFORM ABIDING_CUDA_ARCHS REPLACE "(.+)" "-gencode=arch=compute_\\1,code=sm_\\1" OUTPUT_VARIABLE portable)
 endif()
 foreach(kernel IN LISTS cuda_kernels)
-  if(kernel MATCHES "_sm([0-9]+)\\.cu$")
+  if(kernel MATCHES "_sm([0-9]+)a?\\.cu$")
     set(arch "${CMAKE_MATCH_1}a")
     set_source_files_properties("${kernel}" PROPERTIES COMPILE_OPTIONS "-gencode=arch=compute_${arch},code=sm_${arch}")
   else()

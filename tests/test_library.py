@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 import abiding
 from abiding import _library
+
+Python = Callable[..., subprocess.CompletedProcess[str]]
 
 IMPORT_AND_REPORT = """
 try:
@@ -66,7 +69,7 @@ def last_line(text: str) -> str:
 
 
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "2.1.0", "1.13.1"])
-def test_an_old_torch_is_named(python: Callable, version: str) -> None:
+def test_an_old_torch_is_named(python: Python, version: str) -> None:
     result = python(f"import torch\ntorch.__version__ = {version!r}\n{IMPORT_AND_REPORT}")
     (line,) = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: abiding needs torch >= 2.10"), line
@@ -102,11 +105,11 @@ def test_cuda_kernels_or_a_reason() -> None:
     assert str(caught.value) == reason
 
 
-def test_loading_again_changes_nothing(python: Callable) -> None:
+def test_loading_again_changes_nothing(python: Python) -> None:
     python(f"import abiding, torch\nabiding._library.load()\ntorch.ops.load_library(abiding.binaries()[0])\n{WORKS}")
 
 
-def test_a_link_to_the_same_file_is_the_same_library(python: Callable, tmp_path: Path) -> None:
+def test_a_link_to_the_same_file_is_the_same_library(python: Python, tmp_path: Path) -> None:
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "libabiding.so").symlink_to(abiding.binaries()[0].resolve())
     result = python(
@@ -115,7 +118,7 @@ def test_a_link_to_the_same_file_is_the_same_library(python: Callable, tmp_path:
     assert result.stdout.strip() == "works"
 
 
-def test_only_torch_is_needed(python: Callable) -> None:
+def test_only_torch_is_needed(python: Python) -> None:
     result = python("""
 import sys, torch
 before = {name.partition(".")[0] for name in sys.modules}
@@ -129,7 +132,7 @@ print(sorted(after - before - set(sys.stdlib_module_names)))
 # --- what cannot work -------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_binary_is_named(python: Callable, copy: Path) -> None:
+def test_a_missing_binary_is_named(python: Python, copy: Path) -> None:
     (copy / "libabiding.so").unlink()
     result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}")
     (line,) = result.stdout.strip().splitlines()
@@ -140,7 +143,7 @@ def test_a_missing_binary_is_named(python: Callable, copy: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"not a library", b"\x7fELF" + bytes(4096)], ids=["empty", "text", "cut short"]
 )
-def test_a_binary_that_cannot_load_is_named(python: Callable, copy: Path, content: bytes) -> None:
+def test_a_binary_that_cannot_load_is_named(python: Python, copy: Path, content: bytes) -> None:
     (copy / "libabiding.so").write_bytes(content)
     result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}", check=False)
     assert result.returncode == 0, result.stderr
@@ -149,7 +152,7 @@ def test_a_binary_that_cannot_load_is_named(python: Callable, copy: Path, conten
     assert str(copy / "libabiding.so") in line
 
 
-def test_a_second_package_is_refused(python: Callable, copy: Path) -> None:
+def test_a_second_package_is_refused(python: Python, copy: Path) -> None:
     result = python(
         f"import abiding\nfirst = abiding.binaries()[0]\nCOPY = {str(copy)!r}\n{IMPORT_COPY}\nprint(first)\n{WORKS}"
     )
@@ -162,7 +165,7 @@ def test_a_second_package_is_refused(python: Callable, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["libabiding.so", "renamed.so"])
-def test_a_second_library_is_refused(python: Callable, copy: Path, name: str) -> None:
+def test_a_second_library_is_refused(python: Python, copy: Path, name: str) -> None:
     """Loaded without the package's loader: the first library stays in use, and one line on stderr says so."""
     second = copy.parent / name
     shutil.copy(copy / "libabiding.so", second)
@@ -182,7 +185,7 @@ except Exception as error:
     assert last_line(result.stdout) == "works"
 
 
-def test_the_package_is_refused_after_another_library(python: Callable, copy: Path) -> None:
+def test_the_package_is_refused_after_another_library(python: Python, copy: Path) -> None:
     result = python(
         f"import torch\ntorch.ops.load_library({str(copy / 'libabiding.so')!r})\n{IMPORT_AND_REPORT}{WORKS}"
     )
@@ -192,7 +195,7 @@ def test_the_package_is_refused_after_another_library(python: Callable, copy: Pa
     assert works == "works"
 
 
-def test_two_libraries_without_the_package(python: Callable, copy: Path) -> None:
+def test_two_libraries_without_the_package(python: Python, copy: Path) -> None:
     first, second = copy / "libabiding.so", copy.parent / "libabiding.so"
     shutil.copy(first, second)
     result = python(
@@ -204,7 +207,7 @@ def test_two_libraries_without_the_package(python: Callable, copy: Path) -> None
     assert str(second) in result.stderr
 
 
-def test_importing_from_a_folder_with_odd_characters(python: Callable, copy: Path) -> None:
+def test_importing_from_a_folder_with_odd_characters(python: Python, copy: Path) -> None:
     odd = copy.parent.parent / "ünï (copy) %s 'x'" / "abiding"
     odd.parent.mkdir()
     os.rename(copy, odd)

@@ -68,9 +68,8 @@ def _read_resources(binary: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def compare(old: Path, new: Path) -> list[str]:
+def compare(before: dict[Kernel, list[str]], after: dict[Kernel, list[str]]) -> list[str]:
     """What differs, a line per kernel and direction; empty where every kernel has its match."""
-    before, after = read_kernels(old), read_kernels(new)
     lines = []
     for label, have, other in (("only in OLD", before, after), ("only in NEW", after, before)):
         for kernel, names in have.items():
@@ -101,17 +100,19 @@ def main() -> int:
             print(f"{binary}: no such file; expected a cubin, an object or a shared library", file=sys.stderr)
             return 2
     try:
-        differences = compare(old, new)
-        count = sum(map(len, read_kernels(new).values()))
+        before, after = read_kernels(old), read_kernels(new)
+        differences = compare(before, after)
     except FileNotFoundError as error:
         print(f"{error.filename} is not found; expected it after `make setup`, or on PATH", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         print(f"{' '.join(error.cmd)} failed: {error.stderr.strip()}", file=sys.stderr)
         return 2
-    if not count:
-        print(f"{new}: no kernels found; expected device code", file=sys.stderr)
-        return 2
+    for binary, kernels in ((old, before), (new, after)):
+        if not kernels:
+            print(f"{binary}: no kernels found; expected device code", file=sys.stderr)
+            return 2
+    count = sum(map(len, after.values()))
     print("\n".join(differences) or f"{count} kernels, all with the same machine code")
     return bool(differences)
 

@@ -1,4 +1,5 @@
-// Argument checks: one grammar for every error, `abiding::<op>: <argument> <what was given>; expected <what is accepted>`.
+// Argument checks. Every error has one grammar:
+// `abiding::<op>: <argument> <what was given>; expected <what is accepted>`.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -38,7 +39,7 @@ inline void check_eps(const char* op, double eps) {
   check(std::isfinite(eps) && eps >= 0, op, "eps is ", eps, "; expected a finite number, not negative");
 }
 
-// Torch's code of a dtype as ours. The aoti_torch_dtype_* functions are the stable names of the codes.
+// Maps torch's code of a dtype to ours. The aoti_torch_dtype_* functions are the stable names of the codes.
 inline DType dtype_from_torch(int32_t code) {
   struct Table {
     DType dtypes[64];
@@ -115,17 +116,17 @@ class Argument {
           "; expected a contiguous tensor");
     return *this;
   }
-  // Rows of the last dimension are dense; every other stride is a multiple of `step` elements.
+  // The last dimension has stride 1; every other stride is a multiple of `step` elements.
   const Argument& dense_rows(int64_t step) const {
     const int64_t last = tensor_.dim() - 1;
     check(tensor_.size(last) <= 1 || tensor_.stride(last) == 1, op_, name_, " has strides ", strides(),
           "; expected stride 1 in the last dimension");
     for (int64_t d = 0; d < last; ++d)
       check(tensor_.size(d) <= 1 || tensor_.stride(d) % step == 0, op_, name_, " has strides ", strides(),
-            "; expected multiples of ", step, " elements, so that rows opaque aligned");
+            "; expected multiples of ", step, " elements, so that rows stay aligned");
     return *this;
   }
-  // No two indices share an element: each outer stride steps over all that lies inside it.
+  // No two indices share an element: each outer stride is at least the extent of the dimensions inside it.
   const Argument& no_overlap() const {
     if (tensor_.numel() == 0) return *this;
     int64_t span = 1;
@@ -137,8 +138,8 @@ class Argument {
     }
     return *this;
   }
-  // Without gaps and without two indices for one element, whatever the order of the strides: elementwise work may then take it
-  // as a flat run of numel elements.
+  // Memory without gaps and overlaps, whatever the order of the strides: an elementwise kernel may take the tensor as
+  // numel contiguous elements.
   const Argument& dense() const {
     check(is_dense(), op_, name_, " has shape ", shape(), " and strides ", strides(),
           "; expected memory without gaps or overlaps");
@@ -154,7 +155,7 @@ class Argument {
   const Tensor& tensor() const { return tensor_; }
   const char* name() const { return name_; }
   DType dtype() const { return dtype_; }
-  // For messages. They become text only when one is written: a call that is fine has no time for that.
+  // Parts of messages. They are formatted only when an error is raised, so that a valid call does not pay for it.
   struct Shape {
     const Tensor& tensor;
     friend std::ostream& operator<<(std::ostream& text, const Shape& it) { return write(text, it.tensor.sizes()); }
@@ -208,8 +209,8 @@ void check_index_values(const char* op, const Scope& scope, std::initializer_lis
   }
 }
 
-// A new tensor with the dtype and device of `like`. The shim, and not the operator: looking that up by its name takes as long as all
-// the rest of a small call. What torch says of a failure does not cross the C boundary, so the size asked for is named here.
+// A new tensor with the dtype and device of `like`. It calls the C shim, because looking up the operator by its name
+// takes as long as the rest of a small call. Torch's error text does not cross the C boundary, so ours names the size.
 template <class Sizes, class Strides>
 Tensor new_empty_strided(const char* op, const Tensor& like, const Sizes& sizes, const Strides& strides) {
   int32_t dtype = 0, device_type = 0, device_index = 0;

@@ -1,4 +1,4 @@
-// The CPU backend of an operator call; common/cuda.h has the same interface for CUDA.
+// The CPU backend of an operator call. common/cuda.h has the same interface for CUDA.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -30,7 +30,7 @@ class CpuScope {
  public:
   explicit CpuScope(const Tensor&) {}
 
-  // Runs the implementation of a params.h struct: the overload of run_cpu() beside it, with what the call needs besides.
+  // Runs the implementation of a params.h struct: the overload of run_cpu() in its namespace, found by ADL.
   template <class Params, class... Arguments>
   void run(const Params& params, const Arguments&... arguments) const {
     run_cpu(params, arguments...);

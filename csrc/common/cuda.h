@@ -1,4 +1,4 @@
-// The CUDA backend of an operator call: makes the tensor's device current, finds its stream, raises launch errors.
+// The CUDA backend of an operator call: makes the tensor's device current, finds its stream and raises launch errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,7 +23,7 @@ class CudaScope {
 
   cudaStream_t stream() const { return stream_; }
 
-  // Launches the kernels of a params.h struct: the overload of run_cuda() beside it, with what the call needs besides.
+  // Launches the kernels of a params.h struct: the overload of run_cuda() in its namespace, found by ADL.
   template <class Params, class... Arguments>
   void run(const Params& params, const Arguments&... arguments) const {
     STD_CUDA_CHECK(run_cuda(params, arguments..., stream_));
@@ -31,7 +31,7 @@ class CudaScope {
 
   static void raise_on_error(cudaError_t status) { STD_CUDA_CHECK(status); }
 
-  // Waits for the stream, so nothing is looked at while a graph is being captured.
+  // Synchronizes the stream, so it checks nothing while a graph is captured.
   BadIndex find_bad(const IndexRule& rule) const {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));

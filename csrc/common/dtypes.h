@@ -1,12 +1,12 @@
-// The dtypes that operators accept: one enum for checks, parameters and kernels, and the dispatch from it to C++ types. No torch
-// here; check.h maps torch's dtypes to these.
+// The dtypes that operators accept: one enum for checks, parameters and kernels, and the dispatch from it to C++ types.
+// This header needs no torch, because kernels include it; check.h maps torch's dtypes to these.
 #pragma once
 
 #include <cstdint>
 
 namespace abiding {
 
-// Kernels compare these values, so an order that changes changes machine code.
+// Kernels compare these values, so reordering them changes machine code.
 enum class DType : int32_t {
   kBfloat16,
   kFloat16,
@@ -54,7 +54,7 @@ struct DTypeTag {
   static constexpr DType value = kDType;
 };
 
-// Returns body(DTypeTag<dtype>{}) for bfloat16 and float16: checks have let nothing else through.
+// Returns body(DTypeTag<dtype>{}) for bfloat16 and float16. The checks have refused every other dtype.
 template <class Body>
 auto dispatch_16_bit(DType dtype, const Body& body) {
   return dtype == DType::kFloat16 ? body(DTypeTag<DType::kFloat16>{}) : body(DTypeTag<DType::kBfloat16>{});

@@ -7,7 +7,7 @@
 namespace abiding {
 namespace {
 
-// One block, since a debug run can wait: the first offender of each thread, then the least of those.
+// One CTA, because a debug run can wait. Each thread finds its first bad index, and the smallest of those wins.
 __global__ void find_bad_kernel(IndexRule rule, int64_t* result) {
   __shared__ unsigned long long first;
   if (threadIdx.x == 0) first = ULLONG_MAX;

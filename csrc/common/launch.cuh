@@ -1,4 +1,4 @@
-// Programmatic dependent launch: a kernel's start overlaps the end of the one before it.
+// PDL (programmatic dependent launch): the start of a kernel overlaps the end of the upstream kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,38 +10,40 @@
 
 namespace abiding {
 
-// From here on the next kernel's blocks may take what room there is; they wait for this grid's end before they read.
-// Its best place is found by measuring: right after the wait in the prologue, near the end in kernels that wait for peers.
+// From here on, CTAs of the dependent kernel may take free SM resources; their pdl_wait still waits for this grid to
+// end. The best place for it is found by measuring: right after the wait in the prologue, near the end in kernels that
+// poll peers.
 __device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Keeps the compiler from computing an address again, in parts.
+// Hides how an address was computed, so that the compiler keeps it in registers and does not recompute parts of it.
 template <class Pointer>
 __device__ __forceinline__ void opaque(Pointer& address) {
   asm volatile("" : "+l"(address));
   if constexpr (std::is_pointer_v<Pointer>) __builtin_assume(__isGlobal(address));
 }
 
-// Nothing that an earlier kernel wrote may be read, and nothing it reads written, before this returns. Meanwhile addresses can be
-// computed that need parameters alone: those named here, which the compiler would otherwise leave for later.
+// Ordering: before this returns, a kernel may not read what the upstream kernel writes, nor write what it reads. The
+// addresses given here depend on kernel parameters alone. They are computed before the wait, which hides their latency;
+// the compiler would otherwise sink them below it.
 template <class... Pointers>
 __device__ __forceinline__ void pdl_wait(Pointers&... addresses) {
 #if __CUDA_ARCH__ >= 900
-  const uintptr_t all = (reinterpret_cast<uintptr_t>(addresses) | ... | uintptr_t{0});  // never 1, as only we know
+  // Opaque predicate: always true at run time, because no address is 1, but it needs the addresses before the wait.
+  const uintptr_t all = (reinterpret_cast<uintptr_t>(addresses) | ... | uintptr_t{0});
   asm volatile("{ .reg .pred p; setp.ne.u64 p, %0, 1; @p griddepcontrol.wait; }" ::"l"(all) : "memory");
   (opaque(addresses), ...);
 #endif
 }
 
-// What a kernel is started with: blocks, threads of a block, bytes of dynamic shared memory, blocks of a cluster, and how many
-// rows of so many blocks, of so many threads.
 struct LaunchConfig {
-  unsigned grid_x, block_x;
-  size_t smem_bytes = 0;
-  unsigned cluster_x = 1, grid_y = 1, block_y = 1;
+  unsigned grid_x, block_x;  // CTAs; threads per CTA
+  size_t smem_bytes = 0;     // dynamic shared memory
+  unsigned cluster_x = 1;    // CTAs per cluster
+  unsigned grid_y = 1, block_y = 1;
 };
 
 template <class... Parameters, class... Arguments>

@@ -41,15 +41,15 @@ ABIDING_HD uint8_t e4m3_encode(float x) {
   uint32_t magnitude = bits & 0x7FFFFFFF;
   if (magnitude > 0x7F800000) return 0x7F;
   if (magnitude >= 0x43E00000) return static_cast<uint8_t>(sign | 0x7E);  // from 448 up
-  if (magnitude <
-      0x3C800000)  // below 2^-6: adding 2^14 leaves multiples of the subnormal step 2^-9, rounded by the adder
+  // Below 2^-6, adding 2^14 makes the adder round to multiples of the subnormal step 2^-9.
+  if (magnitude < 0x3C800000)
     return static_cast<uint8_t>(sign | (float_bits(bits_float(magnitude) + 16384.0f) - 0x46800000));
   magnitude += 0x7FFFF + (magnitude >> 20 & 1);
   return static_cast<uint8_t>(sign | ((magnitude >> 20) - (120 << 3)));
 #endif
 }
 
-// Two at once, the first in the low byte: one instruction where the hardware has it.
+// Two values, the first in the low byte: one instruction where the hardware has it.
 ABIDING_HD uint16_t e4m3x2_encode(float first, float second) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   uint16_t pair;
@@ -72,7 +72,7 @@ ABIDING_HD float e4m3_decode(uint8_t code) {
   return code & 0x80 ? -value : value;
 }
 
-// The least e with amax <= 448 * 2^e, for amax a positive normal float; an infinite amax counts as 2^128.
+// The smallest e with amax <= 448 * 2^e, for amax a positive normal float; an infinite amax counts as 2^128.
 ABIDING_HD int e4m3_scale_exponent(float amax) {
   const uint32_t bits = float_bits(amax);
   return static_cast<int>(bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000);

@@ -1,7 +1,8 @@
-// Registration with the dispatcher, once a process.
+// Registration with the dispatcher, once per process.
 //
-// A second copy of this library in one process would define every operator again. Torch's C shim reports that by leaving
-// the library handle unset, and the next call on it crashes; so a second copy stays silent and says why.
+// A second copy of this library in one process would define every operator again. Torch's C shim reports that by
+// leaving the library handle unset, and the next call on it crashes. So a second copy skips registration and warns on
+// stderr.
 #pragma once
 
 #include <dlfcn.h>
@@ -17,7 +18,7 @@
 
 namespace abiding {
 
-// Whoever exports this symbol is a copy of this binary, whatever its file is called.
+// A library that exports this symbol is a copy of this binary, whatever its file is called.
 #define ABIDING_MARKER_NAME2(binary) binary##_registers_operators
 #define ABIDING_MARKER_NAME(binary) ABIDING_MARKER_NAME2(binary)
 #define ABIDING_STRING2(name) #name
@@ -57,22 +58,23 @@ inline const std::string& other_copy() {
 
 using Library = torch::stable::detail::StableLibrary;
 
-// Kept for the life of the process: taking operators down at exit would race with the interpreter's own end.
+// The registration is leaked on purpose: removing operators at exit would race with the interpreter's shutdown.
 inline bool register_once(Library::Kind kind, void (*init)(Library&), const char* ns, const char* key) {
   if (other_copy().empty()) new torch::stable::detail::StableTorchLibraryInit(kind, init, ns, key, "abiding", 0);
   return true;
 }
 
-// The boxer reads narrower C++ types than the schema's as wrong values, without a word: accept only what it boxes well.
+// Torch's boxing silently misreads C++ types that are narrower than the schema's, so only types that it boxes correctly
+// are accepted.
 template <class T>
-constexpr bool boxes_well = std::is_void_v<T> || !(std::is_arithmetic_v<T> || std::is_pointer_v<T>) ||
+constexpr bool is_boxable = std::is_void_v<T> || !(std::is_arithmetic_v<T> || std::is_pointer_v<T>) ||
                             std::is_same_v<T, int64_t> || std::is_same_v<T, double> || std::is_same_v<T, bool>;
 
 template <auto function>
 struct Boxed;
 template <class R, class... A, R (*function)(A...)>
 struct Boxed<function> {
-  static_assert(boxes_well<R> && (boxes_well<std::decay_t<A>> && ...),
+  static_assert(is_boxable<R> && (is_boxable<std::decay_t<A>> && ...),
                 "operators take int64_t, double, bool, Tensor and containers of those");
   static constexpr auto* call = TORCH_BOX(function);
 };

@@ -1,4 +1,4 @@
-// What Hopper adds: barriers in shared memory that count bytes, the bulk copy engine, and clusters of blocks.
+// Wrappers of sm_90 instructions: mbarriers, TMA loads, distributed shared memory (DSMEM) of a cluster, setmaxnreg.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,7 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The same place in the shared memory of another block of the cluster.
+// The same address in the shared memory of another CTA of the cluster.
 __device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t rank) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
@@ -30,7 +30,7 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// After this, other threads and the copy engine see the barriers.
+// After this, other threads of the cluster and the async proxy (TMA) see initialized barriers.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -40,15 +40,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// `barrier` is an address of mapa. This orders what the thread has read, and nothing that it wrote elsewhere: a release
-// for the whole cluster would wait for all of its memory accesses, a microsecond.
+// `barrier` is an address from mapa. Ordering: release at CTA scope, which orders what this thread has read and nothing
+// that it wrote elsewhere. A release at cluster scope would wait for all of its memory accesses, 1 µs.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// A number for another block, whose arrival is counted as four bytes on a barrier there. Both are addresses of mapa.
-__device__ __forceinline__ void st_async(uint32_t to, float value, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(value),
-               "r"(barrier)
+// Four numbers for another CTA, whose arrival counts as 16 bytes on a barrier there. Both addresses are those of mapa.
+__device__ __forceinline__ void st_async_v4(uint32_t to, const float* values, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier)
                : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// What this thread wrote into shared memory comes before what copies write there later.
+// Ordering: this thread's generic-proxy accesses to shared memory come before later TMA loads into it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_tma_desc(const CUtensorMap* map) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void tma_load_2d(uint32_t to, const CUtensorMap* map,
       "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
-// To the same place in every block of `mask`, and bytes counted on the same barrier there.
+// Loads into the same address of each CTA in `mask`, and counts the bytes on the same barrier there.
 __device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtensorMap* map, int x, int y,
                                                       uint32_t barrier, uint16_t mask) {
   asm volatile(
@@ -101,7 +101,7 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
                : "memory");
 }
 
-// Registers of a warpgroup, given up or taken.
+// setmaxnreg: moves registers between the warpgroups of a CTA.
 template <int kRegisters>
 __device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -111,8 +111,8 @@ __device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Encodes a tensor map: `sizes` and `box` in elements, innermost first; `strides` of the outer dimensions in bytes,
-// multiples of 16. What lies outside reads as zero. libcuda is found through the runtime.
+// Encodes a TMA descriptor: `sizes` and `box` in elements, innermost first; `strides` of the outer dimensions in bytes,
+// multiples of 16. Elements out of bounds read as zero. The runtime finds libcuda's function, so nothing links to it.
 inline cudaError_t make_tma_desc(CUtensorMap* map, CUtensorMapDataType type, int rank, const void* base,
                                  const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                  CUtensorMapSwizzle swizzle) {

@@ -1,4 +1,4 @@
-// Rows of 16-bit floats, 8 values to a 16-byte access.
+// 16-byte vectors of eight 16-bit floats, and the CUDA types of dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -70,7 +70,7 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Every NaN as the positive quiet one: the conversion instructions each have their own pattern.
+// Replaces every NaN by the positive quiet one: the conversion instructions each have their own pattern.
 template <class T>
 __device__ __forceinline__ uint4 canonical_nans(uint4 packed) {
   uint32_t* words = &packed.x;

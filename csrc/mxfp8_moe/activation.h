@@ -5,8 +5,8 @@
 
 namespace abiding::mxfp8_moe {
 
-// gate * sigmoid(scale * gate), for a positive scale. The device's error is at most 2^-15 of the result, before that is rounded to bf16. It takes the side
-// of the exponential that is below 1, since __fdividef returns 0 for large divisors.
+// gate * sigmoid(scale * gate), for a positive scale. The device's error is at most 2^-15 of the result, before that is
+// rounded to bf16. It takes the side of the exponential that is below 1, since __fdividef returns 0 for large divisors.
 ABIDING_HD float swish(float gate, float scale) {
 #ifdef __CUDA_ARCH__
   const float small = __expf(-fabsf(scale * gate));

@@ -12,25 +12,23 @@ namespace {
 
 // Compiles mainloop and epilogue for every width up to N and runs the one that the tile has.
 template <class C, int N>
-__device__ __forceinline__ void consume_tile(const Cta<C>& cta, const WorkTile& w, PipelineState<C::kStages>& at,
-                                             int turn) {
+__device__ __forceinline__ void consume_tile(const Cta<C>& cta, const WorkTile& w, PipelineState<C::kStages>& at) {
   constexpr int kNarrower = N - C::kTmaBoxRows;
   if constexpr (kNarrower > 0)
-    if (w.n <= kNarrower) return consume_tile<C, kNarrower>(cta, w, at, turn);
+    if (w.n <= kNarrower) return consume_tile<C, kNarrower>(cta, w, at);
   float d[N / 2];
   mainloop<C, N>(cta, d, w, at);
-  epilogue<C, N>(cta, d, w, turn);
+  epilogue<C, N>(cta, d, w);
 }
 
 template <class C>
 __device__ __forceinline__ void consume(const Cta<C>& cta) {
-  const Scheduler<C> tiles{cta};
   PipelineState<C::kStages> at;
-  int turn = 0;
-  for (int index = tiles.first(); index < tiles.count(); index += tiles.step(), ++turn) {
-    WorkTile w = tiles.tile(index);
+  for (Scheduler<C> tiles(cta); !tiles.done();) {
+    WorkTile w = tiles.tile();
     w.n = __shfl_sync(~0u, w.n, 0);  // broadcast from lane 0, so that the value is provably warp-uniform
-    consume_tile<C, C::kBlockN>(cta, w, at, turn);
+    consume_tile<C, C::kBlockN>(cta, w, at);
+    tiles.advance(w);
   }
 }
 
@@ -53,7 +51,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       mbarrier_init(cta.empty_barrier(i), C::kConsumerThreads / 32 * (C::kCluster == ClusterMode::kMulticast ? 2 : 1));
       if (C::kConvertedScales) mbarrier_init(cta.ready_barrier(i), 32 * C::kScaleTiles);
     }
-    for (int i = 0; i < C::kReduceBuffers; ++i) mbarrier_init(cta.reduce_barrier(i), 1);
+    if (C::kPartBytes > 0) mbarrier_init(cta.part_barrier(), 1);
     fence_mbarrier_init();
   }
   // PDL contract (layer.cu): group offsets are read before the wait only where inputs_ready_before_pdl.
@@ -76,12 +74,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   }
 }
 
+// consumer warpgroups, kBlockK, stages, cluster mode, CTAs per SM
 template <bool kInterleaved>
-using SplitK_N16 = Config<kInterleaved, TileShape::kSplitK_N16, 2, 128, 8, ClusterMode::kSplitK>;
+using StreamK_N16 = Config<kInterleaved, TileShape::kStreamK_N16, 2, 128, 4, ClusterMode::kStreamK, 2>;
 template <bool kInterleaved>
-using N64 = Config<kInterleaved, TileShape::kN64, 2, 128, 6, ClusterMode::kNone>;
-template <bool kInterleaved>
-using N64_2Ctas = Config<kInterleaved, TileShape::kN64_2Ctas, 2, 128, 3, ClusterMode::kNone, 2>;
+using N64 = Config<kInterleaved, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
 template <bool kInterleaved>
 using M256_N128 = Config<kInterleaved, TileShape::kM256_N128, 4, 64, 6, ClusterMode::kNone>;
 template <bool kInterleaved>
@@ -115,9 +112,9 @@ cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUten
 }
 
 template <class C>
-cudaError_t launch_config(const GroupedMmParams& p, int splits, cudaStream_t stream) {
+cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, cudaStream_t stream) {
   static_assert(max_smem_bytes<C>() <= kSmemPerCta);
-  static_assert(C::kShape > TileShape::kN64_2Ctas || C::kBlockM == kDecodeBlockM);
+  static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kDecodeBlockM && C::kBlockK == kBlockKOfPlan));
   CUtensorMap weights, tokens;
   cudaError_t status = make_tma_descs<C>(p, &weights, &tokens);
   if (status != cudaSuccess) return status;
@@ -130,28 +127,22 @@ cudaError_t launch_config(const GroupedMmParams& p, int splits, cudaStream_t str
   a.m_tiles = static_cast<int>(C::kCluster == ClusterMode::kMulticast ? (m_tiles + 1) / 2 : m_tiles);
   a.k_tiles = static_cast<int>((p.k + C::kBlockK - 1) / C::kBlockK);
   a.scale_blocks = static_cast<int>(p.k / kScaleBlock);
-  a.splits = splits;
-  a.k_tiles_per_split = (a.k_tiles + splits - 1) / splits;
+  a.cluster_size = cluster_size;
 
-  const unsigned cluster = C::kCluster == ClusterMode::kMulticast ? 2
-                           : C::kCluster == ClusterMode::kSplitK  ? splits
-                                                                  : 1;
   const uint32_t smem_bytes = SmemLayout<C>::bytes(p.groups.count);
-  int sms = 0;
-  status = device_attribute(cudaDevAttrMultiProcessorCount, &sms);
-  if (status == cudaSuccess)
-    // The same value in every call: the limit belongs to the kernel, and another thread's call may come between this and the launch.
-    status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(max_smem_bytes<C>()));
+  // The same value in every call: the limit belongs to the kernel, and another thread's call may come between this and the launch.
+  status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(max_smem_bytes<C>()));
   if (status != cudaSuccess) return status;
 
-  int clusters = sms * C::kCtasPerSm;
+  const auto cluster = static_cast<unsigned>(cluster_size);
+  int clusters = sms * C::kCtasPerSm / cluster_size;
   if (cluster > 1) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {cluster, 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(clusters) / cluster * cluster;
+    config.gridDim = static_cast<unsigned>(clusters) * cluster;
     config.blockDim = C::kThreads;
     config.dynamicSmemBytes = smem_bytes;
     config.attrs = &attribute;
@@ -165,16 +156,15 @@ cudaError_t launch_config(const GroupedMmParams& p, int splits, cudaStream_t str
 }
 
 template <bool kInterleaved>
-cudaError_t launch_plan(const GroupedMmParams& p, const Plan& plan, cudaStream_t stream) {
+cudaError_t launch_plan(const GroupedMmParams& p, const Plan& plan, int sms, cudaStream_t stream) {
   switch (plan.shape) {
-    case TileShape::kSplitK_N16: return launch_config<SplitK_N16<kInterleaved>>(p, plan.splits, stream);
-    case TileShape::kN64: return launch_config<N64<kInterleaved>>(p, 1, stream);
-    case TileShape::kN64_2Ctas: return launch_config<N64_2Ctas<kInterleaved>>(p, 1, stream);
-    case TileShape::kM256_N128: return launch_config<M256_N128<kInterleaved>>(p, 1, stream);
-    case TileShape::kN160_Cluster2: return launch_config<N160_Cluster2<kInterleaved>>(p, 1, stream);
+    case TileShape::kStreamK_N16: return launch_config<StreamK_N16<kInterleaved>>(p, plan.cluster, sms, stream);
+    case TileShape::kN64: return launch_config<N64<kInterleaved>>(p, 1, sms, stream);
+    case TileShape::kM256_N128: return launch_config<M256_N128<kInterleaved>>(p, 1, sms, stream);
+    case TileShape::kN160_Cluster2: return launch_config<N160_Cluster2<kInterleaved>>(p, 2, sms, stream);
     case TileShape::kN256_Cluster2: break;
   }
-  return launch_config<N256_Cluster2<kInterleaved>>(p, 1, stream);
+  return launch_config<N256_Cluster2<kInterleaved>>(p, 2, sms, stream);
 }
 
 // What TMA asks of tensors: strides of whole 16-byte vectors, below 2^40 bytes.
@@ -184,8 +174,11 @@ bool supports(const GroupedMmParams& p) {
 }
 
 cudaError_t run(const GroupedMmParams& p, cudaStream_t stream) {
-  const Plan plan = choose_plan(p.groups.rows, p.groups.count, p.n, p.k);
-  return p.interleaved ? launch_plan<true>(p, plan, stream) : launch_plan<false>(p, plan, stream);
+  int sms = 0;
+  if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
+    return status;
+  const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms);
+  return p.interleaved ? launch_plan<true>(p, plan, sms, stream) : launch_plan<false>(p, plan, sms, stream);
 }
 
 }  // namespace

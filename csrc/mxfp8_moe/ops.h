@@ -437,7 +437,7 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   return moe;
 }
 
-// The operator's numbers of activations: 0 silu, 1 swiglu_oai, 2 none. silu with a limit is kSwiglu with alpha 1 and beta 0.
+// Activations of the operator: 0 silu, 1 swiglu_oai, 2 none. silu with a limit is kSwiglu with alpha 1 and beta 0.
 inline void set_activation(ActivateParams& p, double alpha, double beta, const std::optional<double>& limit) {
   const char* op = kMoe;
   constexpr double kAlpha = 1.702, kBeta = 1.0, kLimit = 7.0;  // of swiglu_oai

@@ -129,8 +129,8 @@ struct GroupedMmParams {
   // layer.cu).
   bool inputs_ready_before_pdl;
   bool interleaved = false;  // a's rows
-  // How many rows the groups are expected to have together. Under expert parallelism this is less than groups.rows, the rows of the
-  // tensors. A hint: it may change the choice of the tile shape, and nothing else.
+  // How many rows the groups are expected to have together. Under expert parallelism this is less than groups.rows, the
+  // rows of the tensors. A hint: it may change the choice of the tile shape, and nothing else.
   int64_t expected_rows;
 };
 
@@ -161,8 +161,8 @@ struct GatherParams {
   bool interleaved = false;
 };
 
-// kSilu: silu(gate) * up. kSwiglu: gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and up in [-limit, limit]. Gate
-// columns come first.
+// kSilu: silu(gate) * up. kSwiglu: gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and up in
+// [-limit, limit]. Gate columns come first.
 enum class Activation { kSilu, kSwiglu, kNone };
 struct SwigluConstants {
   float alpha, beta, limit;

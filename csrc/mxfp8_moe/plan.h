@@ -8,49 +8,56 @@ namespace abiding::mxfp8_moe {
 
 // CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N goes down
 // to 8, and decode has few tokens), so a shape is named by the most tokens it takes. kM256 has 256 weight rows, the others
-// 128; Cluster2 pairs CTAs that share their tokens by TMA multicast.
-enum class TileShape { kSplitK_N16, kN64, kN64_2Ctas, kM256_N128, kN160_Cluster2, kN256_Cluster2 };
+// 128. The first two have two CTAs per SM; Cluster2 pairs CTAs that share their tokens by TMA multicast.
+enum class TileShape { kStreamK_N16, kN64, kM256_N128, kN160_Cluster2, kN256_Cluster2 };
 
-constexpr int max_tokens(TileShape shape) {
-  constexpr int tokens[] = {16, 64, 64, 128, 160, 256};
+ABIDING_HD constexpr int max_tokens(TileShape shape) {
+  constexpr int tokens[] = {16, 64, 128, 160, 256};
   return tokens[static_cast<int>(shape)];
 }
 
-constexpr int kDecodeBlockM = 128;  // weight rows of a tile of the three shapes with few tokens
-constexpr int kMaxSplits = 8;
+// Rows (tokens) of one TMA box. A tile's N is a whole number of boxes.
+ABIDING_HD constexpr int tma_box_rows(TileShape shape) {
+  return shape == TileShape::kStreamK_N16 ? 8 : shape == TileShape::kN64 ? 16 : 32;
+}
+
+constexpr int kDecodeBlockM = 128;    // weight rows of a kStreamK_N16 tile
+constexpr int kBlockKOfPlan = 128;    // K per step of it
 constexpr int kM256MaxExperts = 512;  // whose tile table fits beside the stages of kM256_N128
-constexpr int kSms = 132;             // of an H100 or H200; others get the same results, perhaps with worse balance
 
 struct Plan {
   TileShape shape;
-  int splits;  // CTAs that share K; more than 1 for kSplitK_N16 alone
+  int cluster;  // CTAs that divide the K steps of a cluster's tiles; more than 1 for kStreamK_N16 alone
 };
 
-// `rows` is the number of rows in the tensors: how they are spread over experts is known on the device alone.
-constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k) {
-  if (rows < 1 || experts < 1) return {TileShape::kN64, 1};
+// The cluster size of stream-K for about `tiles` tiles of `k_steps` steps on `ctas` resident CTAs. A cluster has whole tiles, so on
+// average its CTAs wait half a tile, divided by their number, for the busiest cluster; a larger one costs a handover of accumulators
+// (kHandover steps per doubling). The number of tiles is an estimate, so the expected wait counts and not the wait of this number.
+constexpr int choose_cluster(int64_t tiles, int64_t k_steps, int64_t ctas) {
+  constexpr double kHandover = 1.0;
+  int best = 1;
+  double best_cost = 0;
+  for (int cluster = 1, doublings = 0; cluster <= 8; cluster *= 2, ++doublings) {
+    const double steps = static_cast<double>(tiles * k_steps) / static_cast<double>(ctas);
+    const double wait = 0.5 * static_cast<double>(k_steps) / cluster;
+    const double cost = steps * (1 + 0.005 * doublings) + wait + kHandover * doublings;
+    if (cluster == 1 || cost < best_cost) best = cluster, best_cost = cost;
+  }
+  return best;
+}
+
+// `rows` is the number of rows that this rank is expected to have, of `experts` experts; how they are spread is known on the device
+// alone. `sms` is the device's.
+constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int sms) {
+  if (rows < 1 || experts < 1 || sms < 1) return {TileShape::kN64, 1};
   const int64_t busy_experts = rows < experts ? rows : experts, tokens_per_expert = rows / busy_experts;
   if (tokens_per_expert > 140) return {TileShape::kN256_Cluster2, 1};
   if (tokens_per_expert > 105) return {TileShape::kN160_Cluster2, 1};
   if (tokens_per_expert > 40) return {experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128, 1};
+  if (tokens_per_expert >= 5) return {TileShape::kN64, 1};
   const int64_t tiles = busy_experts * ((n + kDecodeBlockM - 1) / kDecodeBlockM);
-  int splits = 1;
-  if (tokens_per_expert <= 4) {
-    // Split K while there are fewer tiles than SMs. Long tiles of a few waves are split too, to shorten the last wave.
-    while (splits < kMaxSplits && tiles * splits < 96 && k / (2 * splits) >= 512) splits *= 2;
-    if (n >= 4096 && k >= 3072 && tiles > 3 * kSms && tiles < 8 * kSms) splits = 2;
-  }
-  if (splits > 1) return {TileShape::kSplitK_N16, splits};
-  // Wave quantization: a second wave that would leave SMs idle runs beside the first, two CTAs per SM. Two nearly full waves
-  // are faster one after the other.
-  if (tiles > kSms && tiles < 2 * kSms - 8) return {TileShape::kN64_2Ctas, 1};
-  // Where the epilogue is a large part of a tile (many tokens, or a short K), one CTA's epilogue overlaps the other's mainloop.
-  if (tokens_per_expert >= 16 || (tokens_per_expert >= 8 && k <= 2048)) return {TileShape::kN64_2Ctas, 1};
-  return {TileShape::kN64, 1};
+  return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kBlockKOfPlan - 1) / kBlockKOfPlan, 2 * sms)};
 }
-
-// Rows (tokens) of one TMA box. A tile's N is a whole number of boxes.
-ABIDING_HD constexpr int tma_box_rows(int max_tokens) { return max_tokens > 64 ? 32 : 16; }
 
 // The tokens of an expert that one of its tiles takes.
 struct TokenRange {

@@ -1,5 +1,5 @@
-// What both binaries know of communicators: the registry behind handles, and the memory that each kind of device
-// shares.
+// What both binaries share about communicators: the registry behind handles, and the memory backend of each kind of
+// device.
 #pragma once
 
 #include <atomic>
@@ -14,8 +14,8 @@ namespace abiding::peer {
 
 constexpr int64_t kHandleBytes = 64;  // of a memory handle, as of a cudaIpcMemHandle_t
 
-// Memory of one kind of device that other processes can map. Failures raise.
-struct PeerMemory {
+// The functions that allocate, map and clear workspaces on one kind of device. Failures raise.
+struct MemoryBackend {
   bool is_cuda;
   void* (*allocate)(int64_t bytes, uint8_t* handle);  // zeroed, on the current device; writes kHandleBytes to `handle`
   void* (*open)(const uint8_t* handle);
@@ -32,7 +32,7 @@ struct Communicator {
   int rank = 0, ranks = 0;
   uint8_t* workspaces[kMaxRanks] = {};  // by rank, at this process's addresses
   FaultRecord* record = nullptr;
-  const PeerMemory* memory = nullptr;
+  const MemoryBackend* memory = nullptr;
   uint64_t timeout_ns = 300'000'000'000;
   int max_ctas = kMaxCtas;
   int64_t one_shot_bytes = -1;  // up to this size an all-reduce is one-shot, the same on all ranks; -1: the default
@@ -90,16 +90,16 @@ class CommunicatorRef {
 // The CPU binary alone has these.
 Handle add(std::unique_ptr<Communicator> communicator);
 void remove(const char* op, const char* argument, Handle handle);  // calls in it go on; new ones are refused
-const PeerMemory& cpu_memory();
+const MemoryBackend& cpu_memory_backend();
 bool is_cpu_handle(const uint8_t* handle);
-const PeerMemory* cuda_memory();  // null: the CUDA binary is not loaded
+const MemoryBackend* cuda_memory_backend();  // null: the CUDA binary is not loaded
 
 }  // namespace abiding::peer
 
 // Exported by the CPU binary. The Python loader hands the first two to the CUDA binary, and the CUDA binary's
-// PeerMemory to the third.
+// MemoryBackend to the third.
 extern "C" {
 __attribute__((visibility("default"))) abiding::peer::Communicator* abiding_peer_acquire(abiding::peer::Handle handle);
 __attribute__((visibility("default"))) void abiding_peer_release(abiding::peer::Communicator* communicator);
-__attribute__((visibility("default"))) void abiding_peer_use_cuda(const abiding::peer::PeerMemory* memory);
+__attribute__((visibility("default"))) void abiding_peer_use_cuda(const abiding::peer::MemoryBackend* memory);
 }

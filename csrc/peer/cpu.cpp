@@ -17,7 +17,7 @@
 namespace abiding::peer {
 namespace {
 
-std::atomic<const PeerMemory*> cuda{nullptr};
+std::atomic<const MemoryBackend*> cuda{nullptr};
 
 // Names a memfd. It has no path that could outlive its processes: the kernel frees it when the last of them has closed
 // and unmapped it, however they end. Other processes open it through /proc/<owner>/fd, so the owner keeps it open; and
@@ -153,9 +153,9 @@ void read(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, sta
 
 }  // namespace
 
-const PeerMemory& cpu_memory() {
-  static const PeerMemory memory = [] {
-    PeerMemory m{};
+const MemoryBackend& cpu_memory_backend() {
+  static const MemoryBackend memory = [] {
+    MemoryBackend m{};
     m.is_cuda = false;
     m.allocate = allocate;
     m.open = open;
@@ -173,8 +173,8 @@ const PeerMemory& cpu_memory() {
 
 bool is_cpu_handle(const uint8_t* handle) { return std::memcmp(handle, kFileHandle, sizeof kFileHandle) == 0; }
 
-const PeerMemory* cuda_memory() { return cuda.load(); }
+const MemoryBackend* cuda_memory_backend() { return cuda.load(); }
 
 }  // namespace abiding::peer
 
-void abiding_peer_use_cuda(const abiding::peer::PeerMemory* memory) { abiding::peer::cuda.store(memory); }
+void abiding_peer_use_cuda(const abiding::peer::MemoryBackend* memory) { abiding::peer::cuda.store(memory); }

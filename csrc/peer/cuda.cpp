@@ -84,9 +84,9 @@ void (*release_communicator)(Communicator*) = nullptr;
 Communicator* acquire(Handle handle) { return acquire_communicator ? acquire_communicator(handle) : nullptr; }
 void release(Communicator* communicator) { release_communicator(communicator); }
 
-const PeerMemory* cuda_memory() {
-  static const PeerMemory memory = [] {
-    PeerMemory m{};
+const MemoryBackend* cuda_memory_backend() {
+  static const MemoryBackend memory = [] {
+    MemoryBackend m{};
     m.is_cuda = true;
     m.allocate = allocate;
     m.open = open;
@@ -106,10 +106,10 @@ const PeerMemory* cuda_memory() {
 
 // How the Python loader introduces the two binaries to each other: takes the CPU binary's abiding_peer_acquire and
 // abiding_peer_release, returns what its abiding_peer_use_cuda takes.
-extern "C" __attribute__((visibility("default"))) const abiding::peer::PeerMemory* abiding_cuda_connect(
+extern "C" __attribute__((visibility("default"))) const abiding::peer::MemoryBackend* abiding_cuda_connect(
     abiding::peer::Communicator* (*acquire)(abiding::peer::Handle), void (*release)(abiding::peer::Communicator*)) {
   using namespace abiding::peer;
   acquire_communicator = acquire;
   release_communicator = release;
-  return cuda_memory();
+  return cuda_memory_backend();
 }

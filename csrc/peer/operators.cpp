@@ -10,20 +10,19 @@
 namespace abiding::peer {
 namespace {
 
-const PeerMemory& require_cuda_memory(const char* op) {
-  const PeerMemory* memory = cuda_memory();
-  check(memory != nullptr, op,
-        "CUDA memory is not to be had, as abiding's CUDA binary is not loaded; expected a CUDA build");
+const MemoryBackend& require_cuda_memory_backend(const char* op) {
+  const MemoryBackend* memory = cuda_memory_backend();
+  check(memory != nullptr, op, "CUDA memory needs abiding's CUDA binary, which is not loaded; expected a CUDA build");
   return *memory;
 }
 
 // Memory that was allocated or opened here. A buffer is given back when neither its caller nor a communicator needs it.
 struct Buffer {
-  const PeerMemory* memory;
+  const MemoryBackend* memory;
   void* address;
   bool opened;
 
-  Buffer(const PeerMemory* memory, void* address, bool opened) : memory(memory), address(address), opened(opened) {}
+  Buffer(const MemoryBackend* memory, void* address, bool opened) : memory(memory), address(address), opened(opened) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() {
@@ -41,7 +40,7 @@ struct Buffer {
 // The buffers that callers hold, by address.
 class Buffers {
  public:
-  int64_t add(const PeerMemory& memory, void* address, bool opened) {
+  int64_t add(const MemoryBackend& memory, void* address, bool opened) {
     const auto key = reinterpret_cast<int64_t>(address);
     auto buffer = std::make_shared<Buffer>(&memory, address, opened);
     std::lock_guard lock(mutex_);
@@ -83,7 +82,7 @@ Buffers& buffers() {
 
 // --- memory
 
-std::tuple<int64_t, Tensor> allocate(const char* op, const PeerMemory& memory, int64_t size) {
+std::tuple<int64_t, Tensor> allocate(const char* op, const MemoryBackend& memory, int64_t size) {
   check(size > 0, op, "size is ", size, "; expected a number of bytes, 1 or more");
   Tensor handle = torch::stable::empty({kHandleBytes}, torch::headeronly::ScalarType::Byte);
   void* allocated = memory.allocate(size, static_cast<uint8_t*>(handle.mutable_data_ptr()));
@@ -92,10 +91,10 @@ std::tuple<int64_t, Tensor> allocate(const char* op, const PeerMemory& memory, i
 
 std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
   const char* op = "allocate_shared_buffer_and_handle";
-  return allocate(op, require_cuda_memory(op), size);
+  return allocate(op, require_cuda_memory_backend(op), size);
 }
 std::tuple<int64_t, Tensor> allocate_shared_memory_and_handle(int64_t size) {
-  return allocate("allocate_shared_memory_and_handle", cpu_memory(), size);
+  return allocate("allocate_shared_memory_and_handle", cpu_memory_backend(), size);
 }
 
 int64_t open_mem_handle(const Tensor& mem_handle) {
@@ -105,7 +104,7 @@ int64_t open_mem_handle(const Tensor& mem_handle) {
   check(mem_handle.numel() == kHandleBytes, op, "mem_handle has shape ", handle.shape(), "; expected [", kHandleBytes,
         "]");
   const auto* bytes = static_cast<const uint8_t*>(mem_handle.const_data_ptr());
-  const PeerMemory& memory = is_cpu_handle(bytes) ? cpu_memory() : require_cuda_memory(op);
+  const MemoryBackend& memory = is_cpu_handle(bytes) ? cpu_memory_backend() : require_cuda_memory_backend(op);
   return buffers().add(memory, memory.open(bytes), true);
 }
 
@@ -130,7 +129,7 @@ int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& ra
     communicator->workspaces[r] = reinterpret_cast<uint8_t*>(ipc_tensors[r]);
     communicator->buffers.push_back(buffers().find(ipc_tensors[r]));
   }
-  communicator->memory = rank_data.is_cuda() ? &require_cuda_memory(op) : &cpu_memory();
+  communicator->memory = rank_data.is_cuda() ? &require_cuda_memory_backend(op) : &cpu_memory_backend();
   // The workspace may have served another communicator.
   auto* own = reinterpret_cast<Header*>(communicator->workspaces[rank]);
   communicator->memory->clear(&own->reporting, sizeof own->reporting);

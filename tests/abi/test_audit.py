@@ -36,7 +36,7 @@ def problems(folder: Path, code: str, *needed: str, flags: tuple[str, ...] = ())
 
 
 def compile_library(path: Path, code: str, *flags: str) -> Path:
-    command = [GXX, "-shared", "-fPIC", "-x", "c++", "-", "-x", "none", "-o", str(path), *flags]
+    command = [GXX or "g++", "-shared", "-fPIC", "-x", "c++", "-", "-x", "none", "-o", str(path), *flags]
     subprocess.run(command, input=code, text=True, check=True)
     return path
 

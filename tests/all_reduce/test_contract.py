@@ -124,7 +124,7 @@ def test_choose_route() -> None:
         ({"dense": False}, "torch.distributed", "gaps or overlaps"),
     ):
         route = choose_route(**(usual | change))
-        assert route == Route(backend, route.reason)
+        assert route.backend == backend
         assert reason in route.reason
 
 
@@ -234,7 +234,7 @@ def test_an_engines_class_may_drive_the_raw_operators(device: torch.device) -> N
     xs = [torch.randn(1000, device=device).bfloat16() for _ in range(ranks)]
     outs = [torch.empty_like(x) for x in xs]
 
-    class Rank:
+    class Rank(Communicator):
         def __init__(self, rank: int) -> None:
             self.rank, self.device = rank, device
 
@@ -242,7 +242,7 @@ def test_an_engines_class_may_drive_the_raw_operators(device: torch.device) -> N
         ops.all_reduce(handles[rank], xs[rank], outs[rank], staging[rank][0], max_bytes)
         ops.all_reduce(handles[rank], outs[rank], outs[rank], 0, 0)
 
-    on_each([Rank(r) for r in range(ranks)], call)  # type: ignore[list-item]
+    on_each([Rank(r) for r in range(ranks)], call)
     expected = (xs[0].float() + xs[1].float()).bfloat16() * 2
     for fa, out in zip(handles, outs, strict=True):
         assert_bitwise_equal(out, expected)

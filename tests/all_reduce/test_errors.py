@@ -82,7 +82,8 @@ def test_wrong_arguments_of_the_communicator(arguments: dict[str, Any], text: st
 
 def test_raw_operators_check_their_arguments(device: torch.device) -> None:
     with virtual_ranks(2, device) as (comm, _):
-        fa, x = comm._handle, base(device)
+        fa, x, memory = comm._handle, base(device), comm._memory
+        assert memory is not None
         data, handle = torch.empty(0, dtype=torch.uint8, device=device), torch.zeros(64, dtype=torch.uint8)
         for op, arguments, text in (
             (raw.init_custom_ar, ([], data, 0, True), "ipc_tensors has 0 entries; expected one for each of 1 to 16"),
@@ -101,11 +102,7 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (raw.open_mem_handle, (handle.int(),), "mem_handle has dtype int32; expected dtype uint8"),
             (raw.open_mem_handle, (handle,), "CUDA"),
             (raw.close_mem_handle, (4096,), "ptr is 4096; expected what open_mem_handle returned, once"),
-            (
-                raw.free_shared_buffer,
-                (comm._memory.own + 64,),
-                "what allocate_shared_buffer_and_handle returned",
-            ),
+            (raw.free_shared_buffer, (memory.own + 64,), "what allocate_shared_buffer_and_handle returned"),
             (raw.all_reduce, (fa, x, x, 4096, 8), "inp has 256 bytes; expected at most 8"),
             (raw.all_reduce, (fa, x.double(), x.double(), 0, 0), "inp has dtype float64; expected"),
             (raw.all_reduce, (fa, x[::2], x[::2], 0, 0), "inp has .*; expected memory without gaps"),
@@ -130,15 +127,15 @@ def test_stale_and_foreign_handles_are_refused(device: torch.device) -> None:
     with virtual_ranks(1, device) as (comm,):
         assert comm._handle != stale, "the registry entry is reused, the handle is not"
         for handle in (stale, 0, -1, 1, 1 << 62, comm._handle + 1):
-            for call in (
-                lambda handle=handle: torch.ops.abiding.all_reduce(x, token, handle),
-                lambda handle=handle: raw.all_reduce(handle, x, x, 0, 0),
-                lambda handle=handle: raw.dispose(handle),
-                lambda handle=handle: raw.fault(handle),
-                lambda handle=handle: raw.clear(handle),
+            for op, arguments in (
+                (torch.ops.abiding.all_reduce, (x, token, handle)),
+                (raw.all_reduce, (handle, x, x, 0, 0)),
+                (raw.dispose, (handle,)),
+                (raw.fault, (handle,)),
+                (raw.clear, (handle,)),
             ):
                 with pytest.raises(RuntimeError, match="expected the handle of a communicator that is open"):
-                    call()
+                    op(*arguments)
     assert_bitwise_equal(x, base(device))
 
 

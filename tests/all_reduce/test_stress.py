@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from abiding import Communicator
 from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
 from abiding.testing.stress import Stress, plan
+
+
+def run_call(stresses: list[Stress], index: int, rank: int, comm: Communicator) -> dict[int, Tensor]:
+    return stresses[rank].run(comm, [index])
 
 
 def record_golden(stresses: list[Stress], comms: list[Communicator]) -> None:
@@ -21,10 +27,9 @@ def record_golden(stresses: list[Stress], comms: list[Communicator]) -> None:
         for stress in stresses:
             stress.load(variant)
         for index in range(len(stresses[0].calls)):
-            for stress, returned in zip(
-                stresses, on_each(comms, lambda rank, comm, i=index: stresses[rank].run(comm, [i])), strict=True
-            ):
-                stress.collect(returned)
+            returned = on_each(comms, partial(run_call, stresses, index))
+            for stress, one in zip(stresses, returned, strict=True):
+                stress.collect(one)
         for stress, comm in zip(stresses, comms, strict=True):
             comm.check()
             stress.record_golden(variant)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from abiding import Communicator
 from abiding.communicator import DTYPES
@@ -100,19 +102,28 @@ def test_one_shot_and_two_shot_at_any_size(ranks: int, one_shot_bytes: int, devi
     """Either algorithm at sizes for which the other would be chosen: the same bits, also in several rounds."""
     with virtual_ranks(ranks, device, max_bytes=1 << 30) as comms:
         for comm in comms:
+            assert comm._memory is not None
             torch.ops.abiding_custom_ar.configure(comm._handle, 20.0, comm._memory.max_ctas, one_shot_bytes)
         for case in (*cases.REGULAR, *cases.ODD, *cases.CORNER, AllReduceCase((3_000_001,))):
             assert_sums(comms, case)
+
+
+def sum_of(xs: list[Tensor], rank: int, comm: Communicator) -> Tensor:
+    return comm.all_reduce(xs[rank])
 
 
 def test_slices_of_heads_go_through_peer_memory(device: torch.device) -> None:
     """Permuted dense views in the middle of their storage; strides are preserved."""
     with virtual_ranks(2, device) as comms:
         whole = [torch.randn(3, 4, 5, device=device) for _ in comms]
-        for view in (lambda a: a[:2].permute(2, 0, 1), lambda a: a[1:2].transpose(1, 2), lambda a: a[1].t()):
-            xs = [view(a) for a in whole]
+        views = (
+            [a[:2].permute(2, 0, 1) for a in whole],
+            [a[1:2].transpose(1, 2) for a in whole],
+            [a[1].t() for a in whole],
+        )
+        for xs in views:
             assert all(comm.explain(x).backend == "abiding" for comm, x in zip(comms, xs, strict=True))
-            outs = on_each(comms, lambda rank, comm, xs=xs: comm.all_reduce(xs[rank]))
+            outs = on_each(comms, partial(sum_of, xs))
             for out in outs:
                 assert out.stride() == xs[0].stride()
                 assert_bitwise_equal(out, xs[0] + xs[1])
@@ -123,7 +134,7 @@ def test_slices_of_heads_go_through_peer_memory(device: torch.device) -> None:
 
 def on_one_gpu(rank: int) -> list[str]:
     """Two processes that share a GPU: the same sums, over CUDA IPC."""
-    backends = []
+    backends: list[str] = []
     device = torch.device("cuda", 0)
     with Communicator(device=device, timeout_s=20.0) as comm:
         backends.append(comm.explain(torch.ones(3, device=device)).backend)

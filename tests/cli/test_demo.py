@@ -21,6 +21,7 @@ from abiding.cli.app import app
 from abiding.cli.demo import collectives
 from abiding.cli.demo import mla_prologue as section
 from abiding.cli.demo import mxfp8_moe as layers
+from abiding.testing.ranks import run_processes
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +139,6 @@ def test_without_the_extra_one_sentence_says_what_to_install(python: Any) -> Non
 
 def test_the_collectives_are_held_against_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that is one bit off on one rank, and a norm that is two steps off."""
-    run_processes = collectives.run_processes
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         everyone = run_processes(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from abiding.engines.vllm import operators as vllm
+
+Scenario = Callable[..., str]
 
 QUANT = "fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert"
 BF16 = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert"
@@ -63,11 +66,11 @@ def vllm_registers_fake(calls):
 
 
 @pytest.fixture
-def scenario(python: Callable) -> Callable[..., str]:
+def scenario(python: Callable[..., subprocess.CompletedProcess[str]]) -> Scenario:
     return lambda code, **options: python(PRELUDE + code, **options).stdout
 
 
-def test_missing_operators_are_registered(scenario: Callable) -> None:
+def test_missing_operators_are_registered(scenario: Scenario) -> None:
     scenario("""
 assert set(vllm.install()) == set(NAMES)
 assert vllm.install() == ALL_REGISTERED, vllm.install()
@@ -93,7 +96,7 @@ for ours, theirs in zip(siblings("_C"), siblings("abiding")):
 """)
 
 
-def test_engine_code_compiles(scenario: Callable) -> None:
+def test_engine_code_compiles(scenario: Scenario) -> None:
     scenario("""
 vllm.install()
 def engine(*args):
@@ -116,7 +119,7 @@ torch.library.opcheck(op(FP8).default, (inputs.q, inputs.kv, q8, cache8, *argume
 """)
 
 
-def test_vllm_registers_its_fake_afterwards(scenario: Callable) -> None:
+def test_vllm_registers_its_fake_afterwards(scenario: Scenario) -> None:
     scenario("""
 vllm.install()
 calls = []
@@ -130,7 +133,7 @@ assert_bitwise_equal(quant_insert(compiled)[1], quant_insert(op(QUANT, "abiding"
 
 
 @pytest.mark.parametrize("later", ["", f", {LATER}"], ids=["nine arguments", "thirteen arguments"])
-def test_schema_and_fake_without_a_kernel(scenario: Callable, later: str) -> None:
+def test_schema_and_fake_without_a_kernel(scenario: Scenario, later: str) -> None:
     scenario(f"""
 theirs = torch.library.Library("_C", "FRAGMENT")
 theirs.define(QUANT + "({QUANT_ARGUMENTS}{later}) -> Tensor")
@@ -144,7 +147,7 @@ assert fake_call().shape == (5, 8, 512) and calls
 """)
 
 
-def test_flags_of_later_releases(scenario: Callable) -> None:
+def test_flags_of_later_releases(scenario: Scenario) -> None:
     scenario(f"""
 theirs = torch.library.Library("_C", "FRAGMENT")
 theirs.define(QUANT + "({QUANT_ARGUMENTS}, {LATER}) -> Tensor")
@@ -175,7 +178,7 @@ assert_bitwise_equal(inputs.guard.storage, before)
 """)
 
 
-def test_existing_kernels_are_kept(scenario: Callable) -> None:
+def test_existing_kernels_are_kept(scenario: Scenario) -> None:
     scenario(f"""
 theirs = torch.library.Library("_C", "FRAGMENT")
 schema = QUANT + "({QUANT_ARGUMENTS}, {LATER}) -> Tensor"
@@ -199,7 +202,7 @@ assert vllm.install() == report
 
 
 @pytest.mark.parametrize("theirs", ["CPU", "CUDA"])
-def test_only_missing_devices_are_filled(scenario: Callable, theirs: str) -> None:
+def test_only_missing_devices_are_filled(scenario: Scenario, theirs: str) -> None:
     scenario(f"""
 library = torch.library.Library("_C", "FRAGMENT")
 library.define(QUANT + "({QUANT_ARGUMENTS}) -> Tensor")
@@ -249,7 +252,7 @@ def test_schema_comparison(schema: str, difference: str | None) -> None:
     assert found == difference if difference is None else difference in (found or "")
 
 
-def test_an_incompatible_operator_is_left_alone(scenario: Callable) -> None:
+def test_an_incompatible_operator_is_left_alone(scenario: Scenario) -> None:
     scenario(f"""
 library = torch.library.Library("_C", "FRAGMENT")
 library.define(QUANT + "(Tensor! q, {TENSORS}, float eps, int cache_block_size) -> ()")
@@ -262,7 +265,7 @@ assert report["_C::" + BF16] == report["_C::" + FP8] == REGISTERED, report
 """)
 
 
-def test_an_installed_vllm_goes_first(scenario: Callable, tmp_path: Path) -> None:
+def test_an_installed_vllm_goes_first(scenario: Scenario, tmp_path: Path) -> None:
     """Its binary defines the names, which fails if somebody has done so before."""
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
@@ -287,7 +290,7 @@ importlib.import_module("vllm._C_stable_libtorch")
 
 
 @pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "AttributeError", "ValueError"])
-def test_a_vllm_that_cannot_load_is_tolerated(scenario: Callable, tmp_path: Path, error: str) -> None:
+def test_a_vllm_that_cannot_load_is_tolerated(scenario: Scenario, tmp_path: Path, error: str) -> None:
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(f"raise {error}('torch is too new')")
@@ -297,7 +300,7 @@ def test_a_vllm_that_cannot_load_is_tolerated(scenario: Callable, tmp_path: Path
     )
 
 
-def test_wrong_arguments_raise_and_write_nothing(scenario: Callable) -> None:
+def test_wrong_arguments_raise_and_write_nothing(scenario: Scenario) -> None:
     scenario("""
 vllm.install()
 inputs = case.make("cpu", seed=7)
@@ -333,7 +336,7 @@ def drive():
 """
 
 
-def test_the_custom_all_reduce_is_served(scenario: Callable) -> None:
+def test_the_custom_all_reduce_is_served(scenario: Scenario) -> None:
     scenario(f"""
 from concurrent.futures import ThreadPoolExecutor
 {COLLECTIVES}
@@ -354,7 +357,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("key", ["CUDA", "CompositeExplicitAutograd"])
-def test_a_custom_all_reduce_is_served_whole_or_not_at_all(scenario: Callable, key: str) -> None:
+def test_a_custom_all_reduce_is_served_whole_or_not_at_all(scenario: Scenario, key: str) -> None:
     """A handle that one library gives out means nothing to the other."""
     scenario(f"""
 theirs = torch.library.Library("_C_custom_ar", "FRAGMENT")
@@ -370,7 +373,7 @@ assert report[NAMES[0]] == REGISTERED
 """)
 
 
-def test_a_custom_all_reduce_with_schemas_alone_is_filled(scenario: Callable) -> None:
+def test_a_custom_all_reduce_with_schemas_alone_is_filled(scenario: Scenario) -> None:
     scenario(f"""
 from concurrent.futures import ThreadPoolExecutor
 {COLLECTIVES}
@@ -383,7 +386,7 @@ drive()
 """)
 
 
-def test_minimax_reduce_rms_is_served_and_compiles(scenario: Callable) -> None:
+def test_minimax_reduce_rms_is_served_and_compiles(scenario: Scenario) -> None:
     scenario("""
 vllm.install()
 def call(rows, wq, wk, table):
@@ -402,7 +405,7 @@ for actual, expected in zip(compiled(rows, wq, wk, table), (q, k, single)):
 """)
 
 
-def test_mxfp8_experts_are_served_and_compile(scenario: Callable) -> None:
+def test_mxfp8_experts_are_served_and_compile(scenario: Scenario) -> None:
     """As vLLM's own test calls them, with scales of either dtype."""
     scenario("""
 from abiding import mxfp8_moe, reference

@@ -10,13 +10,22 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from abiding import mla_prologue, reference
-from abiding.testing.cases.mla_prologue import CORNER, ODD, REGULAR, PrologueCase, PrologueInputs, finite_magnitudes
+from abiding.testing.cases.mla_prologue import (
+    CORNER,
+    ODD,
+    REGULAR,
+    PrologueCase,
+    PrologueInputs,
+    Values,
+    finite_magnitudes,
+)
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, ulp_distance
 from abiding.testing.guarded import guarded
 
@@ -120,7 +129,7 @@ def test_case(case: PrologueCase, device: torch.device) -> None:
     assert out.dtype == case.dtype
 
     ours.check()
-    assert_bitwise_equal(ours.guard.storage, theirs.guard.storage, "cache, with what lies around it")
+    assert_bitwise_equal(ours.storage, theirs.storage, "cache, with what lies around it")
     assert_query(out, ours)
     assert_padding(out, case.heads)
     for name, before in zip(("q", "kv", "slots", "positions", "cos_sin"), given, strict=True):
@@ -128,8 +137,8 @@ def test_case(case: PrologueCase, device: torch.device) -> None:
 
     rows = (kv_only.kv, kv_only.cache, kv_only.slots, kv_only.positions, kv_only.cos_sin)
     mla_prologue.insert_kv(*rows, block_size=case.block_size)
-    assert_bitwise_equal(kv_only.guard.storage, theirs.guard.storage, "insert_kv: cache, with what lies around it")
-    read = {"block_size": case.block_size, "dtype": case.dtype}
+    assert_bitwise_equal(kv_only.storage, theirs.storage, "insert_kv: cache, with what lies around it")
+    read: dict[str, Any] = {"block_size": case.block_size, "dtype": case.dtype}
     gathered = mla_prologue.gather_kv(ours.cache, ours.slots, **read)
     assert_close(gathered, reference.mla_prologue.gather_kv(ours.cache, ours.slots, **read), name="gather_kv")
 
@@ -141,12 +150,12 @@ def test_case(case: PrologueCase, device: torch.device) -> None:
 )
 @pytest.mark.parametrize("values", ["normal", "nan", "inf", "huge"])
 @DTYPES
-def test_query_options(options: dict[str, bool], values: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_query_options(options: dict[str, bool], values: Values, dtype: torch.dtype, device: torch.device) -> None:
     case = PrologueCase(17, 3, 5, values=values, dtype=dtype, wild=0.3)
     ours, theirs = case.make(device), case.make(device)
     out = ours.run(mla_prologue, **options)
     theirs.run(reference.mla_prologue, **options)
-    assert_bitwise_equal(ours.guard.storage, theirs.guard.storage, "cache")
+    assert_bitwise_equal(ours.storage, theirs.storage, "cache")
     assert_query(out, ours, **options)
     assert_padding(out, 3)
     if options.get("apply_q_rope", True):
@@ -165,7 +174,7 @@ def test_plain_operator_agrees_with_the_public_api(tokens: int, device: torch.de
         ours.q, ours.kv, ours.cache, ours.slots, ours.positions, ours.cos_sin, 5, 1e-6, case.block_size
     )
     assert_bitwise_equal(out, theirs.run(mla_prologue), "q")
-    assert_bitwise_equal(ours.guard.storage, theirs.guard.storage, "cache")
+    assert_bitwise_equal(ours.storage, theirs.storage, "cache")
 
 
 def test_cuda_agrees_with_cpu(cuda: torch.device) -> None:
@@ -441,7 +450,7 @@ def test_out_may_be_q_itself(padded: int, dtype: torch.dtype, device: torch.devi
     assert inputs.run(mla_prologue, out=rows.tensor) is rows.tensor
     rows.check()
     assert_bitwise_equal(rows.tensor, expected, "q")
-    assert_bitwise_equal(inputs.guard.storage, plain.guard.storage, "cache")
+    assert_bitwise_equal(inputs.storage, plain.storage, "cache")
 
 
 def test_out_of_the_caller(device: torch.device) -> None:
@@ -474,7 +483,7 @@ def test_rows_do_not_depend_on_their_neighbors(tokens: int, device: torch.device
     first = replace(rest, **{name: getattr(rest, name)[: tokens // 2] for name in ("q", "kv", "slots", "positions")})
     other = replace(rest, **{name: getattr(rest, name)[tokens // 2 :] for name in ("q", "kv", "slots", "positions")})
     assert_bitwise_equal(torch.cat([first.run(mla_prologue), other.run(mla_prologue)]), out, "q in two calls")
-    assert_bitwise_equal(rest.guard.storage, together.guard.storage, "cache in two calls")
+    assert_bitwise_equal(rest.storage, together.storage, "cache in two calls")
 
 
 @pytest.mark.slow
@@ -528,7 +537,7 @@ def test_bf16_sibling(case: PrologueCase, strided: bool, device: torch.device) -
     ours = guarded(shape, torch.bfloat16, device, strides=strides, fill=0x11)
     theirs = ours.clone()
     rest = (inputs.slots, inputs.positions, inputs.cos_sin)
-    assert mla_prologue.qnorm_rope_full_cache_bf16_insert(inputs.q, inputs.kv, ours.tensor, *rest, eps=case.eps) is None
+    mla_prologue.qnorm_rope_full_cache_bf16_insert(inputs.q, inputs.kv, ours.tensor, *rest, eps=case.eps)
     assert_query(inputs.q, untouched)
     expected_q = untouched.q.clone()
     reference.mla_prologue.qnorm_rope_full_cache_bf16_insert(expected_q, inputs.kv, theirs.tensor, *rest, eps=case.eps)
@@ -551,7 +560,7 @@ def test_fp8_sibling(
     strides = (case.block_size * 528 + 16, 528, 1) if strided else None
     ours = guarded(shape, cache_dtype, device, strides=strides, fill=0x11)
     theirs = ours.clone()
-    scales = {
+    scales: dict[str, Any] = {
         "kv_scale": torch.tensor([0.37], device=device),
         "q_scale_inv": torch.tensor([3.1], device=device),
         "eps": case.eps,

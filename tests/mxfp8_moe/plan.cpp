@@ -14,10 +14,10 @@ void expect(bool ok, const char* format, Values... values) {
   std::printf(format, values...);
 }
 
-// An expert's tiles cover its tokens in order and without gaps. None is wider than its shape allows, none is empty, and together they
-// are less than one TMA box wider than the tokens.
+// An expert's tiles cover its tokens in order and without gaps. None is wider than its shape allows, none is empty, and
+// together they are less than one TMA box wider than the tokens.
 static void check_token_ranges(TileShape shape, int tokens) {
-  const int most = max_tokens(shape), box = tma_box_rows(most), tiles = (tokens + most - 1) / most;
+  const int most = max_tokens(shape), box = tma_box_rows(shape), tiles = (tokens + most - 1) / most;
   int next = 0, widest = 0, narrowest = most;
   for (int tile = 0; tile < tiles; ++tile) {
     const TokenRange range = token_range(tokens, box, tiles, tile);
@@ -34,30 +34,41 @@ static void check_token_ranges(TileShape shape, int tokens) {
 }
 
 int main() {
-  for (TileShape shape : {TileShape::kSplitK_N16, TileShape::kN64, TileShape::kN64_2Ctas, TileShape::kM256_N128,
-                          TileShape::kN160_Cluster2, TileShape::kN256_Cluster2})
+  for (TileShape shape : {TileShape::kStreamK_N16, TileShape::kN64, TileShape::kM256_N128, TileShape::kN160_Cluster2,
+                          TileShape::kN256_Cluster2})
     for (int tokens = 1; tokens <= 5000; ++tokens) check_token_ranges(shape, tokens);
 
-  const auto plan = [](int64_t rows, int64_t experts, int64_t n, int64_t k) {
-    return choose_plan(rows, experts, n, k);
-  };
-  // No rows or no experts: any shape, but no division by zero.
-  expect(plan(0, 8, 768, 6144).splits == 1 && plan(8, 0, 768, 6144).splits == 1, "empty calls are split\n");
-  // One token of a layer with small experts: K is split until most SMs have a tile.
-  expect(plan(4, 128, 768, 6144).splits == 4, "4 rows of 6144: %d splits\n", plan(4, 128, 768, 6144).splits);
-  expect(plan(4, 128, 6144, 384).splits == 1, "4 rows of 384: %d splits\n", plan(4, 128, 6144, 384).splits);
+  // Empty calls, and a device that says nothing of itself: any shape, but no division by zero.
+  for (const Plan& p :
+       {choose_plan(0, 8, 768, 6144, 132), choose_plan(8, 0, 768, 6144, 132), choose_plan(8, 8, 768, 6144, 0)})
+    expect(p.cluster == 1, "an empty call has clusters of %d\n", p.cluster);
+
+  // The experts of one token, in a layer with few and long tiles: split-K takes as many CTAs as a cluster may have.
+  // With many tiles, or a short K, it gains nothing.
+  expect(choose_plan(4, 128, 768, 6144, 132).cluster == 8, "4 rows, K = 6144\n");
+  expect(choose_plan(4, 128, 6144, 384, 132).cluster == 1, "4 rows, K = 384\n");
+  expect(choose_plan(1000, 256, 6144, 384, 132).cluster == 1, "1000 rows of 256 experts, K = 384\n");
+  // With fewer SMs there is less to fill: never larger clusters.
+  for (int64_t tiles = 1; tiles < 5000; tiles += 7)
+    for (int64_t k_steps : {1, 3, 12, 48})
+      for (int64_t ctas = 2; ctas < 400; ctas *= 2)
+        expect(choose_cluster(tiles, k_steps, ctas) <= choose_cluster(tiles, k_steps, 2 * ctas),
+               "%ld tiles of %ld steps on %ld CTAs\n", tiles, k_steps, ctas);
+
   for (int64_t rows = 1; rows < 300000; rows += rows < 3000 ? 1 : 777)
     for (int64_t experts : {1L, 8L, 128L, 1024L})
       for (int64_t n : {32L, 768L, 6144L})
         for (int64_t k : {32L, 384L, 6144L}) {
-          const Plan p = plan(rows, experts, n, k);
-          const bool power = p.splits >= 1 && p.splits <= kMaxSplits && (p.splits & (p.splits - 1)) == 0;
-          expect(power && (p.splits == 1 || p.shape == TileShape::kSplitK_N16), "%ld rows, %ld experts: %d splits\n",
-                 rows, experts, p.splits);
-          expect(p.splits == 1 || k / p.splits >= 512, "%ld of K in %d splits\n", k, p.splits);
-          const Plan more = plan(rows + 1, experts, n, k);
+          const Plan p = choose_plan(rows, experts, n, k, 132), more = choose_plan(rows + 1, experts, n, k, 132);
+          const bool power = p.cluster >= 1 && p.cluster <= 8 && (p.cluster & (p.cluster - 1)) == 0;
+          expect(power && (p.cluster == 1 || p.shape == TileShape::kStreamK_N16),
+                 "%ld rows, %ld experts: clusters of %d\n", rows, experts, p.cluster);
           expect(rows < experts || max_tokens(more.shape) >= max_tokens(p.shape),
                  "%ld rows and one more, %ld experts: a narrower tile\n", rows, experts);
+          // A tile takes at least the tokens that an expert has on average, while any shape does.
+          const int64_t average = rows / (rows < experts ? rows : experts);
+          expect(max_tokens(p.shape) >= average || average > 256, "%ld tokens per expert in tiles of %d\n", average,
+                 max_tokens(p.shape));
         }
   return wrong != 0;
 }

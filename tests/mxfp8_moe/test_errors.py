@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -96,16 +96,17 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
     scalars: dict[str, Any] = {}
     seed = rng.randrange(1 << 30)
     if op in (MOE, MOE_MAPPED):
-        case = LAYER
+        moe = LAYER
         if vary:
             top_k = pick(1, 2, 4)
-            case = LayerCase(pick(6, 0, 1, 9), pick(64, 32, 96), pick(96, 32), 4, top_k, elsewhere=pick(0.0, 0.5))
-        i = case.make(device, seed)
-        size = mxfp8_moe.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
-        guards = {"x": keep(i.x), "w13": keep(i.w13), "s13": keep(i.s13, True), "w2": keep(i.w2)}
-        guards |= {"s2": keep(i.s2, True), "topk_ids": keep(i.topk_ids.to(pick(torch.int64, torch.int32)), True)}
-        guards |= {"topk_weights": keep(i.topk_weights), "workspace": poison(size, dtype=torch.uint8, dense=True)}
-        guards["out"] = poison(case.tokens, case.hidden, dtype=torch.bfloat16)
+            moe = LayerCase(pick(6, 0, 1, 9), pick(64, 32, 96), pick(96, 32), 4, top_k, elsewhere=pick(0.0, 0.5))
+        layer = moe.make(device, seed)
+        size = mxfp8_moe.workspace_bytes(moe.tokens, moe.top_k, moe.experts, moe.hidden, moe.intermediate)
+        guards = {"x": keep(layer.x), "w13": keep(layer.w13), "s13": keep(layer.s13, True), "w2": keep(layer.w2)}
+        guards["s2"] = keep(layer.s2, True)
+        guards["topk_ids"] = keep(layer.topk_ids.to(pick(torch.int64, torch.int32)), True)
+        guards |= {"topk_weights": keep(layer.topk_weights), "workspace": poison(size, dtype=torch.uint8, dense=True)}
+        guards["out"] = poison(moe.tokens, moe.hidden, dtype=torch.bfloat16)
         scalars = {"activation": 0, "w8a8": pick(True, False)}
         if op == MOE_MAPPED:
             guards["expert_map"] = keep(torch.tensor([2, -1, 0, 3], dtype=torch.int32, device=device), True)
@@ -113,9 +114,10 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
     else:
         case = GEMM
         if vary:
-            sizes = tuple(rng.choice([0, 1, 4]) for _ in range(rng.choice([1, 3])))
-            case = GemmCase(sizes, pick(64, 32, 160), pick(96, 32, 128), dtype=pick(torch.bfloat16, torch.float16))
+            rows = tuple(rng.choice([0, 1, 4]) for _ in range(rng.choice([1, 3])))
+            case = GemmCase(rows, pick(64, 32, 160), pick(96, 32, 128), dtype=pick(torch.bfloat16, torch.float16))
         i = case.make(device, seed)
+        assert i.expert_offsets is not None
         q = i.quantize(mxfp8_moe)
         e4m3 = pick(torch.float8_e4m3fn, torch.uint8)
         if op in (QUANTIZE, ROUND, QUANT):
@@ -276,7 +278,7 @@ E4M3 = (torch.int8, torch.float8_e5m2, torch.bfloat16)
 
 def overlapping(call: Call) -> Tensor:
     """An output in the memory of the input."""
-    source = call.args["input" if call.op in (ROUND, QUANT) else "x" if call.op == MOE else "a"]
+    source: Tensor = call.args["input" if call.op in (ROUND, QUANT) else "x" if call.op == MOE else "a"]
     shape, kind = call.args["out"].shape, call.args["out"].dtype
     return source.flatten().view(torch.uint8).repeat(4)[: shape[0] * shape[1] * kind.itemsize].view(kind).view(shape)
 
@@ -452,6 +454,7 @@ def test_an_output_in_the_input_is_refused(op: str, device: torch.device) -> Non
 
 def test_public_function_refuses_contradictions() -> None:
     i = GEMM.make()
+    assert i.expert_offsets is not None
     with pytest.raises(ValueError, match="both given"):
         mxfp8_moe.quantize(i.x, i.expert_offsets, offs=i.expert_offsets)
     with pytest.raises(ValueError, match=r"weight has shape \[3, 64, 96\]; expected size 1 in dimension 0"):
@@ -467,10 +470,10 @@ def test_public_function_refuses_contradictions() -> None:
         with pytest.raises(ValueError, match=r"gelu.*expected one of silu|w4a4.*expected w8a8"):
             layer.run(mxfp8_moe, **option)
     for wrong in (None, 3, [1.0]):
-        for name in ("x", "weight", "weight_scale"):
-            arguments = {"x": i.x, "weight": i.weight, "weight_scale": i.weight_scale, name: wrong}
-            with pytest.raises(TypeError, match=rf"\b{'a' if name == 'x' else name} is (a|undefined)"):
-                mxfp8_moe.grouped_mm(*arguments.values(), i.expert_offsets)
+        for name in ("a", "weight", "weight_scale"):
+            arguments: dict[str, Any] = {"a": i.x, "weight": i.weight, "weight_scale": i.weight_scale, name: wrong}
+            with pytest.raises(TypeError, match=rf"\b{name} is (a|undefined)"):
+                mxfp8_moe.grouped_mm(**arguments, expert_offsets=i.expert_offsets)
     with pytest.raises(TypeError, match="uint8 or float8_e8m0fnu"):
         mxfp8_moe.swizzle_scales(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="at least 2 dimensions"):
@@ -506,7 +509,7 @@ def test_public_function_refuses_contradictions() -> None:
     ids=str,
 )
 def test_options_of_a_layer_are_checked(options: dict[str, Any], message: str) -> None:
-    i = LAYER.make()
+    i = replace(LAYER, activation=options.get("activation", "silu")).make()
     with pytest.raises((TypeError, ValueError), match=f"^moe: {message}"):
         i.run(mxfp8_moe, **options)
 
@@ -614,6 +617,9 @@ def random_view(x: Tensor, rng: random.Random) -> Tensor:
         return x
 
 
+INDICES = {"offsets", "expert_offsets", "problem_sizes", "blockscale_offsets", "topk_ids", "expert_map"}
+
+
 @pytest.mark.parametrize("op", SPOILS)
 def test_fuzz(op: str) -> None:
     """Many calls, half of them spoiled: no crash, every error is ours, no byte outside of a tensor changes."""
@@ -627,14 +633,7 @@ def test_fuzz(op: str) -> None:
             for name in rng.sample(tensors, rng.choice([1, 1, 2])):
                 call.args[name] = random_view(call.args[name], rng)
         elif rng.random() < 0.3:  # random bits in the indices
-            for name in {
-                "offsets",
-                "expert_offsets",
-                "problem_sizes",
-                "blockscale_offsets",
-                "topk_ids",
-                "expert_map",
-            } & set(call.args):
+            for name in INDICES & set(call.args):
                 index = call.args[name].view(-1)
                 if len(index):
                     index[rng.randrange(len(index))] = rng.choice([-1, -(1 << 31), (1 << 31) - 1, 1, 5, 128, 1 << 30])

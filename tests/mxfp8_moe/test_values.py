@@ -35,7 +35,7 @@ from abiding.testing.guarded import guarded
 DTYPES_16_BIT = (torch.bfloat16, torch.float16)
 APIS = pytest.mark.parametrize("api", [mxfp8_moe, reference.mxfp8_moe], ids=["kernel", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", DTYPES_16_BIT, ids=["bfloat16", "float16"])
-PRODUCTS = [*REGULAR, *ODD, *CORNER]
+GEMMS = [*REGULAR, *ODD, *CORNER]
 
 ONE = 0x38  # 1.0 in e4m3
 
@@ -205,7 +205,7 @@ def assert_gemm(found: Tensor, a: Tensor, i: GemmInputs) -> None:
     assert not bool(wrong.any()), f"{int(wrong.sum())} of {found.numel()} are off, first {wrong.nonzero()[0].tolist()}"
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_case(case: GemmCase, device: torch.device) -> None:
     i = case.make(device, seed=1)
     given = [tensor.clone() for tensor in (i.x, i.weight.view(torch.uint8), i.weight_scale)]
@@ -236,7 +236,7 @@ def test_split_k_with_many_tiles(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_portable_kernel(case: GemmCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernel, which other GPUs than Hopper run; e4m3 rows become bfloat16 in the order that it reads."""
     monkeypatch.setenv("ABIDING_PORTABLE", "1")
@@ -298,6 +298,7 @@ def test_rows_do_not_depend_on_their_neighbors(device: torch.device) -> None:
     i = case.make(device)
     x = i.x
     together = i.run(mxfp8_moe, x)
+    assert i.expert_offsets is not None
     edges = i.expert_offsets.tolist()
     for expert in range(len(case.sizes)):
         some = i.weight[expert : expert + 1], i.weight_scale[expert : expert + 1]
@@ -337,6 +338,7 @@ def test_raw_operators_and_both_forms_of_offsets_agree(out_dtype: torch.dtype, d
     i = GemmCase((5, 0, 200, 128), 128, 256, out_dtype=out_dtype).make(device)
     expected = i.run(mxfp8_moe, i.quantize(mxfp8_moe))
     assert_bitwise_equal(raw(i, device), expected)
+    assert i.expert_offsets is not None
     ends = replace(i, expert_offsets=None, offs=i.expert_offsets[1:].clone())
     assert_bitwise_equal(ends.run(mxfp8_moe, ends.quantize(mxfp8_moe)), expected)
     assert_bitwise_equal(ends.quantize(mxfp8_moe).scales, i.quantize(mxfp8_moe).scales)
@@ -418,7 +420,7 @@ def unit_weights(rows: int, columns: int, device: torch.device) -> tuple[Tensor,
     return weight, mxfp8_moe.swizzle_scales(torch.full((1, rows, columns // 32), 127, dtype=torch.uint8, device=device))
 
 
-def activated(h: Tensor, activation: mxfp8_moe.Activation, **options: float) -> Tensor:
+def activated(h: Tensor, activation: mxfp8_moe.Activation, **options: Any) -> Tensor:
     """The activation of the layer, between GEMMs with identity matrices."""
     if activation == "none" or len(h) == 0:
         return h[:, : h.size(1) // (1 if activation == "none" else 2)]

@@ -36,12 +36,13 @@ def arguments(name: str, comm: Communicator, device: torch.device, tokens: int =
     counters, sizes = torch.zeros(3, dtype=torch.int32, device=device), torch.tensor([0, 4096], device=device)
     table = torch.tensor([0, 0, slots.data_ptr(), counters.data_ptr(), sizes.data_ptr()], device=device)
     state = [comm._token, comm._handle]
-    return {
+    found: dict[str, list[Any]] = {
         "reduce_rms": [rows, i.wq, *state, 1e-6],
         "reduce_rms_qk": [i.rows, i.wq, i.wk, *state, 1e-6],
         "minimax_allreduce_rms": [rows, i.wq, table, 0, 1, 1e-6],
         "minimax_allreduce_rms_qk": [i.rows, i.wq, i.wk, table, 24, 8, 0, 1, 1e-6],
-    }[name], [slots, counters, sizes]
+    }
+    return found[name], [slots, counters, sizes]
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -59,7 +60,7 @@ def test_schema(name: str) -> None:
 def test_opcheck(name: str, tokens: int, device: torch.device) -> None:
     with virtual_ranks(1, device) as (comm,):
         args, _kept = arguments(name, comm, device, tokens)
-        torch.library.opcheck(getattr(torch.ops.abiding, name).default, args)
+        torch.library.opcheck(getattr(torch.ops.abiding, name).default, tuple(args))
 
 
 @pytest.mark.parametrize("tokens", [5, 0])

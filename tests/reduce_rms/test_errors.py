@@ -14,7 +14,7 @@ from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_bitwise_equal
 from abiding.testing.ranks import virtual_ranks
 
-WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]], type[Exception], str]] = {
+WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], tuple[Any, Any, Any]], type[Exception], str]] = {
     "no tensor": (lambda x, q, k: (None, q, k), TypeError, "qkv is a NoneType; expected a Tensor"),
     "wq is no tensor": (lambda x, q, k: (x, 1.0, k), TypeError, "wq is a float; expected a Tensor"),
     "one dimension": (lambda x, q, k: (x[0], q, k), ValueError, r"qkv has shape \[48\]; expected 2 dimensions"),

@@ -12,7 +12,7 @@ import torch
 
 from abiding.testing.benchmarks import GROUPS, run
 from abiding.testing.benchmarks.report import full_table, of_op, plot, rewrite, summary
-from abiding.testing.results import CaseResult, Results, validate
+from abiding.testing.results import CaseResult, Param, Results, validate
 from abiding.testing.timing import Roofline
 
 BENCHMARK = GROUPS["mla_prologue"]
@@ -21,7 +21,13 @@ BENCHMARK = GROUPS["mla_prologue"]
 def case(
     tokens: int, us: float, *, l2_warm: bool = False, op: str = BENCHMARK.ops[0], heads: int = 64, **peers: float
 ) -> CaseResult:
-    params = {"tokens": tokens, "block_size": 64, "dtype": "bfloat16", "heads": heads, "padded_heads": heads}
+    params: dict[str, Param] = {
+        "tokens": tokens,
+        "block_size": 64,
+        "dtype": "bfloat16",
+        "heads": heads,
+        "padded_heads": heads,
+    }
     return CaseResult(op, params, us, 0.1, l2_warm, tokens * 0.1, peers)
 
 
@@ -173,7 +179,7 @@ def test_a_plot_has_a_panel_or_a_line_for_each_row(
     overlaid: bool, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    figures = []
+    figures: list[Any] = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     more = replace(results, cases=[*results.cases, case(1, 2.0, heads=128), case(64, 9.5, heads=128, vllm=9.0)])
     plot(more, replace(BENCHMARK, overlaid=overlaid), tmp_path / "plot.svg")

@@ -19,7 +19,7 @@ using namespace sm90;
 enum class ClusterMode {
   kNone,
   kMulticast,  // two CTAs take neighboring weight rows; each loads half of the tokens, to both (TMA multicast)
-  kSplitK      // the CTAs divide K, and reduce through distributed shared memory in rank order
+  kStreamK     // the CTAs divide the K steps of the cluster's tiles evenly, and hand accumulators over (scheduler.cuh)
 };
 
 // Weight stages that a CTA loads before pdl_wait; more would compete with what the upstream kernel still reads.
@@ -44,44 +44,42 @@ struct Config {
 
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;  // weight rows
   static_assert(kBlockM % kScaleTileRows == 0);
-  static constexpr int kBlockN = max_tokens(kShape), kTmaBoxRows = tma_box_rows(kBlockN);
+  static constexpr int kBlockN = max_tokens(kShape), kTmaBoxRows = tma_box_rows(kShape);
   static constexpr int kScaleTiles = kBlockM / kScaleTileRows;  // per stage
   static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K
 
   // Where a stage has two scale blocks of K, their two bf16 scales fit where a row's four codes were: the producer warpgroup's
   // spare warps convert them there, one warp per 128 weight rows.
   static constexpr bool kConvertedScales = kBlockK / kScaleBlock == 2;
-  static_assert(!kConvertedScales || (kScaleTiles <= 3 && kCluster != ClusterMode::kSplitK));
+  static_assert(!kConvertedScales || (kScaleTiles <= 3 && kCluster != ClusterMode::kStreamK));
 
   static constexpr uint32_t kWeightBytes = kBlockM * kBlockK;  // per stage
   static constexpr uint32_t kTokenSlabBytes =
       kBlockN * 128;  // 64 bf16 of K of every token: a row of the 128-byte swizzle
   static constexpr uint32_t kStageBytes = kWeightBytes + kBlockK / 64 * kTokenSlabBytes;
-  static constexpr uint32_t kScaleBytes = kScaleTiles * kScaleTileBytes;  // per stage
-  static constexpr int kReduceBuffers = kCluster == ClusterMode::kSplitK ? 2 : 0;
-  static constexpr uint32_t kReduceBytes = kBlockM * kBlockN * 4;
-  static constexpr uint32_t kEpilogueBytes = kCluster == ClusterMode::kSplitK ? 0 : 16 * 80;  // per warp
+  static constexpr uint32_t kScaleBytes = kScaleTiles * kScaleTileBytes;                                 // per stage
+  static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
+  static constexpr uint32_t kEpilogueBytes = 16 * 80;                                                    // per warp
 };
 
 // Offsets in dynamic shared memory, from a 1024-byte boundary (an atom of the 128-byte swizzle).
 template <class C>
 struct SmemLayout {
   static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
-  static constexpr uint32_t kReduce = kScales + C::kStages * C::kScaleBytes;
-  static constexpr uint32_t kEpilogue = kReduce + C::kReduceBuffers * C::kReduceBytes;
+  static constexpr uint32_t kPart = kScales + C::kStages * C::kScaleBytes;
+  static constexpr uint32_t kEpilogue = kPart + C::kPartBytes;
   static constexpr uint32_t kBarriers = kEpilogue + C::kConsumerThreads / 32 * C::kEpilogueBytes;
-  static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 2) * 8;
+  static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 1) * 8;
   static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
 };
 
 struct KernelParams {
   GroupedMmParams p;
   int64_t scale_columns, expert_scale_bytes;
-  int m_tiles;            // per expert, counted in what a cluster takes at once
-  int splits;             // CTAs that divide K
-  int k_tiles_per_split;  // of kBlockK
-  int k_tiles;            // of kBlockK, the last perhaps partial
-  int scale_blocks;       // of 32 in K
+  int m_tiles;       // per expert, counted in what a cluster takes at once
+  int cluster_size;  // in CTAs
+  int k_tiles;       // of kBlockK, the last perhaps partial
+  int scale_blocks;  // of 32 in K
 };
 
 // A position in the ring of stages, and the phase of its mbarriers.
@@ -107,14 +105,14 @@ struct Cta {
   __device__ uint32_t weight_smem(int stage) const { return smem + stage * C::kStageBytes; }
   __device__ uint32_t token_smem(int stage) const { return smem + stage * C::kStageBytes + C::kWeightBytes; }
   __device__ uint32_t scale_smem(int stage) const { return smem + SmemLayout<C>::kScales + stage * C::kScaleBytes; }
-  __device__ uint32_t reduce_smem(int i) const { return smem + SmemLayout<C>::kReduce + i * C::kReduceBytes; }
+  __device__ uint32_t part_smem() const { return smem + SmemLayout<C>::kPart; }
   __device__ uint32_t full_barrier(int stage) const { return smem + SmemLayout<C>::kBarriers + stage * 8; }
   __device__ uint32_t empty_barrier(int stage) const { return full_barrier(C::kStages + stage); }
   // What consumers wait for: the scales are converted, or the stage is full.
   __device__ uint32_t ready_barrier(int stage) const {
     return C::kConvertedScales ? full_barrier(2 * C::kStages + stage) : full_barrier(stage);
   }
-  __device__ uint32_t reduce_barrier(int i) const { return full_barrier(3 * C::kStages + i); }
+  __device__ uint32_t part_barrier() const { return full_barrier(3 * C::kStages); }
 };
 
 }  // namespace abiding::mxfp8_moe::sm90_mm

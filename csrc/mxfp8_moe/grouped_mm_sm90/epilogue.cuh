@@ -1,5 +1,5 @@
-// The sm_90 grouped GEMM: the epilogue of a consumer warpgroup. Accumulators are rounded once and stored; with split-K the CTAs of a
-// cluster first reduce them through distributed shared memory.
+// The sm_90 grouped GEMM: the epilogue of a consumer warpgroup. Accumulators are rounded once and stored. With stream-K those of a
+// part of a tile are first handed over through distributed shared memory.
 #pragma once
 
 #include "common/vec16.cuh"
@@ -57,71 +57,53 @@ __device__ __forceinline__ void store_tile(const float (&d)[N / 2], uint32_t sta
   for (int i = 0; i < N / 16; ++i)
     if (i * 16 < w.tokens)
       store_16x16<T>(d + 8 * i, staging, out + i * 16 * p.out_stride, p.out_stride, w.tokens - i * 16);
-}
-
-// Split-K: each CTA of the cluster reduces one slice of the accumulators, from all CTAs in rank order, so that the sum is
-// deterministic. `turn` counts the CTA's tiles: two buffers alternate, so that a fast CTA may send ahead.
-template <class C, int N>
-__device__ __forceinline__ void reduce_splits(const Cta<C>& cta, float (&d)[N / 2], int turn) {
-  const int thread = threadIdx.x, slice = N / 2 / cta.a.splits;
-  const uint32_t buffer = cta.reduce_smem(turn % 2), barrier = cta.reduce_barrier(turn % 2);
-  if (thread == 0) mbarrier_arrive_expect_tx(barrier, cta.a.splits * slice * C::kConsumerThreads * 4);
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    const uint32_t at = buffer + ((cta.rank * slice + i % slice) * C::kConsumerThreads + thread) * 4;
-    st_async(mapa(at, i / slice), d[i], mapa(barrier, i / slice));
-  }
-  mbarrier_wait(barrier, turn / 2 % 2);
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    if (i / slice != static_cast<int>(cta.rank)) continue;
-    float total = 0;
-    for (int split = 0; split < cta.a.splits; ++split) {
-      float part;
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(part)
-                   : "r"(buffer + ((split * slice + i % slice) * C::kConsumerThreads + thread) * 4));
-      total = split == 0 ? part : total + part;
-    }
-    d[i] = total;
+  if constexpr (N % 16 == 8) {
+    constexpr int i = N / 16;
+    const float last[8] = {d[8 * i], d[8 * i + 1], d[8 * i + 2], d[8 * i + 3]};
+    if (i * 16 < w.tokens) store_16x16<T>(last, staging, out + i * 16 * p.out_stride, p.out_stride, w.tokens - i * 16);
   }
 }
 
-// Stores the slice that this CTA reduced.
+// Stream-K: hands the accumulators of a part to the CTA of the rank below, which has the part before it.
 template <class C, int N>
-__device__ __forceinline__ void store_slice(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
-                                            int64_t row0) {
-  const GroupedMmParams& p = cta.a.p;
-  const int slice = N / 2 / cta.a.splits, lane = threadIdx.x % 32;
-  if (row0 >= p.n) return;
+__device__ __forceinline__ void send_part(const Cta<C>& cta, const float (&d)[N / 2]) {
+  const uint32_t barrier = mapa(cta.part_barrier(), cta.rank - 1);
+  const uint32_t to = mapa(cta.part_smem(), cta.rank - 1) + threadIdx.x * 16;
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    if (i / slice != static_cast<int>(cta.rank)) continue;
-    const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (token >= w.tokens) continue;
-    const int64_t at = (w.first_token + token) * p.out_stride + row0 + lane / 4 + i / 2 % 2 * 8;
-    if (p.out_dtype == DType::kBfloat16) static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(d[i]);
-    if (p.out_dtype == DType::kFloat16) static_cast<__half*>(p.out)[at] = __float2half_rn(d[i]);
-    if (p.out_dtype == DType::kFloat32) static_cast<float*>(p.out)[at] = d[i];
+  for (int i = 0; i < N / 8; ++i) st_async_v4(to + i * C::kConsumerThreads * 16, d + 4 * i, barrier);
+}
+
+// Adds the part that the rank above hands over. A CTA receives at most one, so the barrier has one phase.
+template <class C, int N>
+__device__ __forceinline__ void add_part(const Cta<C>& cta, float (&d)[N / 2]) {
+  if (threadIdx.x == 0) mbarrier_arrive_expect_tx(cta.part_barrier(), N / 2 * C::kConsumerThreads * 4);
+  mbarrier_wait(cta.part_barrier(), 0);
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    float part[4];
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(part[0]), "=f"(part[1]), "=f"(part[2]), "=f"(part[3])
+                 : "r"(cta.part_smem() + (i * C::kConsumerThreads + threadIdx.x) * 16));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) d[4 * i + j] += part[j];
   }
 }
 
 template <class C, int N>
-__device__ __forceinline__ void epilogue(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w, int turn) {
+__device__ __forceinline__ void epilogue(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w) {
+  if constexpr (C::kCluster == ClusterMode::kStreamK) {
+    if (w.k_begin + w.k_tiles < cta.a.k_tiles) add_part<C, N>(cta, d);
+    if (w.k_begin > 0) return send_part<C, N>(cta, d);
+  }
   const int warp = threadIdx.x / 32;
   const int64_t row = int64_t{w.m_tile} * C::kBlockM + warp * 16;
-  if constexpr (C::kCluster == ClusterMode::kSplitK) {
-    if (cta.a.splits > 1) reduce_splits<C, N>(cta, d, turn);
-    store_slice<C, N>(cta, d, w, row);
-  } else {
-    const uint32_t staging = cta.smem + SmemLayout<C>::kEpilogue + warp * C::kEpilogueBytes;
-    const GroupedMmParams& p = cta.a.p;
-    switch (p.out_dtype) {
-      case DType::kBfloat16: return store_tile<__nv_bfloat16, N>(d, staging, p, w, row);
-      case DType::kFloat16: return store_tile<__half, N>(d, staging, p, w, row);
-      case DType::kFloat32: return store_tile<float, N>(d, staging, p, w, row);
-      default: return;
-    }
+  const uint32_t staging = cta.smem + SmemLayout<C>::kEpilogue + warp * C::kEpilogueBytes;
+  const GroupedMmParams& p = cta.a.p;
+  switch (p.out_dtype) {
+    case DType::kBfloat16: return store_tile<__nv_bfloat16, N>(d, staging, p, w, row);
+    case DType::kFloat16: return store_tile<__half, N>(d, staging, p, w, row);
+    case DType::kFloat32: return store_tile<float, N>(d, staging, p, w, row);
+    default: return;
   }
 }
 

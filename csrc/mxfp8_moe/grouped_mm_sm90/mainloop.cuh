@@ -139,6 +139,7 @@ __device__ __forceinline__ void mainloop(const Cta<C>& cta, float (&d)[N / 2], c
     load_weight_fragments<C>(f, cta.weight_smem(stage) + offset, half, scales);
   };
 
+  // A work tile always has K tiles. But without this path ptxas spills a register of kM256_N128.
   if (w.k_tiles == 0) {
 #pragma unroll
     for (float& value : d) value = 0;

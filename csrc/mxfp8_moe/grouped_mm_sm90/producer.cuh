@@ -49,21 +49,22 @@ __device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w
   }
 }
 
-// One warp. PDL: the weights of the first stages may be loaded before pdl_wait, tokens only after it (pdl.md in docs).
+// One warp. PDL: the weights of the first stages may be loaded before pdl_wait, tokens only after it (the PDL contract in layer.cu).
 template <class C>
 __device__ __forceinline__ void produce(const Cta<C>& cta) {
-  const Scheduler<C> tiles{cta};
+  Scheduler<C> tiles(cta);
   const bool leader = threadIdx.x % 32 == 0;
   PipelineState<C::kStages> at;
   int preloaded = 0;
-  if (cta.a.p.inputs_ready_before_pdl && tiles.first() < tiles.count()) {
-    const WorkTile w = tiles.tile(tiles.first());
+  if (cta.a.p.inputs_ready_before_pdl && !tiles.done()) {
+    const WorkTile w = tiles.tile();
     preloaded = min(w.k_tiles, kStagesBeforePdlWait);
     for (int i = 0; leader && i < preloaded; ++i) load_weights(cta, w, i, (w.k_begin + i) * C::kBlockK);
   }
   pdl_wait();
-  for (int index = tiles.first(); index < tiles.count(); index += tiles.step()) {
-    const WorkTile w = tiles.tile(index);
+  while (!tiles.done()) {
+    const WorkTile w = tiles.tile();
+    tiles.advance(w);
     for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i) {
       mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
       if (leader) {
@@ -81,9 +82,8 @@ __device__ __forceinline__ void produce(const Cta<C>& cta) {
 // One warp per 128 weight rows: replaces a row's four codes of 128 of K by the two bf16 scales of the stage's 64 of K.
 template <class C>
 __device__ __forceinline__ void convert_scales(const Cta<C>& cta, int warp) {
-  const Scheduler<C> tiles{cta};
   PipelineState<C::kStages> at;
-  for (int index = tiles.first(); index < tiles.count(); index += tiles.step())
+  for (Scheduler<C> tiles(cta); !tiles.done(); tiles.position += tiles.clusters())
     for (int i = 0; i < cta.a.k_tiles; ++i, at.advance()) {
       mbarrier_wait(cta.full_barrier(at.stage), at.phase);
       const uint32_t line = cta.scale_smem(at.stage) + warp * kScaleTileBytes + threadIdx.x % 32 * 16;

@@ -6,7 +6,7 @@
 
 namespace abiding::mxfp8_moe::sm90_mm {
 
-// A CTA tile: some weight rows of an expert x some of its tokens, over the K tiles that this CTA has.
+// A CTA tile, or a part of one along K: some weight rows of an expert x some of its tokens.
 struct WorkTile {
   int expert, m_tile;
   int first_token;       // its row in the tensors
@@ -15,24 +15,47 @@ struct WorkTile {
   int k_begin, k_tiles;  // in kBlockK
 };
 
+// With kStreamK the K steps of all tiles of a cluster are one sequence, of which each CTA has an equal run in the order of ranks. So a
+// CTA's first and last work tile may be parts of a tile.
+// Invariant: a part that does not end its tile is continued by the CTA of the next rank, as the first thing that one does. It hands
+// its accumulators to the rank below, which adds them to its own last part and stores: nobody waits unless a tile has more than two
+// parts, and the sum's order is fixed by the sizes of the call.
 template <class C>
 struct Scheduler {
+  static constexpr bool kStreamK = C::kCluster == ClusterMode::kStreamK;
   const Cta<C>& cta;
+  int position;  // kStreamK: K steps in the cluster's sequence; else: tiles
+  int end = 0;   // kStreamK alone: read again from shared memory, the number of tiles takes no register in the mainloop
 
-  __device__ __forceinline__ int cluster_size() const {
-    return C::kCluster == ClusterMode::kMulticast ? 2 : cta.a.splits;
+  __device__ __forceinline__ explicit Scheduler(const Cta<C>& cta) : cta(cta) {
+    if constexpr (kStreamK) {
+      const int size = cta.a.cluster_size, rank = static_cast<int>(cta.rank);
+      const int own_tiles = max(0, (tiles() - cluster() + clusters() - 1) / clusters());
+      const int steps = own_tiles * cta.a.k_tiles, per_cta = steps / size, rest = steps - per_cta * size;
+      position = rank * per_cta + min(rank, rest);
+      end = position + per_cta + (rank < rest);
+    } else {
+      position = cluster();
+    }
   }
-  __device__ __forceinline__ int first() const {
-    return C::kCluster == ClusterMode::kNone ? blockIdx.x : blockIdx.x / cluster_size();
-  }
-  __device__ __forceinline__ int step() const {
-    return C::kCluster == ClusterMode::kNone ? gridDim.x : gridDim.x / cluster_size();
-  }
-  __device__ __forceinline__ int count() const { return cta.table.first[cta.a.p.groups.count] * cta.a.m_tiles; }
 
-  // All lanes of a warp call this. Tiles of the same weight rows are neighbors, so that those rows are read from L2.
-  __device__ __forceinline__ WorkTile tile(int index) const {
+  __device__ __forceinline__ int cluster() const {
+    return C::kCluster == ClusterMode::kNone ? blockIdx.x : blockIdx.x / cta.a.cluster_size;
+  }
+  __device__ __forceinline__ int clusters() const {
+    return C::kCluster == ClusterMode::kNone ? gridDim.x : gridDim.x / cta.a.cluster_size;
+  }
+  __device__ __forceinline__ int tiles() const { return cta.table.first[cta.a.p.groups.count] * cta.a.m_tiles; }
+  __device__ __forceinline__ bool done() const { return position >= (kStreamK ? end : tiles()); }
+
+  __device__ __forceinline__ void advance(const WorkTile& w) { position += kStreamK ? w.k_tiles : clusters(); }
+
+  // The work tile at the position. All lanes of a warp call this. Tiles of the same weight rows are neighbors, so that these rows are
+  // read from L2.
+  __device__ __forceinline__ WorkTile tile() const {
     const KernelParams& a = cta.a;
+    const int turn = kStreamK ? position / a.k_tiles : 0;
+    const int index = kStreamK ? cluster() + turn * clusters() : position;
     WorkTile w;
     w.expert = cta.table.find(index / a.m_tiles);
     const int local = index - cta.table.first[w.expert] * a.m_tiles;
@@ -43,9 +66,8 @@ struct Scheduler {
     w.tokens = min(tokens - range.begin, range.n);
     w.n = range.n;
     w.m_tile = C::kCluster == ClusterMode::kMulticast ? 2 * m_tile + cta.rank : m_tile;
-    w.k_begin = C::kCluster == ClusterMode::kSplitK ? a.k_tiles_per_split * cta.rank : 0;
-    w.k_tiles =
-        C::kCluster == ClusterMode::kSplitK ? max(0, min(a.k_tiles_per_split, a.k_tiles - w.k_begin)) : a.k_tiles;
+    w.k_begin = kStreamK ? position - turn * a.k_tiles : 0;
+    w.k_tiles = kStreamK ? min(a.k_tiles - w.k_begin, end - position) : a.k_tiles;
     return w;
   }
 };

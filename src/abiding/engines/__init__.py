@@ -17,7 +17,7 @@ import torch
 import abiding
 from abiding.engines._jobs import Engine, Job, State, Status, UnavailableError
 
-NAMES = ("vllm",)
+NAMES = ("vllm", "transformers")
 """Packages of this one; each has ``ENGINE`` (an :class:`Engine`), ``chosen()`` and ``register()``."""
 
 __all__ = ["NAMES", "Engine", "Job", "State", "Status", "UnavailableError", "report"]

@@ -167,7 +167,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quant_block_exponent(amax: Tensor) -> Tensor:
-    """The least e >= -22 with amax <= 448 * 2^e, from the bits of a float32 amax; an infinite one counts as 2^128.
+    """The smallest e >= -22 with amax <= 448 * 2^e, from the bits of a float32 amax; an infinite one counts as 2^128.
 
     It is ceil(log2(max(amax, 1e-4) / 448)) without a logarithm: 448 = 1.75 * 2^8.
     """

@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device's roofline, measured: the bandwidth of a large copy and the rate of a large bfloat16 matrix product."""
+    """A device's roofline, measured: the bandwidth of a large copy and the rate of a large bfloat16 GEMM."""
 
     copy_gbps: float
     matmul_tflops: float = math.inf

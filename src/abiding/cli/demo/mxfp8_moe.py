@@ -39,7 +39,7 @@ def rows(device: torch.device, say: Say) -> Iterator[Row]:
             one = replace(layer, case=replace(case, mode=mode))
             say(f"MXFP8 {mode}: running")
             out = one.run(api)
-            error, faults = _distance(out, exact[mode]), _quantiser_faults(one.x)
+            error, faults = _distance(out, exact[mode]), _quantizer_faults(one.x)
             if not error <= ROUNDING:
                 faults.append(f"the layer is {error:.2%} off; expected at most {ROUNDING:.2%}")
             say(f"MXFP8 {mode}: timing")
@@ -70,7 +70,7 @@ def _distance(out: Tensor, exact: Tensor) -> float:
     return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-def _quantiser_faults(x: Tensor) -> list[str]:
+def _quantizer_faults(x: Tensor) -> list[str]:
     """Bytes and codes of activations are a format: they must equal the reference's."""
     try:
         for found, expected in zip(api.quantize(x), reference.quantize(x), strict=True):

@@ -54,10 +54,10 @@ def run(
     if output is None and device.type == "cuda" and not quick and not ops:
         output = DEFAULT_OUTPUT
 
-    say("Measuring the roofline: a large copy, a large matrix product")
+    say("Measuring the roofline: a large copy, a large GEMM")
     roofline = Roofline.measure(device)
     results = Results.begin(group, device, roofline, commit)
-    say(f"{results.gpu}: copy {roofline.copy_gbps:.0f} GB/s, bf16 product {roofline.matmul_tflops:.0f} TFLOP/s")
+    say(f"{results.gpu}: copy {roofline.copy_gbps:.0f} GB/s, bf16 GEMM {roofline.matmul_tflops:.0f} TFLOP/s")
     path = output / results.file_name if output is not None else None
     older = Results.read(path) if ops and path is not None and path.exists() else None
     settings = Settings(device, roofline, tuple(peers), quick or device.type == "cpu", tuple(ops) or benchmark.ops)
@@ -65,7 +65,7 @@ def run(
         results.cases.append(case)
         theirs = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
         say(f"{case.op} {benchmark.row(case)}, {benchmark.axis} {case.params[benchmark.axis]}, "
-            f"{case.cache_state}: {case.us:.2f} us{theirs}, bound {case.bound_us:.2f}")  # fmt: skip
+            f"{case.cache_state}: {case.us:.2f} µs{theirs}, bound {case.bound_us:.2f}")  # fmt: skip
         if output is not None:
             (older.replaced(results) if older else results).write(output)
     print(full_table(results, benchmark))

@@ -163,13 +163,13 @@ def to_markdown(results: Results) -> str:
     """A table with one column per number of tokens; cells of GEMMs hold both, "GEMM1 / GEMM2"."""
     columns = sorted({int(case.params["tokens"]) for case in results.cases})
     found = {(case.op, case.params["tokens"]): case for case in results.cases}
-    products = {tokens: [found[name, tokens] for name in GEMMS] for tokens in columns}
+    gemms = {tokens: [found[name, tokens] for name in GEMMS] for tokens in columns}
     layers = [found["layer", tokens] for tokens in columns]
     rows = [
-        [f"{unit} busy", *(" / ".join(f"{case.params[unit]:.0f}" for case in products[t]) + " %" for t in columns)]
+        [f"{unit} busy", *(" / ".join(f"{case.params[unit]:.0f}" for case in gemms[t]) + " %" for t in columns)]
         for unit in UTILIZATION_METRICS
     ]
-    rows.append(["one GEMM alone, µs", *(" / ".join(f"{case.us:.0f}" for case in products[t]) for t in columns)])
+    rows.append(["one GEMM alone, µs", *(" / ".join(f"{case.us:.0f}" for case in gemms[t]) for t in columns)])
     rows.append(["the layer, back to back, µs", *(f"{case.us:.0f}" for case in layers)])
     rows.append(["its SM clock, MHz", *(str(case.params["mhz"]) for case in layers)])
     rows.append(["its board power, W", *(str(case.params["watts"]) for case in layers)])

@@ -71,7 +71,7 @@ def _time(op: str, case: PrologueCase, operator: Operator, peer: Any, l2_warm: b
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The target of the first operator: 95 % of the roofline bound plus 2 us for the launch; 1.6 us for one token."""
+    """The target of the first operator: 95 % of the roofline bound plus 2 µs for the launch; 1.6 µs for one token."""
     if case.op != BENCHMARK.ops[0]:
         return None
     target = case.bound_us / 0.95 + 2.0

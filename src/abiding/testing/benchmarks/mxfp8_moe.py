@@ -52,19 +52,27 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The target of a GEMM: a fraction of the roofline, plus 2.5 us for the launch up to 2048 tokens; with e4m3 rows at
-    most 10 % more than with bfloat16 rows. The target of a layer: 0.85 of the best peer's time."""
+    """The target of a GEMM: a fraction of the roofline, plus 2.5 µs for the launch up to 2048 tokens; with e4m3 rows at
+    most 10 % more than with bfloat16 rows. The target of a layer: at one token the bound and 12 µs; up to 256 tokens
+    the larger of 0.95 of the best peer's time and bound / 0.95 + 6 µs; from 512 tokens on a fraction of that peer's."""
     tokens, bound_us = int(case.params["tokens"]), case.bound_us
     if case.op == "grouped_mm":
         if tokens > 2048:
             rows_per_expert = tokens * int(case.params["top_k"]) / int(case.params["experts"])
             return bound_us / (0.82 if rows_per_expert >= 512 else 0.75)
-        return bound_us / (0.95 if tokens <= 128 else 0.88) + 2.5
+        return bound_us / (0.95 if tokens <= 256 else 0.88) + 2.5
     if case.op == "grouped_mm_e4m3":
         return 1.1 * float(case.params["bfloat16_us"])
     if case.op in ("quantize", "round"):
         return bound_us / 0.9 + 2.5
-    return 0.85 * min(case.peers.values()) if case.peers else None
+    if tokens == 1:
+        return bound_us + 12
+    if not case.peers:
+        return None
+    best = min(case.peers.values())
+    if tokens <= 256:
+        return max(0.95 * best, bound_us / 0.95 + 6)
+    return best * (0.85 if tokens <= 512 else 0.70 if tokens <= 2048 else 0.65)
 
 
 def row(case: CaseResult) -> str:
@@ -142,8 +150,7 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
         layers = [library.layer(*gemms, cases) for library in libraries]
         for op, mode in modes.items():
             for case in cases:
-                if case.routing == "uniform":
-                    yield _time_layer(op, replace(case, mode=mode), layer, layers, settings)
+                yield _time_layer(op, replace(case, mode=mode), layer, layers, settings)
 
 
 def _routings(case: LayerCase, gemm: Gemm, device: torch.device) -> list[Routed]:

@@ -83,7 +83,7 @@ def of_op(results: Results, benchmark: Benchmark, op: str) -> str:
             tables.append(_across(cases, benchmark))
     head = (
         f"**{results.gpu}** (driver {results.driver}, CUDA {results.cuda}, torch {results.torch}; commit "
-        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 matrix product "
+        f"{results.commit[:12]}, {results.date}): measured copy {results.copy_gbps:.0f} GB/s, bf16 GEMM "
         f"{results.matmul_tflops:.0f} TFLOP/s. `{op}`, µs per call."
     )
     return "\n\n".join(filter(None, [wrap(head), *tables, _timed_later(results, benchmark, op)])) if tables else ""

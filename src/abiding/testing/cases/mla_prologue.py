@@ -112,6 +112,11 @@ class PrologueInputs:
     cos_sin: Tensor
     guard: GuardedTensor | None = None
 
+    @property
+    def storage(self) -> Tensor:
+        """The cache and, if it is guarded, what lies around it."""
+        return self.cache if self.guard is None else self.guard.storage
+
     def run(self, api: Any, **options: Any) -> Tensor:
         """Call `api.qnorm_rope_kv_insert`; `api` is `abiding.mla_prologue` or its reference."""
         arguments = (self.q, self.kv, self.cache, self.slots, self.positions, self.cos_sin)

@@ -331,7 +331,7 @@ SHAPES = {
 """Hidden size, intermediate size, experts and top-k of models' MoE layers, or of one rank's part of them."""
 
 PERFORMANCE_TOKENS: dict[Routing, tuple[int, ...]] = {
-    "uniform": (1, 8, 32, 128, 512, 2048, 8192),
+    "uniform": (1, 3, 8, 11, 32, 48, 100, 128, 256, 512, 2048, 8192),
     "zipf": (32, 512, 8192),
 }
 PERFORMANCE = [

@@ -45,7 +45,7 @@ def row(case: CaseResult) -> str:
 
 
 def target_us(case: CaseResult) -> float | None:
-    """The faster of NCCL and vLLM, for messages up to 1 MiB; from a graph between 2 ranks at most 4 us up to 32 KiB."""
+    """The faster of NCCL and vLLM, for messages up to 1 MiB; from a graph between 2 ranks at most 4 µs up to 32 KiB."""
     theirs = [us for name, us in case.peers.items() if name.startswith("nccl") or name == "vllm"]
     if case.op not in BENCHMARK.ops or not theirs:
         return None
@@ -268,7 +268,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
             verdict = "passed" if case.params["passed"] else f"FAILED: {case.params['error']}"
             what = {
                 "correctness": f"{case.params.get('calls')} calls checked",
-                "stress": f"{case.params.get('calls')} calls, {case.us:.1f} us per call with its check",
+                "stress": f"{case.params.get('calls')} calls, {case.us:.1f} µs per call with its check",
                 "killed": f"detected after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
             }[op]
             parts.append(f"{op}: {verdict} ({what})" if case.params["passed"] else f"{op}: {verdict}")
