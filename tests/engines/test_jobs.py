@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -117,7 +118,7 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch, value: str | None, chosen
     assert vllm.chosen() == chosen
 
 
-def test_register_without_vllm(python: Callable) -> None:
+def test_register_without_vllm(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """The entry point in a process where vLLM does not import, as when its binaries do not fit."""
     result = python("""
 import os, sys

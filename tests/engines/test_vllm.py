@@ -59,7 +59,7 @@ def selected(**others):
 """
 
 
-@pytest.fixture(params=RELEASES or [None], ids=lambda path: path.name if path else "none")
+@pytest.fixture(params=[*RELEASES] or [None], ids=lambda path: path.name if path else "none")
 def scenario(request: pytest.FixtureRequest) -> Callable[..., str]:
     if request.param is None:
         reason = "no release of vLLM is unpacked under build/engines; `make engines` does that"

@@ -58,7 +58,7 @@ def main(folder: Path, variants: list[str]) -> int:
             sizes = list(rows[0][kind]) if rows else []
             values = {size: median(rows, kind, size, name) for size in sizes}
             base = {size: median(stock.get("times", []), kind, size, name) for size in sizes}
-            cells = [f"{s}: {v:.3f} ({v / base[s]:.2f}x)" for s, v in values.items() if v and base.get(s)]
+            cells = [f"{s}: {v:.3f} ({v / b:.2f}x)" for s, v in values.items() if v and (b := base[s])]
             if cells:
                 print(f"   {kind} {name}: {'  '.join(cells)}")
     for failure in failures:

@@ -62,11 +62,13 @@ class Recorder:
         import torch
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-        self.torch, self.events, self.is_recording = torch, [], False
+        self.torch: Any = torch
+        self.events: list[Any] = []
+        self.is_recording = False
         self.graph: Any = None
         self.replays = 0
         self.memory: dict[str, int] = {}
-        self.replay = torch.cuda.CUDAGraph.replay
+        self.replay: Any = self.torch.cuda.CUDAGraph.replay
         forward, load = GPUModelRunner._model_forward, GPUModelRunner.load_model
 
         def timed_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +94,7 @@ class Recorder:
             return self.replay(graph)
 
         GPUModelRunner._model_forward, GPUModelRunner.load_model = timed_forward, watched_load
-        torch.cuda.CUDAGraph.replay = counted_replay
+        self.torch.cuda.CUDAGraph.replay = counted_replay
 
     def forwards_ms(self, call: Callable[[], object]) -> tuple[list[float], float]:
         """The time of each forward of ``call`` on the GPU, and of the whole on the wall."""
@@ -107,7 +109,7 @@ class Recorder:
 
     def graph_ms(self, repetitions: int = 40) -> float:
         """The median time of the graph that was replayed last."""
-        times = []
+        times: list[float] = []
         for _ in range(5):
             start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -67,7 +67,7 @@ def main() -> None:
 
 def setup(site: Path) -> None:
     site.mkdir(parents=True, exist_ok=True)
-    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", site]
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", f"--target={site}"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, *(HERE / "wheels").glob("*.whl")], check=True)
     with tarfile.open(HERE / "vllm.tar.xz") as packed:
         packed.extractall(site, filter="data")
@@ -93,7 +93,7 @@ def compare(
             name: f"/tmp/abiding_caches/{variant}/{name}"
             for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
         }
-        command = [sys.executable, HERE / "engine.py", variant, HERE / "models" / model, folder]
+        command = [sys.executable, *map(str, (HERE / "engine.py", variant, HERE / "models" / model, folder))]
         command += ["--peers", ",".join(variants), *(["--times"] if times else [])]
         log = (folder / f"{variant}.log").open("w")
         running[variant] = subprocess.Popen(command, env=environment | caches, stdout=log, stderr=subprocess.STDOUT)

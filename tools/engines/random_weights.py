@@ -35,7 +35,7 @@ def register() -> None:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     @register_model_loader("seeded")
-    class SeededLoader(BaseModelLoader):
+    class SeededLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed where types are checked
         def download_model(self, model_config: object) -> None:
             pass
 
