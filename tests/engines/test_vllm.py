@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RELEASES = sorted((ROOT / "build" / "engines").glob("vllm-*[0-9]"))
+RELEASES: list[Path | None] = [*sorted((ROOT / "build" / "engines").glob("vllm-*[0-9]"))]
 PREAMBLE = """
 import importlib, inspect, logging, os, sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def selected(**others):
 """
 
 
-@pytest.fixture(params=[*RELEASES] or [None], ids=lambda path: path.name if path else "none")
+@pytest.fixture(params=RELEASES or [None], ids=lambda path: path.name if path else "none")
 def scenario(request: pytest.FixtureRequest) -> Callable[..., str]:
     if request.param is None:
         reason = "no release of vLLM is unpacked under build/engines; `make engines` does that"

@@ -1,7 +1,8 @@
 """Unpack the Python of the engines' releases that we test against: fetch.py FOLDER
 
 FOLDER/vllm-VERSION and FOLDER/transformers-VERSION for the oldest and the newest release of each, and FOLDER/site with
-what these import and .venv lacks. Wheels are kept in FOLDER/cache. Exits with 3 where the package index has no such wheel, which is no fault of ours.
+what these import and .venv lacks. Wheels are kept in FOLDER/cache. Exits with 3 where the package index has no such
+wheel, which is no fault of ours.
 """
 
 from __future__ import annotations
@@ -18,16 +19,8 @@ UNAVAILABLE = 3
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "_2_28", "_2_17", "2014", "1")]
 # Without the packages of .venv, and without what tests/engines/pretend.py answers for.
 SITE = (
-    *(
-        "huggingface-hub>=1.31,<2",
-        "tokenizers>=0.23.1,<0.24",
-        "safetensors>=0.8",
-        "regex",
-        "pyyaml",
-        "tqdm",
-        "accelerate",
-    ),
-    *("requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops"),
+    *("huggingface-hub>=1.31,<2", "tokenizers>=0.23.1,<0.24", "safetensors>=0.8", "regex", "pyyaml", "tqdm"),
+    *("accelerate", "requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops"),
 )
 KEPT = (".py", ".json", ".txt", "METADATA")
 
