@@ -240,6 +240,9 @@ for n in (96, 72):
         out = kernel.apply_weights(layer, x, b)
         assert out.shape == (5, n) and out.dtype == torch.bfloat16
         torch.testing.assert_close(out.double(), exact + (0 if b is None else b.double()), rtol=2e-2, atol=2e-2)
+        # vLLM traces linear layers, with the number of tokens as a symbol.
+        compiled = torch.compile(kernel.apply_weights, fullgraph=True, dynamic=True, backend="aot_eager")
+        assert torch.equal(compiled(layer, x, b), out)
 torch.set_default_dtype(torch.float16)
 assert not Ours.can_implement(Config(weight_shape=(96, H)) if told else Config())[0]
 """)

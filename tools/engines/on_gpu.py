@@ -93,7 +93,7 @@ def compare(
             name: f"/tmp/abiding_caches/{variant}/{name}"
             for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
         }
-        command = [sys.executable, *map(str, (HERE / "engine.py", variant, HERE / "models" / model, folder))]
+        command = [sys.executable, "-P", *map(str, (HERE / "engine.py", variant, HERE / "models" / model, folder))]
         command += ["--peers", ",".join(variants), *(["--times"] if times else [])]
         log = (folder / f"{variant}.log").open("w")
         running[variant] = subprocess.Popen(command, env=environment | caches, stdout=log, stderr=subprocess.STDOUT)
