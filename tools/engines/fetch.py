@@ -20,7 +20,7 @@ PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "
 # Without the packages of .venv, and without what tests/engines/pretend.py answers for.
 SITE = (
     *("huggingface-hub>=1.31,<2", "tokenizers>=0.23.1,<0.24", "safetensors>=0.8", "regex", "pyyaml", "tqdm"),
-    *("accelerate", "requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops"),
+    *("accelerate", "requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops", "cachetools"),
 )
 KEPT = (".py", ".json", ".txt", "METADATA")
 
