@@ -14,7 +14,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-RELEASES = ("vllm==0.26.0", "vllm", "transformers==5.17.0", "transformers")
+from packaging.version import Version
+
+OLDEST = {"vllm": "0.26.0", "transformers": "5.17.0"}
 UNAVAILABLE = 3
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "_2_28", "_2_17", "2014", "1")]
 # Without the packages of .venv, and without what tests/engines/pretend.py answers for.
@@ -31,12 +33,17 @@ def main() -> int:
     folder = parser.parse_args().folder
     cache = folder / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    for requirement in RELEASES:
-        if not download(requirement, cache):
-            print(f"the package index has no wheel of {requirement} for x86-64 Linux")
+    for name, oldest in OLDEST.items():
+        if not download(f"{name}=={oldest}", cache) or not download(name, cache):
+            print(f"the package index has no wheel of {name} for x86-64 Linux")
             return UNAVAILABLE
-    for wheel in cache.glob("*.whl"):
-        unpack(wheel, folder)
+        wheels = {version_of(wheel): wheel for wheel in cache.glob(f"{name}-*.whl")}
+        wanted = {Version(oldest), max(wheels)}
+        for stale in folder.glob(f"{name}-*"):
+            if version_of(stale) not in wanted:
+                shutil.rmtree(stale)
+        for version in wanted:
+            unpack(wheels[version], folder)
     return 0 if install_site(folder / "site") else UNAVAILABLE
 
 
@@ -44,11 +51,17 @@ def pip(*arguments: object) -> bool:
     return subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)]).returncode == 0
 
 
+def version_of(path: Path) -> Version:
+    return Version(path.name.split("-")[1].removesuffix(".partial"))
+
+
 def download(requirement: str, cache: Path) -> bool:
-    if list(cache.glob(f"{requirement.replace('==', '-')}-*.whl")):
+    """Bring a wheel into the cache; what is there is good enough where the index does not answer."""
+    found = bool(list(cache.glob(f"{requirement.replace('==', '-')}-*.whl")))
+    if found and "==" in requirement:
         return True
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
-    return pip("download", *options, *(f"--platform={one}" for one in PLATFORMS), "-d", cache, requirement)
+    return pip("download", *options, *(f"--platform={one}" for one in PLATFORMS), "-d", cache, requirement) or found
 
 
 def unpack(wheel: Path, folder: Path) -> None:
