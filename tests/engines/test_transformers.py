@@ -136,18 +136,24 @@ def test_spoilt_scales_are_caught(load: Callable[..., Any], tmp_path: Path, devi
 
 def test_no_second_copy_of_the_weights(load: Callable[..., Any], device: torch.device) -> None:
     """After load and use, what is alive beyond parameters and buffers is the scales in tiles."""
+    torch.ones(64, 64, device=device, dtype=torch.bfloat16).mm(torch.ones(64, 64, device=device, dtype=torch.bfloat16))
     gc.collect()
-    before = live_bytes(device)
+    before = live_bytes(device)  # with the workspace that cuBLAS takes at its first call
     model = load(changes={"hidden_size": 512, "intermediate_size": 256, "vocab_size": 64})
     with torch.no_grad():
         for _ in range(2):
             model(ids_for(model) % 64)
     gc.collect()
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    scales = sum(t.numel() * t.element_size() for n, t in model.named_parameters() if n.endswith("_scale_inv"))
+    held = sum(allocated(t) for t in (*model.parameters(), *model.buffers()))
+    scales = sum(allocated(t) for name, t in model.named_parameters() if name.endswith("_scale_inv"))
     extra = live_bytes(device) - before - held
     assert scales <= extra < 1.1 * scales  # these sizes need no padding
     assert scales < held / 20
+
+
+def allocated(tensor: Tensor) -> int:
+    unit = 512 if tensor.is_cuda else 1  # of torch's allocator
+    return -(-tensor.numel() * tensor.element_size() // unit) * unit
 
 
 def live_bytes(device: torch.device) -> int:
@@ -301,7 +307,7 @@ def test_linear_layers_with_bias_and_of_any_stride(device: torch.device) -> None
             assert out.numel() == 0 or relative_error(out, exact) < 0.005
 
 
-def test_compiles(load: Callable[..., Any], inductor: None) -> None:
+def test_compiles(load: Callable[..., Any]) -> None:
     """After a first call, which prepares scales, a layer compiles as a whole."""
     model = load()
     layer = next(m for m in model.modules() if isinstance(m, fp8.FP8Experts))
@@ -310,11 +316,11 @@ def test_compiles(load: Callable[..., Any], inductor: None) -> None:
     weights = torch.rand(4, 2, device=x.device)
     with torch.no_grad():
         expected = layer(x, ids, weights)
-        compiled = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")(x, ids, weights)
-    assert torch.equal(compiled, expected)
+        compiled: Callable[..., Tensor] = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, ids, weights), expected)
 
 
-def test_register_is_idempotent_and_undone(device: torch.device) -> None:
+def test_register_is_idempotent_and_undone() -> None:
     registries = (fp8.ALL_FP8_EXPERTS_FUNCTIONS, transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS)
     with_abiding = [dict(registry) for registry in registries]
     forwards = fp8.FP8Linear.forward, fp8.FP8GroupedLinear.forward
