@@ -23,6 +23,7 @@ from abiding.engines import transformers as engine  # noqa: E402  (after the ski
 fp8: Any = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="this transformers has no FP8")
 quantizer: Any = pytest.importorskip("transformers.quantizers.quantizer_finegrained_fp8")
 
+ORIGINAL_GROUPED = fp8.FP8GroupedLinear.forward
 MODELS = ("minimax_m2", "minimax_m3_vl_text", "deepseek_v4")
 
 
@@ -279,6 +280,19 @@ def test_calls_that_do_not_fit_fall_back(
     assert "activations require a gradient" in text
 
 
+def test_experts_of_other_ranks_add_nothing(load: Callable[..., Any]) -> None:
+    """Under expert parallelism, transformers gives them the id behind the last."""
+    experts = next(m for m in load().modules() if isinstance(m, fp8.FP8Experts))
+    x = torch.randn(3, experts.hidden_dim, device=experts.down_proj.device, dtype=torch.bfloat16)
+    ids = torch.tensor([[0, 4], [4, 4], [2, 1]], device=x.device)
+    weights = torch.rand(3, 2, device=x.device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        out = experts(x, ids, weights)
+        assert torch.equal(out[:1], experts(x[:1], ids[:1, :1], weights[:1, :1]))
+        assert not out[1].any()
+        assert out[2].any()
+
+
 def test_linear_layers_with_bias_and_of_any_stride(device: torch.device) -> None:
     """Also the grouped ones, and without a token."""
     torch.manual_seed(1)
@@ -293,6 +307,10 @@ def test_linear_layers_with_bias_and_of_any_stride(device: torch.device) -> None
             module.weight_scale_inv.view(torch.uint8).copy_(codes[:: block[0], :: block[1] // 32])
             module.bias.copy_(torch.randn(192))
         module.bias.data = module.bias.data.bfloat16()
+        # As in a mapped checkpoint, where the kernels could not read it.
+        bytes_before = torch.empty(8, device=device, dtype=torch.uint8)
+        memory = torch.cat((bytes_before, module.weight.data.view(torch.uint8).flatten()))
+        module.weight.data = memory[8:].view(torch.float8_e4m3fn).view(192, 128)
         weight = mxfp8_checkpoint.dequantized_weight(module.weight, module.weight_scale_inv)
         for shape in ((5, 2), (0, 2), (1, 1)):
             wide = torch.randn(*shape, groups, 132, device=device, dtype=torch.bfloat16)
@@ -339,6 +357,19 @@ def test_register_is_idempotent_and_undone() -> None:
         assert dict(registry) == {name: function for name, function in before.items() if name != "abiding"}
     for cls in (fp8.FP8Linear, fp8.FP8GroupedLinear):
         assert cls.forward.__module__ == fp8.__name__
+
+
+def test_what_others_put_in_our_place_stays(caplog: pytest.LogCaptureFixture) -> None:
+    mapping = type(fp8.ALL_FP8_EXPERTS_FUNCTIONS)._global_mapping
+    mapping["abiding"], fp8.FP8GroupedLinear.forward = print, len
+    try:
+        engine.unregister()
+        assert mapping["abiding"] is print
+        assert fp8.FP8GroupedLinear.forward is len
+        assert "linear could not be undone" in caplog.text
+    finally:
+        del mapping["abiding"]
+        fp8.FP8GroupedLinear.forward = ORIGINAL_GROUPED
 
 
 @pytest.mark.parametrize(
