@@ -1,6 +1,6 @@
 """Abiding beside transformers' own experts on one model: times, errors, memory and operator calls, as one JSON.
 
-    python tools/engines/transformers_ab.py [--layers 4] [--experts 64] [--out FILE]
+    python tools/engines/transformers_ab.py [--layers 2] [--experts 64] [--out FILE]
 
 The model has MiniMax-M2's widths and seeded weights, in MXFP8, and is loaded from a checkpoint in a temporary folder.
 It needs transformers with accelerate, and no network. transformers' own FP8 kernel comes from a hub; without it, what
@@ -16,6 +16,7 @@ import gc
 import importlib
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ MINIMAX_M2 = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--tiny", action="store_true")
@@ -197,7 +198,7 @@ def in_a_graph(call: Callable[[], None]) -> Callable[[], None] | None:
         with torch.cuda.graph(graph):
             call()
     except RuntimeError as error:
-        print(f"not captured: {str(error).splitlines()[0]}")
+        print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
     return graph.replay
 

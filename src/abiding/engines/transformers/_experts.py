@@ -54,8 +54,9 @@ class Experts(Job):
         return 'MXFP8 experts run in Abiding where a model has experts_implementation="abiding"'
 
     def release(self) -> None:
-        for registry in _registries():
-            type(registry)._global_mapping.pop(IMPLEMENTATION, None)
+        for registry, ours in zip(_registries(), (self._forward, _unquantized_forward), strict=True):
+            if registry.get(IMPLEMENTATION) == ours:
+                del type(registry)._global_mapping[IMPLEMENTATION]
 
     def _forward(self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         known = _format.prepared(module, _TENSORS, lambda: _prepare(module))

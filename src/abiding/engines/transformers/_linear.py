@@ -21,7 +21,7 @@ class Linear(Job):
     mode: mxfp8_moe.Mode = "w8a16"
 
     def __init__(self) -> None:
-        self._originals: dict[type, Callable[..., Tensor]] = {}
+        self._replaced: list[tuple[Any, Callable[..., Tensor], Callable[..., Tensor]]] = []  # class, original, ours
 
     def check(self) -> None:
         fp8 = _format.library_module("integrations.finegrained_fp8")
@@ -36,14 +36,17 @@ class Linear(Job):
     def take(self) -> str:
         fp8 = _format.library_module("integrations.finegrained_fp8")
         for cls, replace in ((fp8.FP8Linear, self._linear), (fp8.FP8GroupedLinear, self._grouped)):
-            original = self._originals[cls] = cls.forward
-            cls.forward = replace(original)
+            original, ours = cls.forward, replace(cls.forward)
+            cls.forward = ours
+            self._replaced.append((cls, original, ours))
         return "MXFP8 linear layers run in Abiding"
 
     def release(self) -> None:
-        while self._originals:
-            cls, original = self._originals.popitem()
-            cls.forward = original  # type: ignore[attr-defined]
+        replaced, self._replaced = self._replaced, []
+        for cls, original, ours in replaced:
+            if cls.forward is not ours:
+                raise RuntimeError(f"{cls.__name__}.forward has been replaced again, by {cls.forward.__module__}")
+            cls.forward = original
 
     def _linear(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(module: Any, input: Tensor) -> Tensor:
