@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 MEASURED = "sm_90a"
-SUFFIX = re.compile(r"_sm(\d+)a?\.cu$")
+SUFFIX = re.compile(r"_sm(\d+)\.cu$")  # as cmake/cuda.cmake has it
 ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'"
     r".*?(?P<spilled>\d+) bytes spill stores"

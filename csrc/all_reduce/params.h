@@ -15,7 +15,7 @@ struct AllReduceParams {
   void* out;  // may be `input`
   int64_t numel;
   DType dtype;
-  Algorithm algorithm;  // of the CUDA kernels
+  Algorithm algorithm;  // the CPU is always one-shot
 };
 
 // Up to how many bytes one-shot is taken, a row for up to so many ranks; `make multi-gpu` prints what it should say.

@@ -123,6 +123,7 @@ float dot(const float* a, const float* b, int64_t k) {
   return sums[0];
 }
 
+// The epilogue: a sum is rounded once.
 void store(const GroupedMmParams& p, int64_t at, float value) {
   if (p.out_dtype == DType::kFloat32)
     static_cast<float*>(p.out)[at] = value;
@@ -157,10 +158,10 @@ void run_cpu(const RoundParams& p) {
 
 // The CPU has one implementation of the grouped GEMM.
 struct CpuGroupedMm {
-  ActivationFormat activations = ActivationFormat::kBf16;
+  RowFormat row_format = RowFormat::kBf16;
 };
 template <class... Gemms>
-const CpuGroupedMm& choose_grouped_mm(const CpuScope&, const Gemms&...) {
+const CpuGroupedMm& choose_grouped_mm(const char*, const CpuScope&, const Gemms&...) {
   static constexpr CpuGroupedMm impl;
   return impl;
 }

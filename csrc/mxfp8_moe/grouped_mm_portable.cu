@@ -1,5 +1,5 @@
-// The grouped GEMM for devices that have no implementation of their own. A CTA multiplies 64 tokens x 64 weight rows by mma.sync;
-// both operands pass through shared memory as bf16, a scale block (32 of K) at a time.
+// The grouped GEMM for devices that have no implementation of their own. A CTA multiplies 64 tokens x 64 weight rows by
+// mma.sync; both operands pass through shared memory as bf16, a scale block (32 of K) at a time.
 #include "common/launch.cuh"
 #include "common/vec16.cuh"
 #include "mxfp8_moe/kernels.h"
@@ -30,6 +30,7 @@ __device__ __forceinline__ uint32_t load_bf16x2(const __nv_bfloat16* at) {
   return *reinterpret_cast<const uint32_t*>(at);
 }
 
+// The epilogue: a sum is rounded once.
 __device__ __forceinline__ void store_value(const GroupedMmParams& p, int64_t at, float value) {
   switch (p.out_dtype) {
     case DType::kBfloat16: static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16_rn(value); break;
@@ -131,7 +132,7 @@ cudaError_t run(const GroupedMmParams& p, cudaStream_t stream) {
 const GroupedMmImpl kGroupedMmPortable = [] {
   GroupedMmImpl impl{};
   impl.name = "portable";
-  impl.activations = ActivationFormat::kBf16;
+  impl.row_format = RowFormat::kBf16;
   impl.supports = [](const GroupedMmParams&) { return true; };
   impl.run = run;
   return impl;

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   } else {
     warpgroup_reg_alloc<C::kConsumerRegisters>();
     pdl_wait();
-    // PDL contract (layer.cu): not before pdl_wait, since the kernel two downstream may rely on what this one waited for.
+    // PDL contract (layer.cu): not before pdl_wait; the kernel two downstream may rely on what this one waited for.
     pdl_launch_dependents();
     consume(cta);
     if constexpr (C::kCluster != ClusterMode::kNone) cluster_sync();
@@ -114,7 +114,7 @@ cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUten
 template <class C>
 cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, cudaStream_t stream) {
   static_assert(max_smem_bytes<C>() <= kSmemPerCta);
-  static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kDecodeBlockM && C::kBlockK == kBlockKOfPlan));
+  static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kStreamKBlockM && C::kBlockK == kStreamKBlockK));
   CUtensorMap weights, tokens;
   cudaError_t status = make_tma_descs<C>(p, &weights, &tokens);
   if (status != cudaSuccess) return status;
@@ -130,7 +130,7 @@ cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, c
   a.cluster_size = cluster_size;
 
   const uint32_t smem_bytes = SmemLayout<C>::bytes(p.groups.count);
-  // The same value in every call: the limit belongs to the kernel, and another thread's call may come between this and the launch.
+  // The same value in every call: the limit is the kernel's, and another thread may set it between this and the launch.
   status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(max_smem_bytes<C>()));
   if (status != cudaSuccess) return status;
@@ -150,9 +150,9 @@ cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, c
     status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
     if (status != cudaSuccess) return status;
   }
-  return abiding::launch(grouped_mm_kernel<C>,
-                         LaunchConfig{static_cast<unsigned>(clusters) * cluster, C::kThreads, smem_bytes, cluster},
-                         stream, a, weights, tokens);
+  return launch(grouped_mm_kernel<C>,
+                with_max_smem({static_cast<unsigned>(clusters) * cluster, C::kThreads, smem_bytes, cluster}), stream, a,
+                weights, tokens);
 }
 
 template <bool kInterleaved>
@@ -187,8 +187,8 @@ cudaError_t run(const GroupedMmParams& p, cudaStream_t stream) {
 const GroupedMmImpl kGroupedMmSm90 = [] {
   GroupedMmImpl impl{};
   impl.name = "sm90";
-  impl.arch_major = 9;
-  impl.activations = ActivationFormat::kBf16Interleaved;
+  impl.arch = 90;
+  impl.row_format = RowFormat::kBf16Interleaved;
   impl.supports = sm90_mm::supports;
   impl.run = sm90_mm::run;
   return impl;

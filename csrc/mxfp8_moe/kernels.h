@@ -15,12 +15,12 @@ cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream);
 
-// An implementation of the grouped GEMM. Each is a file grouped_mm_<architecture>.cu that defines one of these; cuda.cpp has the
-// table.
+// An implementation of the grouped GEMM: what a file grouped_mm_sm<NN>.cu, or grouped_mm_portable.cu, defines. cuda.cpp
+// has the table.
 struct GroupedMmImpl {
   const char* name;
-  int arch_major;                // the major number of the compute capability that it is for; 0: any
-  ActivationFormat activations;  // what it reads best; every one also reads kBf16
+  int arch;              // the compute capability that it is for, 10 * major + minor, compared exactly; 0: any
+  RowFormat row_format;  // what it reads best; every one also reads kBf16
   bool (*supports)(const GroupedMmParams& p);
   cudaError_t (*run)(const GroupedMmParams& p, cudaStream_t stream);
 };

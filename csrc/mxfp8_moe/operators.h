@@ -6,8 +6,8 @@
 
 namespace abiding::mxfp8_moe {
 
-// Scope is CpuScope or CudaScope: it makes the tensor's device current, finds bad indices and runs a struct of params.h.
-// choose_grouped_mm(scope, gemms...) is the backend's choice of an implementation, made once per call.
+// Scope is CpuScope or CudaScope: it makes the tensor's device current, finds bad indices and runs a struct of
+// params.h. choose_grouped_mm(op, scope, gemms...) is the backend's choice of an implementation, made once per call.
 template <class Scope>
 struct Operators {
   static void run(const char* op, const Tensor& input, const QuantizeParams& p) {
@@ -21,13 +21,13 @@ struct Operators {
     check_index_values(op, scope,
                        {offset_rule(mm.gemm.groups), scale_offset_rule(mm.gemm.groups, mm.dequantize.scale_buffer)});
     if (mm.gemm.groups.rows == 0) return;
-    const auto& impl = choose_grouped_mm(scope, mm.gemm);
+    const auto& impl = choose_grouped_mm(op, scope, mm.gemm);
     if (!mm.quantized) return scope.run(mm.gemm, impl);
     const Tensor rows = new_empty(op, a, {a.size(0), 2 * a.size(1)});  // bf16, in bytes
     mm.dequantize.out = rows.mutable_data_ptr();
     mm.gemm.a = rows.const_data_ptr();
     mm.gemm.a_stride = mm.dequantize.out_stride;
-    mm.gemm.interleaved = mm.dequantize.interleaved = impl.activations == ActivationFormat::kBf16Interleaved;
+    mm.gemm.interleaved = mm.dequantize.interleaved = impl.row_format == RowFormat::kBf16Interleaved;
     scope.run(mm.dequantize);
     scope.run(mm.gemm, impl);
   }
@@ -75,14 +75,15 @@ struct Operators {
     p.place(space.mutable_data_ptr());
     scope.run(p.route);
     if (p.route.experts > 0) {
-      const auto& impl = choose_grouped_mm(scope, p.up, p.down);
-      p.set_interleaved(impl.activations == ActivationFormat::kBf16Interleaved);
+      const auto& impl = choose_grouped_mm(kMoe, scope, p.gate_up, p.down);
+      p.set_interleaved(impl.row_format == RowFormat::kBf16Interleaved);
       scope.run(p.gather);
-      scope.run(p.up, impl);
+      scope.run(p.gate_up, impl);
       scope.run(p.activate);
       scope.run(p.down, impl);
     }
-    scope.run(p.combine);  // zeros where no pair of a token is here
+    // Without local experts this follows route directly (the PDL contract in layer.cu), and writes zeros.
+    scope.run(p.combine);
   }
 
   static void implement(Library& m) {

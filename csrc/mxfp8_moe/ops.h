@@ -46,7 +46,7 @@ inline const Argument& check_result(const char* op, const Argument& rows, std::i
   return check_rows(op, rows, dtypes).no_overlap();
 }
 
-// Output and input must not overlap. Disjoint columns of one buffer are accepted: same stride, and rows that leave room for both.
+// Output and input must not overlap. Disjoint columns of one buffer may: same stride, rows that leave room for both.
 inline void check_apart(const char* op, const Argument& out, const Argument& input) {
   const Tensor &to = out.tensor(), &from = input.tensor();
   if (to.numel() == 0 || from.numel() == 0) return;
@@ -215,7 +215,7 @@ inline RoundParams check_round(const Tensor& input, const Tensor& out) {
   return p;
 }
 
-// A grouped GEMM, and where its activations are e4m3 the step that makes bf16 of them; the caller sets `dequantize.out`.
+// A grouped GEMM, and where its rows are e4m3 the step that makes bf16 of them; the caller sets `dequantize.out`.
 struct GroupedMm {
   GroupedMmParams gemm;
   DequantizeParams dequantize;
@@ -299,9 +299,9 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
 struct Workspace {
   int64_t offsets, pair_rows;
   int64_t gathered;  // rows of the first GEMM, and then of combine: they are used up by the time the second GEMM writes
-  int64_t up_out;    // the first GEMM's result
-  int64_t activated;  // rows of the second GEMM
-  int64_t bytes;      // of all
+  int64_t gate_up_out;  // the first GEMM's result
+  int64_t activated;    // rows of the second GEMM
+  int64_t bytes;        // of all
 };
 
 inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
@@ -318,7 +318,7 @@ inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts
   layout.pair_rows = allocate(pairs * 4);
   layout.activated = allocate(pairs * intermediate * 2);
   layout.gathered = allocate(pairs * hidden * 2);
-  layout.up_out = allocate(pairs * intermediate * 2 * 2);
+  layout.gate_up_out = allocate(pairs * intermediate * 2 * 2);
   layout.bytes = at;
   return layout;
 }
@@ -339,11 +339,11 @@ inline int64_t check_workspace_bytes(int64_t tokens, int64_t top_k, int64_t expe
   return workspace_layout(tokens, top_k, experts, hidden, intermediate).bytes;
 }
 
-// A layer's six steps. place() binds them to a workspace.
+// A layer's six steps; gate_up and down are its two GEMMs. place() binds the steps to a workspace.
 struct Moe {
   RouteParams route;
   GatherParams gather;
-  GroupedMmParams up;
+  GroupedMmParams gate_up;
   ActivateParams activate;
   GroupedMmParams down;
   CombineParams combine;
@@ -354,15 +354,15 @@ struct Moe {
     route.offsets = reinterpret_cast<int32_t*>(base + layout.offsets);
     route.pair_rows = reinterpret_cast<int32_t*>(base + layout.pair_rows);
     gather.pair_rows = combine.pair_rows = route.pair_rows;
-    up.groups.offsets = down.groups.offsets = route.offsets;
+    gate_up.groups.offsets = down.groups.offsets = route.offsets;
     activate.used_rows = route.offsets + route.experts;
-    up.a = gather.out = base + layout.gathered;
-    activate.input = up.out = base + layout.up_out;
+    gate_up.a = gather.out = base + layout.gathered;
+    activate.input = gate_up.out = base + layout.gate_up_out;
     down.a = activate.out = base + layout.activated;
     combine.input = down.out = base + layout.gathered;
   }
   void set_interleaved(bool interleaved) {
-    gather.interleaved = up.interleaved = activate.interleaved = down.interleaved = interleaved;
+    gather.interleaved = gate_up.interleaved = activate.interleaved = down.interleaved = interleaved;
   }
 };
 
@@ -370,20 +370,20 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
                      const Tensor& topk_ids, const Tensor& topk_weights, int64_t activation, bool w8a8,
                      const std::optional<Tensor>& workspace, const Tensor& out) {
   const char* op = kMoe;
-  const Argument rows{op, "x", x}, up{op, "w13", w13}, down{op, "w2", w2}, ids{op, "topk_ids", topk_ids},
+  const Argument rows{op, "x", x}, gate_up{op, "w13", w13}, down{op, "w2", w2}, ids{op, "topk_ids", topk_ids},
       weights{op, "topk_weights", topk_weights}, result{op, "out", out};
   check_rows(op, rows, {DType::kBfloat16});
   check(0 <= activation && activation <= 2, op, "activation is ", activation, "; expected 0, 1 or 2");
-  up.rank(3);
+  gate_up.rank(3);
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = w13.size(0);
-  check(experts <= kMaxExperts, op, "w13 has shape ", up.shape(), "; expected up to ", kMaxExperts, " experts");
-  const Weight first = check_weight(op, up, {op, "s13", s13}, experts, 1, 2, rows);
+  check(experts <= kMaxExperts, op, "w13 has shape ", gate_up.shape(), "; expected up to ", kMaxExperts, " experts");
+  const Weight first = check_weight(op, gate_up, {op, "s13", s13}, experts, 1, 2, rows);
   const Weight second = check_weight(op, down, {op, "s2", s2}, experts, 1, 2, rows);
   const auto kind = static_cast<Activation>(activation);
   const int64_t intermediate = second.k;
-  up.size(2, hidden, ", the columns of x");
-  up.size(1, kind == Activation::kNone ? intermediate : 2 * intermediate,
-          kind == Activation::kNone ? ", the columns of w2" : ", twice the columns of w2");
+  gate_up.size(2, hidden, ", the columns of x");
+  gate_up.size(1, kind == Activation::kNone ? intermediate : 2 * intermediate,
+               kind == Activation::kNone ? ", the columns of w2" : ", twice the columns of w2");
   down.size(1, hidden, ", the columns of x");
 
   ids.dtype({DType::kInt32, DType::kInt64}).rank(2).contiguous().same_device(rows);
@@ -420,13 +420,13 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   moe.gather.x = x.const_data_ptr();
   moe.gather.x_stride = row_stride(x);
   moe.gather.round = w8a8;
-  moe.up = gemm_params(groups, first);
+  moe.gate_up = gemm_params(groups, first);
   moe.activate.max_rows = pairs;
   moe.activate.intermediate = intermediate;
   moe.activate.activation = kind;
   moe.activate.round = w8a8;
   moe.down = gemm_params(groups, second);
-  moe.up.inputs_ready_before_pdl = moe.down.inputs_ready_before_pdl = true;
+  moe.gate_up.inputs_ready_before_pdl = moe.down.inputs_ready_before_pdl = true;
   moe.combine.tokens = tokens;
   moe.combine.top_k = top_k;
   moe.combine.hidden = hidden;
@@ -437,7 +437,7 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   return moe;
 }
 
-// Activations of the operator: 0 silu, 1 swiglu_oai, 2 none. silu with a limit is kSwiglu with alpha 1 and beta 0.
+// The operator's activations: 0 silu, 1 swiglu_oai, 2 none. silu with a limit is kSwiglu with alpha 1 and beta 0.
 inline void set_activation(ActivateParams& p, double alpha, double beta, const std::optional<double>& limit) {
   const char* op = kMoe;
   constexpr double kAlpha = 1.702, kBeta = 1.0, kLimit = 7.0;  // of swiglu_oai
@@ -484,10 +484,10 @@ inline void set_expert_parallel(Moe& moe, const Argument& x, const std::optional
         "; expected ", experts, ", the experts of w13, to ", kMaxGlobalExperts);
   if (experts >= global) return;
   const int64_t pairs = moe.route.tokens * moe.route.top_k;
-  moe.up.expected_rows = moe.down.expected_rows = (pairs * experts + global - 1) / global;
+  moe.gate_up.expected_rows = moe.down.expected_rows = (pairs * experts + global - 1) / global;
 }
 
-// What ABIDING_CHECK_INDICES=1 adds. A negative expert id means an expert on another rank; offsets must lie inside the tensors.
+// What ABIDING_CHECK_INDICES=1 adds. A negative expert id is an expert elsewhere; offsets must lie inside the tensors.
 inline IndexRule expert_rule(const RouteParams& p) {
   return {"topk_ids", p.ids, INT64_MIN, p.expert_map ? p.global_experts : p.experts};
 }

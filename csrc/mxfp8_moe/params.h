@@ -13,8 +13,8 @@ constexpr int kScaleBlock = 32;  // consecutive elements of a row that share a s
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 16;
 
-// Scales are stored in tiles of 128 rows x 4 blocks, 512 bytes: cuBLAS calls the layout VEC32_UE8M0, torch SWIZZLE_32_4_4. In a
-// tile, rows r, r + 32, r + 64, r + 96 are adjacent. Tiles run along a row first.
+// Scales are stored in tiles of 128 rows x 4 blocks, 512 bytes: cuBLAS calls the layout VEC32_UE8M0, torch
+// SWIZZLE_32_4_4. In a tile, rows r, r + 32, r + 64, r + 96 are adjacent. Tiles run along a row first.
 constexpr int kScaleTileRows = 128, kScaleTileBlocks = 4, kScaleTileBytes = kScaleTileRows * kScaleTileBlocks;
 
 // Scale blocks of a row of k elements, padded to whole tiles.
@@ -62,8 +62,9 @@ struct ScaleBuffer {
   int64_t rows;     // a multiple of 128
   int64_t columns;  // scale_columns(k)
 
-  // Whether the buffer holds the scales of a group of `group_rows` rows from its row `begin` on. A group that it does not hold is
-  // not quantized, and dequantizes to NaN. Where groups are in order, `begin` counts the tiles of such groups too.
+  // Whether the buffer holds the scales of a group of `group_rows` rows from its row `begin` on. A group that it does
+  // not hold is not quantized, and dequantizes to NaN. Where groups are in order, `begin` counts the tiles of such
+  // groups too.
   ABIDING_HD bool holds(int64_t begin, int64_t group_rows) const {
     return begin >= 0 && begin % kScaleTileRows == 0 && begin + round_up(group_rows, kScaleTileRows) <= rows;
   }
@@ -92,11 +93,11 @@ struct RoundParams {
   int64_t out_stride;
 };
 
-// The format of the rows that a layer's kernels write for its GEMMs; each implementation of the GEMM names its own (kernels.h).
-enum class ActivationFormat {
+// The format of the rows that this group's kernels write for its GEMMs; each GEMM names its own (kernels.h).
+enum class RowFormat {
   kBf16,
-  // bf16 with, in every 16 elements, pair 2c + h where pair 4h + c was (c = 0..3, h = 0, 1). Then the e4m3 bytes of a weight row,
-  // whose order stays, that one thread's wgmma fragment needs are one word.
+  // bf16 with, in every 16 elements, pair 2c + h where pair 4h + c was (c = 0..3, h = 0, 1). Then the e4m3 bytes of a
+  // weight row, whose order stays, that one thread's wgmma fragment needs are one word.
   kBf16Interleaved
 };
 
@@ -125,12 +126,12 @@ struct GroupedMmParams {
   void* out;                     // [rows, n]
   int64_t out_stride;
   DType out_dtype;
-  // Group offsets and weights were written at least two kernels upstream, so they may be read before pdl_wait (the PDL contract in
-  // layer.cu).
+  // Invariant 2 of the PDL contract (layer.cu) holds for group offsets and weights, so they may be read before
+  // pdl_wait. It says nothing of `a`.
   bool inputs_ready_before_pdl;
   bool interleaved = false;  // a's rows
   // How many rows the groups are expected to have together. Under expert parallelism this is less than groups.rows, the
-  // rows of the tensors. A hint: it may change the choice of the tile shape, and nothing else.
+  // rows of the tensors. It is a hint, for the choice of the tile shape and of the cluster size alone.
   int64_t expected_rows;
 };
 
@@ -161,8 +162,8 @@ struct GatherParams {
   bool interleaved = false;
 };
 
-// kSilu: silu(gate) * up. kSwiglu: gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and up in
-// [-limit, limit]. Gate columns come first.
+// kSilu: silu(gate) * up. kSwiglu: gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and
+// up in [-limit, limit]. Gate columns come first.
 enum class Activation { kSilu, kSwiglu, kNone };
 struct SwigluConstants {
   float alpha, beta, limit;

@@ -56,8 +56,8 @@ __device__ __forceinline__ ScaleTile scale_tile_of_lone_group(const Groups& grou
   return {scale_begin, static_cast<int>(range.begin), static_cast<int>(range.count), tile * kScaleTileRows};
 }
 
-// CTA (x, y) takes tile column x and, of its rows, the quarters of a tile y, y + gridDim.y, ...: small units, so that a call of few
-// rows is spread over the SMs. A lone group needs no tile table.
+// CTA (x, y) takes tile column x and, of its rows, the quarters of a tile y, y + gridDim.y, ...: small units, so that a
+// call of few rows is spread over the SMs. A lone group needs no tile table.
 constexpr int kQuarters = 4, kQuarterRows = kScaleTileRows / kQuarters;
 
 template <class T, bool kLone>
@@ -118,7 +118,6 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
   extern __shared__ int memory[];
   TileTable table(memory, p.groups.count);
   pdl_wait();
-  pdl_launch_dependents();
   table.build<kThreads>(p.groups, kScaleTileRows);
   const int tile_columns = static_cast<int>(p.scale_buffer.columns / kScaleTileBlocks);
   const int64_t tiles = int64_t{table.first[p.groups.count]} * tile_columns;
@@ -182,7 +181,7 @@ cudaError_t run_cuda(const DequantizeParams& p, cudaStream_t stream) {
   unsigned grid = 0;
   if (const cudaError_t status = choose_grid(max_tiles(p.groups, p.scale_buffer, false), &grid); status != cudaSuccess)
     return status;
-  return launch(dequantize_kernel, LaunchConfig{grid, kThreads, TileTable::bytes(p.groups.count)}, stream, p);
+  return launch(dequantize_kernel, with_max_smem({grid, kThreads, TileTable::bytes(p.groups.count)}), stream, p);
 }
 
 cudaError_t run_cuda(const RoundParams& given, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// The MXFP8 quantizer in kernels: two bytes at once by the conversion instructions, and eight elements per lane (a 16-byte vector of
-// bf16), of which four neighboring lanes hold a scale block.
+// The MXFP8 quantizer in kernels: two bytes at once by the conversion instructions, and eight elements per lane (a
+// 16-byte vector of bf16), of which four neighboring lanes hold a scale block.
 #pragma once
 
 #include "common/vec16.cuh"
@@ -64,7 +64,8 @@ __device__ __forceinline__ uint4 round_vec8(const uint4& packed) {
   return round_vec8(x);
 }
 
-// Eight of 16 elements in, eight of the same 16 interleaved (params.h) out. Lanes 2i and 2i + 1 hold the 16; they call this together.
+// Eight of 16 elements in, eight of the same 16 interleaved (params.h) out. Lanes 2i and 2i + 1 hold the 16; they call
+// this together.
 __device__ __forceinline__ uint4 interleave(const uint4& vec8) {
   const bool odd = threadIdx.x % 2 == 1;
   const unsigned lanes = 3u << (threadIdx.x % 32 & ~1u);

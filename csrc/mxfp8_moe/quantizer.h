@@ -1,19 +1,19 @@
-// The arithmetic of MXFP8, the same bits on host and device: 32 elements share one UE8M0 code, and each is one e4m3 byte.
+// The arithmetic of MXFP8, the same bits on host and device: 32 elements share a UE8M0 code, and each is an e4m3 byte.
 #pragma once
 
 #include "common/numerics.h"
 
 namespace abiding::mxfp8_moe {
 
-// Accumulates the largest magnitude of a scale block, starting from NaN: a NaN counts only where all elements are NaN. fmaxf does
-// the same on the device; on the host it lets signaling NaNs through.
+// Accumulates the largest magnitude of a scale block, starting from NaN: a NaN counts only where all elements are NaN.
+// fmaxf does the same on the device; on the host it lets signaling NaNs through.
 ABIDING_HD float larger_magnitude(float amax, float x) {
   x = fabsf(x);
   return amax >= x || x != x ? amax : x;
 }
 
-// The code of a scale block: the least with amax <= 448 * 2^(code - 127), so that no finite element saturates. 0 for zeros and for
-// what is below the least scale, 254 for an infinity, 255 (NaN) for a block of NaN.
+// The code of a scale block: the least with amax <= 448 * 2^(code - 127), so that no finite element saturates. 0 for
+// zeros and for what is below the least scale, 254 for an infinity, 255 (NaN) for a block of NaN.
 ABIDING_HD uint8_t quantize_code(float amax) {
   const uint32_t bits = float_bits(amax) & 0x7FFFFFFF;
   if (bits >= 0x7F800000) return bits > 0x7F800000 ? 255 : 254;
@@ -21,8 +21,8 @@ ABIDING_HD uint8_t quantize_code(float amax) {
   return exponent < -127 ? uint8_t{0} : ue8m0_encode(exponent);
 }
 
-// x * 2^exponent for exponent in [-252, 254], in two steps, since neither 2^-127 nor 2^128 is a normal float. Exact wherever the
-// result is a float; elsewhere it becomes zero or infinity, as rounding to fewer bits would make of it.
+// x * 2^exponent for exponent in [-252, 254], in two steps, since neither 2^-127 nor 2^128 is a normal float. Exact
+// wherever the result is a float; elsewhere it becomes zero or infinity, as rounding to fewer bits would make of it.
 ABIDING_HD float scale_by_pow2(float x, int exponent) {
   const int half = exponent / 2;
   return x * pow2(half) * pow2(exponent - half);
@@ -42,9 +42,9 @@ ABIDING_HD float round_to_bfloat16(float x) {
   return bits_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
 }
 
-// The value of a byte under a code, as a bfloat16 kept in a float: every product of this group is made of these. Exact for codes 3
-// to 246. Below, the value is rounded to a multiple of 2^-133, bfloat16's least step; above, what is too large is infinite. NaN
-// for bytes 0x7F and 0xFF and for code 255.
+// The value of a byte under a code, as a bfloat16 kept in a float: every product of this group is made of these. Exact
+// for codes 3 to 246. Below, the value is rounded to a multiple of 2^-133, bfloat16's least step; above, what is too
+// large is infinite. NaN for bytes 0x7F and 0xFF and for code 255.
 ABIDING_HD float dequantize(uint8_t byte, uint8_t code) {
   if (code == 255) return bits_float(0x7FC00000);
   return round_to_bfloat16(scale_by_pow2(e4m3_decode(byte), code - 127));

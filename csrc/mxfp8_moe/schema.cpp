@@ -11,8 +11,7 @@ ABIDING_SCHEMAS(abiding, mxfp8_moe, m) {
   m.def("mxfp8_round(Tensor input, *, Tensor! out) -> ()");
   m.def(
       "mxfp8_grouped_mm(Tensor a, Tensor? a_scales, Tensor weight, Tensor weight_scales, Tensor? offsets, bool ends, "
-      "*, "
-      "Tensor! out) -> ()");
+      "*, Tensor! out) -> ()");
   m.def(
       "mxfp8_moe(Tensor x, Tensor w13, Tensor s13, Tensor w2, Tensor s2, Tensor topk_ids, Tensor topk_weights, "
       "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor? expert_map=None, int? global_experts=None, "

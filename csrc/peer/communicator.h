@@ -12,13 +12,15 @@
 
 namespace abiding::peer {
 
-constexpr int64_t kHandleBytes = 64;  // of a memory handle, as of a cudaIpcMemHandle_t
+constexpr int64_t kMemoryHandleBytes = 64;  // as of a cudaIpcMemHandle_t
 
-// The functions that allocate, map and clear workspaces on one kind of device. Failures raise.
+// The functions that allocate, map and clear workspaces on one kind of device. Failures raise. A memory handle names a
+// workspace to other processes; it is not the Handle of a communicator.
 struct MemoryBackend {
   bool is_cuda;
-  void* (*allocate)(int64_t bytes, uint8_t* handle);  // zeroed, on the current device; writes kHandleBytes to `handle`
-  void* (*open)(const uint8_t* handle);
+  // Zeroed, on the current device. Writes kMemoryHandleBytes to `memory_handle`.
+  void* (*allocate)(int64_t bytes, uint8_t* memory_handle);
+  void* (*open)(const uint8_t* memory_handle);
   void (*close)(void* opened);
   void (*free)(void* allocated);
   void (*clear)(void* at, int64_t bytes);  // zeroes; synchronous
@@ -53,7 +55,7 @@ struct Communicator {
   }
 };
 
-// An index and a generation, never an address, so that a stale handle is refused.
+// A communicator's index and generation, never an address, so that a stale handle is refused.
 using Handle = int64_t;
 
 // Each binary has both; the registry is the CPU binary's. acquire() returns null for a handle that is stale or was
@@ -91,7 +93,7 @@ class CommunicatorRef {
 Handle add(std::unique_ptr<Communicator> communicator);
 void remove(const char* op, const char* argument, Handle handle);  // calls in it go on; new ones are refused
 const MemoryBackend& cpu_memory_backend();
-bool is_cpu_handle(const uint8_t* handle);
+bool is_cpu_memory_handle(const uint8_t* memory_handle);
 const MemoryBackend* cuda_memory_backend();  // null: the CUDA binary is not loaded
 
 }  // namespace abiding::peer

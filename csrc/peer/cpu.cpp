@@ -30,7 +30,7 @@ struct FileHandle {
   int64_t bytes;
   uint8_t unused[32];
 };
-static_assert(sizeof(FileHandle) == kHandleBytes);
+static_assert(sizeof(FileHandle) == kMemoryHandleBytes);
 constexpr char kFileHandle[8] = "cpu-mem";
 
 struct Mapping {
@@ -87,7 +87,7 @@ void write_owner_pid(void* workspace, int64_t bytes) {
     static_cast<Header*>(workspace)->pid = static_cast<uint32_t>(getpid());
 }
 
-void* allocate(int64_t bytes, uint8_t* handle) {
+void* allocate(int64_t bytes, uint8_t* memory_handle) {
   check(bytes > 0, "peer", "size is ", bytes, "; expected more than 0 bytes");
   File file{memfd_create("abiding", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
   struct stat status{};
@@ -103,14 +103,14 @@ void* allocate(int64_t bytes, uint8_t* handle) {
   name.file = file.release();
   name.inode = status.st_ino;
   name.bytes = bytes;
-  std::memcpy(handle, &name, sizeof name);
+  std::memcpy(memory_handle, &name, sizeof name);
   return at;
 }
 
-void* open(const uint8_t* handle) {
+void* open(const uint8_t* memory_handle) {
   FileHandle name;
-  std::memcpy(&name, handle, sizeof name);
-  check(is_cpu_handle(handle), "peer",
+  std::memcpy(&name, memory_handle, sizeof name);
+  check(is_cpu_memory_handle(memory_handle), "peer",
         "handle is of another kind; expected one of memory that a process of this host shares");
   const std::string path = "/proc/" + std::to_string(name.pid) + "/fd/" + std::to_string(name.file);
   const File file{::open(path.c_str(), O_RDWR | O_CLOEXEC)};
@@ -171,7 +171,9 @@ const MemoryBackend& cpu_memory_backend() {
   return memory;
 }
 
-bool is_cpu_handle(const uint8_t* handle) { return std::memcmp(handle, kFileHandle, sizeof kFileHandle) == 0; }
+bool is_cpu_memory_handle(const uint8_t* memory_handle) {
+  return std::memcmp(memory_handle, kFileHandle, sizeof kFileHandle) == 0;
+}
 
 const MemoryBackend* cuda_memory_backend() { return cuda.load(); }
 

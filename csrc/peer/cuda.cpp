@@ -20,7 +20,7 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-static_assert(sizeof(cudaIpcMemHandle_t) == kHandleBytes);
+static_assert(sizeof(cudaIpcMemHandle_t) == kMemoryHandleBytes);
 
 void clear(void* at, int64_t bytes) {
   const RelaxedCapture relaxed;
@@ -28,20 +28,20 @@ void clear(void* at, int64_t bytes) {
   STD_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-void* allocate(int64_t bytes, uint8_t* handle) {
+void* allocate(int64_t bytes, uint8_t* memory_handle) {
   const RelaxedCapture relaxed;
   void* memory = nullptr;
   STD_CUDA_CHECK(cudaMalloc(&memory, static_cast<size_t>(bytes)));
   clear(memory, bytes);
   cudaIpcMemHandle_t ipc;
   STD_CUDA_CHECK(cudaIpcGetMemHandle(&ipc, memory));
-  std::memcpy(handle, &ipc, sizeof ipc);
+  std::memcpy(memory_handle, &ipc, sizeof ipc);
   return memory;
 }
 
-void* open(const uint8_t* handle) {
+void* open(const uint8_t* memory_handle) {
   cudaIpcMemHandle_t ipc;
-  std::memcpy(&ipc, handle, sizeof ipc);
+  std::memcpy(&ipc, memory_handle, sizeof ipc);
   void* memory = nullptr;
   STD_CUDA_CHECK(cudaIpcOpenMemHandle(&memory, ipc, cudaIpcMemLazyEnablePeerAccess));
   return memory;

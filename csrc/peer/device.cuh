@@ -71,8 +71,8 @@ __device__ __forceinline__ Header* header(const Peers& peers, int i) {
 
 constexpr int kPollsPerCheck = 1024;
 
-// Looks for poison and checks the time, once per kPollsPerCheck polls. Returns when the wait began (now, if `since` is
-// 0), or 0 to stop.
+// Looks for poison and checks the time, once per kPollsPerCheck polls. `since` is when the wait began, 0 in its first
+// call. Returns 0: stop. Otherwise the time at which the wait began, for the next call.
 __device__ uint64_t poll_slow_path(const Peers& peers, Op op, uint32_t epoch, int source, uint64_t since);
 
 // Thread (0, 0): CTAs may be two-dimensional.

@@ -84,7 +84,7 @@ Buffers& buffers() {
 
 std::tuple<int64_t, Tensor> allocate(const char* op, const MemoryBackend& memory, int64_t size) {
   check(size > 0, op, "size is ", size, "; expected a number of bytes, 1 or more");
-  Tensor handle = torch::stable::empty({kHandleBytes}, torch::headeronly::ScalarType::Byte);
+  Tensor handle = torch::stable::empty({kMemoryHandleBytes}, torch::headeronly::ScalarType::Byte);
   void* allocated = memory.allocate(size, static_cast<uint8_t*>(handle.mutable_data_ptr()));
   return {buffers().add(memory, allocated, false), handle};
 }
@@ -101,10 +101,10 @@ int64_t open_mem_handle(const Tensor& mem_handle) {
   const char* op = "open_mem_handle";
   const Argument handle{op, "mem_handle", mem_handle};
   handle.dtype({DType::kUint8}).contiguous();
-  check(mem_handle.numel() == kHandleBytes, op, "mem_handle has shape ", handle.shape(), "; expected [", kHandleBytes,
-        "]");
+  check(mem_handle.numel() == kMemoryHandleBytes, op, "mem_handle has shape ", handle.shape(), "; expected [",
+        kMemoryHandleBytes, "]");
   const auto* bytes = static_cast<const uint8_t*>(mem_handle.const_data_ptr());
-  const MemoryBackend& memory = is_cpu_handle(bytes) ? cpu_memory_backend() : require_cuda_memory_backend(op);
+  const MemoryBackend& memory = is_cpu_memory_handle(bytes) ? cpu_memory_backend() : require_cuda_memory_backend(op);
   return buffers().add(memory, memory.open(bytes), true);
 }
 

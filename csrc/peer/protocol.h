@@ -111,7 +111,7 @@ static_assert(sizeof(Header) <= kHeaderBytes);
 struct Peers {
   int rank, ranks;
   int max_ctas;                      // per kernel, the same on all ranks
-  uint32_t region_bytes[kChannels];  // of this many CTAs
+  uint32_t region_bytes[kChannels];  // if max_ctas CTAs share a slot
   uint8_t* workspaces[kMaxRanks];    // [i]: of rank (rank + i) % ranks, at this process's address; the own one first
   FaultRecord* record;
   uint64_t timeout_ns;

@@ -7,7 +7,7 @@
 namespace abiding::peer {
 namespace {
 
-// Entries are reused, each time under the next generation.
+// Entries are reused, each time under the next generation. Handle = generation << 32 | index.
 struct Entry {
   Communicator* communicator = nullptr;
   uint32_t generation = 0;

@@ -1,5 +1,5 @@
 // Tiles every number of tokens as the sm_90 grouped GEMM does, and prints what is wrong with it.
-#include "mxfp8_moe/plan.h"
+#include "mxfp8_moe/grouped_mm_sm90/plan.h"
 
 #include <cstdio>
 #include <initializer_list>
@@ -43,17 +43,17 @@ int main() {
        {choose_plan(0, 8, 768, 6144, 132), choose_plan(8, 0, 768, 6144, 132), choose_plan(8, 8, 768, 6144, 0)})
     expect(p.cluster == 1, "an empty call has clusters of %d\n", p.cluster);
 
-  // The experts of one token, in a layer with few and long tiles: split-K takes as many CTAs as a cluster may have.
+  // The experts of one token, in a layer with few and long tiles: stream-K takes as many CTAs as a cluster may have.
   // With many tiles, or a short K, it gains nothing.
   expect(choose_plan(4, 128, 768, 6144, 132).cluster == 8, "4 rows, K = 6144\n");
   expect(choose_plan(4, 128, 6144, 384, 132).cluster == 1, "4 rows, K = 384\n");
   expect(choose_plan(1000, 256, 6144, 384, 132).cluster == 1, "1000 rows of 256 experts, K = 384\n");
   // With fewer SMs there is less to fill: never larger clusters.
   for (int64_t tiles = 1; tiles < 5000; tiles += 7)
-    for (int64_t k_steps : {1, 3, 12, 48})
+    for (int64_t k_tiles : {1, 3, 12, 48})
       for (int64_t ctas = 2; ctas < 400; ctas *= 2)
-        expect(choose_cluster(tiles, k_steps, ctas) <= choose_cluster(tiles, k_steps, 2 * ctas),
-               "%ld tiles of %ld steps on %ld CTAs\n", tiles, k_steps, ctas);
+        expect(choose_cluster(tiles, k_tiles, ctas) <= choose_cluster(tiles, k_tiles, 2 * ctas),
+               "%ld tiles of %ld K tiles on %ld CTAs\n", tiles, k_tiles, ctas);
 
   for (int64_t rows = 1; rows < 300000; rows += rows < 3000 ? 1 : 777)
     for (int64_t experts : {1L, 8L, 128L, 1024L})

@@ -514,6 +514,13 @@ def test_options_of_a_layer_are_checked(options: dict[str, Any], message: str) -
         i.run(mxfp8_moe, **options)
 
 
+def test_rows_must_stay_aligned() -> None:
+    x = torch.zeros(4, 97, dtype=torch.bfloat16)[:, :96]
+    message = r"x has strides \[97, 1\]; expected multiples of 8 elements, so that rows stay aligned"
+    with pytest.raises(ValueError, match=f"^round: {message}$"):
+        mxfp8_moe.round(x)
+
+
 def test_linear_refuses() -> None:
     i = GemmCase((6,), 64, 96, form="whole").make()
     x, weight, scale = i.x, i.weight[0], i.weight_scale

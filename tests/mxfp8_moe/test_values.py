@@ -228,8 +228,8 @@ def test_case(case: GemmCase, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_split_k_with_many_tiles(cuda: torch.device) -> None:
-    """On Hopper a cluster computes several tiles, and reduces the split-K parts of one while the next begins."""
+def test_stream_k_with_many_tiles(cuda: torch.device) -> None:
+    """On Hopper the CTAs of a cluster divide the K of its tiles among them, and hand sums of parts over (stream-K)."""
     i = GemmCase((2, 1, 9, 3) * 4, 4096, 3072).make(cuda, seed=3)
     rounded = mxfp8_moe.round(i.x)
     assert_gemm(i.run(mxfp8_moe, rounded), rounded, i)
@@ -437,7 +437,7 @@ def composition(i: LayerInputs) -> Tensor:
     ids = i.topk_ids.long()
     order = ids.flatten().argsort(stable=True)
     order = order[ids.flatten()[order] >= 0]
-    # As many rows as the layer has room for: split-K, and with it the order of sums, depends on that number.
+    # As many rows as the layer has room for: the cluster size of stream-K, and so the order of sums, depends on it.
     order = torch.nn.functional.pad(order, (0, ids.numel() - len(order)))
     counts = torch.bincount(ids[ids >= 0], minlength=case.experts)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

@@ -50,9 +50,10 @@ def test_the_line_gate_fails_with_file_and_line(tmp_path: Path) -> None:
     [
         ("mm_sm90.cu", ["sm_90a"], ""),
         ("mm_sm90.cu", ["sm_80", "sm_90a"], "g/mm_sm90.cu: code for sm_80, sm_90a; expected sm_90a alone\n"),
-        ("mm_sm100a.cu", ["sm_100a"], ""),
-        ("mm_sm100a.cu", ["sm_90a"], "g/mm_sm100a.cu: code for sm_90a; expected sm_100a alone\n"),
+        ("mm_sm100.cu", ["sm_100a"], ""),
+        ("mm_sm100.cu", ["sm_90a"], "g/mm_sm100.cu: code for sm_90a; expected sm_100a alone\n"),
         ("mm_sm100.cu", [], "g/mm_sm100.cu: code for nothing; expected sm_100a alone\n"),
+        ("mm_sm100a.cu", ["sm_100a"], "g/mm_sm100a.cu: code for sm_100a; expected sm_90a among them\n"),  # no suffix
         ("mm.cu", ["sm_80", "sm_90a"], ""),
         ("mm.cu", ["sm_80"], "g/mm.cu: code for sm_80; expected sm_90a among them\n"),
     ],

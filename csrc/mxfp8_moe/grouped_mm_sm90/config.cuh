@@ -1,14 +1,14 @@
-// The sm_90 grouped GEMM: its configurations, the layout of its shared memory and the state that all roles of a CTA share.
+// The sm_90 grouped GEMM: its configurations, the layout of shared memory and the state that all roles of a CTA share.
 //
-// Swap-AB: wgmma's A operand is weights, from registers, and its B operand is tokens, from shared memory. A CTA tile is kBlockM
-// weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh) and has one producer
-// warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or four consumer warpgroups, which own
-// 64 weight rows each (mainloop.cuh, epilogue.cuh).
+// Swap-AB: wgmma's A operand is weights, from registers, and its B operand is tokens, from shared memory. A CTA tile is
+// kBlockM weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh) and
+// has one producer warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or
+// four consumer warpgroups, which own 64 weight rows each (mainloop.cuh, epilogue.cuh).
 #pragma once
 
 #include "common/sm90.cuh"
+#include "mxfp8_moe/grouped_mm_sm90/plan.h"
 #include "mxfp8_moe/params.h"
-#include "mxfp8_moe/plan.h"
 #include "mxfp8_moe/tile_table.cuh"
 
 namespace abiding::mxfp8_moe::sm90_mm {
@@ -19,13 +19,13 @@ using namespace sm90;
 enum class ClusterMode {
   kNone,
   kMulticast,  // two CTAs take neighboring weight rows; each loads half of the tokens, to both (TMA multicast)
-  kStreamK     // the CTAs divide the K steps of the cluster's tiles evenly, and hand accumulators over (scheduler.cuh)
+  kStreamK     // the CTAs divide the K tiles of the cluster's tiles evenly, and hand accumulators over (scheduler.cuh)
 };
 
-// Weight stages that a CTA loads before pdl_wait; more would compete with what the upstream kernel still reads.
+// Weight stages that a CTA loads before pdl_wait. More would compete with what the upstream kernel still reads.
 constexpr int kStagesBeforePdlWait = 2;
 
-// A pipeline stage is kBlockK of K, which the mainloop multiplies in two halves.
+// A pipeline stage is one K tile, kBlockK of K, which the mainloop multiplies in two halves.
 template <bool kInterleaved_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
           ClusterMode kCluster_, int kCtasPerSm_ = 1>
 struct Config {
@@ -36,7 +36,7 @@ struct Config {
   static constexpr int kCtasPerSm = kCtasPerSm_;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
 
-  // Registers per thread: what every thread starts with (a multiple of 8), then what setmaxnreg moves from producer to consumers.
+  // Registers per thread: at first (a multiple of 8), and after setmaxnreg has moved some from producer to consumers.
   static constexpr int kRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
   static constexpr int kProducerRegisters = kRegisters > 128 ? 40 : 32;
   static constexpr int kConsumerRegisters = (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads;
@@ -48,14 +48,14 @@ struct Config {
   static constexpr int kScaleTiles = kBlockM / kScaleTileRows;  // per stage
   static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K
 
-  // Where a stage has two scale blocks of K, their two bf16 scales fit where a row's four codes were: the producer warpgroup's
-  // spare warps convert them there, one warp per 128 weight rows.
+  // A stage of 64 of K needs two scales per row. As bf16 they take the 4 bytes of the row's four codes, so the producer
+  // warpgroup's spare warps convert them in place, one warp per 128 weight rows.
   static constexpr bool kConvertedScales = kBlockK / kScaleBlock == 2;
   static_assert(!kConvertedScales || (kScaleTiles <= 3 && kCluster != ClusterMode::kStreamK));
 
   static constexpr uint32_t kWeightBytes = kBlockM * kBlockK;  // per stage
-  static constexpr uint32_t kTokenSlabBytes =
-      kBlockN * 128;  // 64 bf16 of K of every token: a row of the 128-byte swizzle
+  // 64 bf16 of K of every token: a row of the 128-byte swizzle.
+  static constexpr uint32_t kTokenSlabBytes = kBlockN * 128;
   static constexpr uint32_t kStageBytes = kWeightBytes + kBlockK / 64 * kTokenSlabBytes;
   static constexpr uint32_t kScaleBytes = kScaleTiles * kScaleTileBytes;                                 // per stage
   static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
@@ -76,7 +76,7 @@ struct SmemLayout {
 struct KernelParams {
   GroupedMmParams p;
   int64_t scale_columns, expert_scale_bytes;
-  int m_tiles;       // per expert, counted in what a cluster takes at once
+  int m_tiles;       // m tiles of an expert; kMulticast: pairs of them
   int cluster_size;  // in CTAs
   int k_tiles;       // of kBlockK, the last perhaps partial
   int scale_blocks;  // of 32 in K
@@ -99,7 +99,7 @@ struct Cta {
   const CUtensorMap *weights, *tokens;
   const TileTable& table;
   uint32_t smem;                // its base
-  uint32_t rank;                // in the cluster
+  uint32_t cluster_rank;        // of this CTA in its cluster
   uint32_t peer_empty_barrier;  // kMulticast: empty_barrier(0) of the other CTA
 
   __device__ uint32_t weight_smem(int stage) const { return smem + stage * C::kStageBytes; }

@@ -1,5 +1,6 @@
-// The sm_90 grouped GEMM: the epilogue of a consumer warpgroup. Accumulators are rounded once and stored. With stream-K those of a
-// part of a tile are first handed over through distributed shared memory.
+// The sm_90 grouped GEMM: the epilogue of a consumer warpgroup. Accumulators are rounded once and stored. With
+// stream-K, the accumulators of all parts of a tile but the first go to the CTA with the part before, which stores the
+// sum. They travel through distributed shared memory.
 #pragma once
 
 #include "common/vec16.cuh"
@@ -16,7 +17,7 @@ __device__ __forceinline__ uint32_t round_pair(float a, float b) {
   return word;
 }
 
-// A warp's 16 weight rows x 16 tokens: transposed in the warp's staging memory, then stored as 16-byte vectors of token rows.
+// A warp's 16 weight rows x 16 tokens: transposed in the warp's staging memory, stored as 16-byte vectors of tokens.
 template <class T>
 __device__ __forceinline__ void store_16x16(const float* d, uint32_t staging, T* out, int64_t out_stride, int tokens) {
   const int lane = threadIdx.x % 32;
@@ -64,11 +65,11 @@ __device__ __forceinline__ void store_tile(const float (&d)[N / 2], uint32_t sta
   }
 }
 
-// Stream-K: hands the accumulators of a part to the CTA of the rank below, which has the part before it.
+// Stream-K: hands the accumulators to CTA cta.cluster_rank - 1 of the cluster, which has the part before this one.
 template <class C, int N>
 __device__ __forceinline__ void send_part(const Cta<C>& cta, const float (&d)[N / 2]) {
-  const uint32_t barrier = mapa(cta.part_barrier(), cta.rank - 1);
-  const uint32_t to = mapa(cta.part_smem(), cta.rank - 1) + threadIdx.x * 16;
+  const uint32_t barrier = mapa(cta.part_barrier(), cta.cluster_rank - 1);
+  const uint32_t to = mapa(cta.part_smem(), cta.cluster_rank - 1) + threadIdx.x * 16;
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) st_async_v4(to + i * C::kConsumerThreads * 16, d + 4 * i, barrier);
 }
@@ -89,6 +90,8 @@ __device__ __forceinline__ void add_part(const Cta<C>& cta, float (&d)[N / 2]) {
   }
 }
 
+// What applies to a whole sum goes behind the stream-K block; store_value() in grouped_mm_portable.cu and store() in
+// cpu.cpp are its counterparts.
 template <class C, int N>
 __device__ __forceinline__ void epilogue(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w) {
   if constexpr (C::kCluster == ClusterMode::kStreamK) {

@@ -1,5 +1,5 @@
-// The sm_90 grouped GEMM: the mainloop of a consumer warpgroup. It reads e4m3 weights from shared memory, makes scaled bf16 of them
-// in registers, and multiplies them with the tokens in shared memory (wgmma with A from registers).
+// The sm_90 grouped GEMM: the mainloop of a consumer warpgroup. It reads e4m3 weights from shared memory, makes scaled
+// bf16 of them in registers, and multiplies them with the tokens in shared memory (wgmma with A from registers).
 #pragma once
 
 #include "mxfp8_moe/grouped_mm_sm90/config.cuh"
@@ -19,15 +19,16 @@ __device__ __forceinline__ uint32_t lds_u32(uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
   return value;
 }
-// Four matrices of 8 rows x 16 bytes: a lane gets word lane % 4 of row lane / 4. Lane 8m + r holds the address of row r of matrix m.
+// Four matrices of 8 rows x 16 bytes: a lane gets word lane % 4 of row lane / 4. Lane 8m + r holds the address of row r
+// of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(address));
 }
 
-// The scales of a thread's two weight rows (lane / 4, and 8 below it) in a stage: a word each, of four codes or of two converted
-// bf16.
+// The scales of a thread's two weight rows (lane / 4, and 8 below it) in a stage: a word each, of four codes or of two
+// converted bf16.
 template <class C>
 struct RowScales {
   uint32_t row, row8;
@@ -47,7 +48,7 @@ struct RowScales {
   }
 };
 
-// Two e4m3 bytes times a scale. e4m3 is exact in bf16, so only the product is rounded, as in dequantize() of quantizer.h.
+// Two e4m3 bytes times a scale. e4m3 is exact in bf16, so only the product is rounded, as dequantize() does.
 __device__ __forceinline__ uint32_t scale_e4m3x2(uint16_t pair, uint32_t scale) {
   uint32_t halves, result;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
@@ -60,11 +61,13 @@ __device__ __forceinline__ uint32_t scale_e4m3x2(uint16_t pair, uint32_t scale) 
   return result;
 }
 
-// A fragments of half a stage. Per 16 of K a thread holds two pairs of each of its two rows: pairs c and c + 4 with c = lane % 4, or,
-// where tokens are interleaved (params.h), the two pairs of word c, which ldmatrix brings in one instruction per 32 of K.
+// A fragments of half a stage. Per 16 of K a thread holds two pairs of each of its two rows: pairs c and c + 4 with
+// c = lane % 4, or, where tokens are interleaved (params.h), the two pairs of word c, which ldmatrix brings in one
+// instruction per 32 of K.
 //
-// The offset of a thread's first pair (or of the 16 bytes that its lane names to ldmatrix) in a stage. 16 bytes of K are a swizzle
-// chunk: chunk i of a row lies at (i ^ swizzle), so that chunks are found by XOR. The pitch of rows is the stage's K in bytes.
+// The offset of a thread's first pair (or of the 16 bytes that its lane names to ldmatrix) in a stage. 16 bytes of K
+// are a swizzle chunk: chunk i of a row lies at (i ^ swizzle), so that chunks are found by XOR. The pitch of rows is
+// the stage's K in bytes.
 template <class C>
 __device__ __forceinline__ uint32_t weight_fragment_offset(int warp, int lane) {
   const int row = warp * 16 + (C::kInterleaved ? lane % 16 : lane / 4), chunk = C::kInterleaved ? lane / 16 : 0;
@@ -121,10 +124,11 @@ __device__ __forceinline__ void mma_half(const Cta<C>& cta, float (&d)[N / 2], c
   wgmma_commit();
 }
 
-// d = this thread's accumulators of a work tile of width N. Fragments of one half are made while the wgmmas of the other run.
+// d = this thread's accumulators of a work tile of width N. Fragments of one half are made while the wgmmas of the
+// other run.
 //
-// Stage 0 is peeled: two halves are in flight at loop entry on every path. Otherwise ptxas keeps the accumulators of every N
-// live and serializes wgmma for want of registers (C7513).
+// Stage 0 is peeled: two halves are in flight at loop entry on every path. Otherwise ptxas keeps the accumulators of
+// every N live and serializes wgmma for want of registers (C7513).
 template <class C, int N>
 __device__ __forceinline__ void mainloop(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w,
                                          PipelineState<C::kStages>& at) {
@@ -139,7 +143,7 @@ __device__ __forceinline__ void mainloop(const Cta<C>& cta, float (&d)[N / 2], c
     load_weight_fragments<C>(f, cta.weight_smem(stage) + offset, half, scales);
   };
 
-  // A work tile always has K tiles. But without this path ptxas spills a register of kM256_N128.
+  // Never taken (k_tiles >= 1). Kept because without it ptxas spills a register of kM256_N128.
   if (w.k_tiles == 0) {
 #pragma unroll
     for (float& value : d) value = 0;

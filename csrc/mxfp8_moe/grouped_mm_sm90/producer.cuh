@@ -1,5 +1,6 @@
-// The sm_90 grouped GEMM: the producer warpgroup. One warp issues TMA loads of weights, scales and tokens; where tiles are large,
-// scale converter warps turn scale codes into bf16 in shared memory, which consumers would otherwise do between two wgmmas.
+// The sm_90 grouped GEMM: the producer warpgroup. One warp issues TMA loads of weights, scales and tokens; where tiles
+// are large, scale converter warps turn scale codes into bf16 in shared memory, which consumers would otherwise do
+// between two wgmmas.
 #pragma once
 
 #include "common/launch.cuh"
@@ -38,7 +39,7 @@ __device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w
   for (int i = 0; i < C::kBlockK / 64; ++i) {
     const uint32_t to = cta.token_smem(stage) + i * C::kTokenSlabBytes;
     if constexpr (C::kCluster == ClusterMode::kMulticast) {
-      for (int box = cta.rank; box < boxes; box += 2)
+      for (int box = cta.cluster_rank; box < boxes; box += 2)
         tma_load_2d_multicast(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * 64,
                               w.first_token + box * C::kTmaBoxRows, cta.full_barrier(stage), 3);
     } else {
@@ -49,7 +50,7 @@ __device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w
   }
 }
 
-// One warp. PDL: the weights of the first stages may be loaded before pdl_wait, tokens only after it (the PDL contract in layer.cu).
+// One warp. PDL contract (layer.cu): weights of the first stages may be loaded before pdl_wait, tokens only after it.
 template <class C>
 __device__ __forceinline__ void produce(const Cta<C>& cta) {
   Scheduler<C> tiles(cta);

@@ -1,5 +1,5 @@
-// wgmma m64nNk16: a warpgroup adds the product of 64 x 16 bf16 in its registers (A) and 16 x N bf16 in shared memory (B) to fp32
-// accumulators.
+// wgmma m64nNk16: a warpgroup adds the product of 64 x 16 bf16 in its registers (A) and 16 x N bf16 in shared memory
+// (B) to fp32 accumulators.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The shared-memory descriptor of B: rows of 128 bytes in the 128-byte swizzle, atoms of eight rows (1024 bytes); `offset` is a
-// whole number of atoms, or within a row. Only the low half depends on the address.
+// The shared-memory descriptor of B: rows of 128 bytes in the 128-byte swizzle, atoms of eight rows (1024 bytes);
+// `offset` is a whole number of atoms, or within a row. Only the low half depends on the address.
 __device__ __forceinline__ uint64_t make_smem_desc_128b(uint32_t address, uint32_t offset) {
   const uint32_t low = (1 << 16 | (address & 0x3FFFF) >> 4) + (offset >> 4);
   return uint64_t{1 << 30 | 1024 >> 4} << 32 | low;
@@ -23,8 +23,8 @@ __device__ __forceinline__ uint64_t make_smem_desc_128b(uint32_t address, uint32
 template <int N>
 struct Wgmma;
 
-// Operands 0 .. N/2 - 1 are the accumulators; an instance passes the numbers of those behind them: A's four registers, B's
-// descriptor, and whether to accumulate.
+// Operands 0 .. N/2 - 1 are the accumulators; an instance passes the numbers of those behind them: A's four registers,
+// B's descriptor, and whether to accumulate.
 #define ABIDING_WGMMA(N, SUMS, OPERANDS, a0, a1, a2, a3, tile, add)                                                    \
   template <>                                                                                                          \
   struct Wgmma<N> {                                                                                                    \

@@ -263,7 +263,7 @@ ODD = [
     GemmCase((0, 300, 0, 320), 96, 160),
     GemmCase((20, 70), 1056, 64, gap=48),
     GemmCase((5, 11), 64, 2080),
-    # Few rows, so that the kernel uses split-K: 2 parts, and 8 parts of which the last are empty.
+    # Few rows of a long K: on Hopper stream-K hands parts of tiles over within a cluster.
     GemmCase((1, 0, 2, 1), 160, 2048, out_dtype=torch.float32),
     GemmCase((1, 2), 32, 4192, form="ends"),
     # Several tile widths, and more tiles than SMs.

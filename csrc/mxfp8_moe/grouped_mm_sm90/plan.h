@@ -1,14 +1,14 @@
-// How the sm_90 grouped GEMM is tiled: the choice of a tile shape, and how an expert's tokens are divided among its tiles. Pure
-// functions of sizes, tested on a host.
+// How the sm_90 grouped GEMM is tiled: the choice of a tile shape and of a cluster size, and how an expert's tokens are
+// divided among its tiles. Pure functions of sizes, tested on a host.
 #pragma once
 
 #include "mxfp8_moe/params.h"
 
 namespace abiding::mxfp8_moe {
 
-// CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N goes down
-// to 8, and decode has few tokens), so a shape is named by the most tokens it takes. kM256 has 256 weight rows, the others
-// 128. The first two have two CTAs per SM; Cluster2 pairs CTAs that share their tokens by TMA multicast.
+// CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N
+// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kStreamK_N16 and
+// kN64 run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
 enum class TileShape { kStreamK_N16, kN64, kM256_N128, kN160_Cluster2, kN256_Cluster2 };
 
 ABIDING_HD constexpr int max_tokens(TileShape shape) {
@@ -21,33 +21,34 @@ ABIDING_HD constexpr int tma_box_rows(TileShape shape) {
   return shape == TileShape::kStreamK_N16 ? 8 : shape == TileShape::kN64 ? 16 : 32;
 }
 
-constexpr int kDecodeBlockM = 128;    // weight rows of a kStreamK_N16 tile
-constexpr int kBlockKOfPlan = 128;    // K per step of it
+constexpr int kStreamKBlockM = 128;   // weight rows of a kStreamK_N16 tile
+constexpr int kStreamKBlockK = 128;   // K of one of its K tiles
 constexpr int kM256MaxExperts = 512;  // whose tile table fits beside the stages of kM256_N128
 
 struct Plan {
   TileShape shape;
-  int cluster;  // CTAs that divide the K steps of a cluster's tiles; more than 1 for kStreamK_N16 alone
+  int cluster;  // CTAs that divide the K tiles of a cluster's tiles; more than 1 for kStreamK_N16 alone
 };
 
-// The cluster size of stream-K for about `tiles` tiles of `k_steps` steps on `ctas` resident CTAs. A cluster has whole tiles, so on
-// average its CTAs wait half a tile, divided by their number, for the busiest cluster; a larger one costs a handover of accumulators
-// (kHandover steps per doubling). The number of tiles is an estimate, so the expected wait counts and not the wait of this number.
-constexpr int choose_cluster(int64_t tiles, int64_t k_steps, int64_t ctas) {
+// The cluster size of stream-K for about `tiles` tiles of `k_tiles` K tiles each, on `ctas` resident CTAs. Costs are in
+// the time of a K tile. A cluster has whole tiles, so on average its CTAs wait half a tile, divided by their number,
+// for the busiest cluster. A larger cluster hands more accumulators over: kHandover per doubling. The number of tiles
+// is an estimate, so the expected wait counts, and not the wait that this very number would give.
+constexpr int choose_cluster(int64_t tiles, int64_t k_tiles, int64_t ctas) {
   constexpr double kHandover = 1.0;
   int best = 1;
   double best_cost = 0;
   for (int cluster = 1, doublings = 0; cluster <= 8; cluster *= 2, ++doublings) {
-    const double steps = static_cast<double>(tiles * k_steps) / static_cast<double>(ctas);
-    const double wait = 0.5 * static_cast<double>(k_steps) / cluster;
-    const double cost = steps * (1 + 0.005 * doublings) + wait + kHandover * doublings;
+    const double work = static_cast<double>(tiles * k_tiles) / static_cast<double>(ctas);
+    const double wait = 0.5 * static_cast<double>(k_tiles) / cluster;
+    const double cost = work * (1 + 0.005 * doublings) + wait + kHandover * doublings;
     if (cluster == 1 || cost < best_cost) best = cluster, best_cost = cost;
   }
   return best;
 }
 
-// `rows` is the number of rows that this rank is expected to have, of `experts` experts; how they are spread is known on the device
-// alone. `sms` is the device's.
+// `rows` is the number of rows that this rank is expected to have, of `experts` experts; how they are spread is known
+// on the device alone. `sms` is the device's.
 constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int sms) {
   if (rows < 1 || experts < 1 || sms < 1) return {TileShape::kN64, 1};
   const int64_t busy_experts = rows < experts ? rows : experts, tokens_per_expert = rows / busy_experts;
@@ -55,8 +56,8 @@ constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, 
   if (tokens_per_expert > 105) return {TileShape::kN160_Cluster2, 1};
   if (tokens_per_expert > 40) return {experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128, 1};
   if (tokens_per_expert >= 5) return {TileShape::kN64, 1};
-  const int64_t tiles = busy_experts * ((n + kDecodeBlockM - 1) / kDecodeBlockM);
-  return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kBlockKOfPlan - 1) / kBlockKOfPlan, 2 * sms)};
+  const int64_t tiles = busy_experts * ((n + kStreamKBlockM - 1) / kStreamKBlockM);
+  return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, 2 * sms)};
 }
 
 // The tokens of an expert that one of its tiles takes.
