@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench multi-gpu docs clean
+.PHONY: help setup build demo test engines lint format bench multi-gpu docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,6 +24,16 @@ demo: setup ## run the main job and check it against the reference, on a GPU if 
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+engines: setup ## check our code against vLLM's and transformers' own Python, oldest and newest release
+	@timeout 600 $(BIN)/python tools/engines/fetch.py build/engines; status=$$?; \
+	if [ $$status = 3 ]; then echo "skipped: the engines' packages are not to be had here"; exit 0; fi; \
+	if [ $$status != 0 ]; then exit $$status; fi; \
+	ABIDING_REQUIRE_ENGINES=1 timeout 600 $(BIN)/python -m pytest --quiet -n 2 tests/engines || exit; \
+	for release in build/engines/transformers-*; do \
+		PYTHONPATH=$$release:build/engines/site timeout 600 $(BIN)/python -m pytest --quiet tests/engines/test_transformers* \
+			|| exit; \
+	done
 
 lint: setup ## check style, types and the length of lines
 	$(BIN)/ruff check

@@ -122,7 +122,7 @@ def test_only_torch_is_needed(python: Python) -> None:
     result = python("""
 import sys, torch
 before = {name.partition(".")[0] for name in sys.modules}
-import abiding, abiding.compat.vllm, abiding.reference, abiding.testing, abiding.testing.cases.mla_prologue
+import abiding, abiding.engines.vllm.operators, abiding.reference, abiding.testing, abiding.testing.cases.mla_prologue
 after = {name.partition(".")[0] for name in sys.modules}
 print(sorted(after - before - set(sys.stdlib_module_names)))
 """)

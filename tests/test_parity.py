@@ -13,7 +13,7 @@ import torch
 
 import abiding  # noqa: F401  (registers the operators)
 from abiding import _library
-from abiding.compat import vllm
+from abiding.engines.vllm import operators as vllm
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""The command `abiding`, also `python -m abiding`: `demo`, `bench`, `report`, `audit`."""
+"""The command `abiding`, also `python -m abiding`: `demo`, `doctor`, `bench`, `report`, `audit`."""
 
 from __future__ import annotations
 

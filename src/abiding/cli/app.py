@@ -13,6 +13,7 @@ import typer
 
 import abiding
 from abiding.cli import demo as demo_module
+from abiding.cli import doctor as doctor_module
 from abiding.testing import benchmarks, multi_gpu
 from abiding.testing.benchmarks import limits
 from abiding.testing.benchmarks import report as reports
@@ -96,6 +97,14 @@ def _rewrite(documents: list[Path], rewritten: Callable[[str], str]) -> None:
         if (new := rewritten(text)) != text:
             document.write_text(new)
             typer.echo(f"Wrote {document}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Show what runs here: torch, CUDA, GPUs, binaries; per engine what Abiding takes over, or why not."""
+    doctor_module.run(as_json)
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Abiding's kernels under the operator names of other engines."""
+"""The former home of :mod:`abiding.engines.vllm.operators`; it goes with 0.2."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abiding.compat import vllm
+from abiding.engines.vllm import operators as vllm
 
 Scenario = Callable[..., str]
 
@@ -25,12 +25,15 @@ PRELUDE = f"""
 import gc, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 import abiding
-from abiding.compat import vllm
+from abiding.engines.vllm import operators as vllm
 from abiding.testing.cases.mla_prologue import PrologueCase
 from abiding.testing.comparison import assert_bitwise_equal
 
 QUANT, BF16, FP8 = "{QUANT}", "{BF16}", "{FP8}"
 NAMES = [alias.name for alias in vllm.ALIASES]
+DEVICES = "CPU, CUDA" if abiding.has_cuda_kernels() else "CPU"
+REGISTERED, IMPLEMENTED = "registered: " + DEVICES, "implemented: " + DEVICES
+ALL_REGISTERED = {{alias.name: REGISTERED + " (in no vLLM since 0.26)" * alias.gone for alias in vllm.ALIASES}}
 assert NAMES[:3] == ["_C::" + name for name in (QUANT, BF16, FP8)]
 case = PrologueCase(5, 3, 8, block_size=4, skipped=0.2)
 
@@ -70,7 +73,7 @@ def scenario(python: Callable[..., subprocess.CompletedProcess[str]]) -> Scenari
 def test_missing_operators_are_registered(scenario: Scenario) -> None:
     scenario("""
 assert set(vllm.install()) == set(NAMES)
-assert vllm.install() == dict.fromkeys(NAMES, "registered"), vllm.install()
+assert vllm.install() == ALL_REGISTERED, vllm.install()
 gc.collect()
 assert_serves_quant_insert()
 assert str(op(QUANT).default._schema) == str(op(QUANT, "abiding").default._schema).replace("abiding::", "_C::")
@@ -137,8 +140,8 @@ theirs.define(QUANT + "({QUANT_ARGUMENTS}{later}) -> Tensor")
 calls = []
 vllm_registers_fake(calls)
 report = vllm.install()
-assert report["_C::" + QUANT] == "implemented", report
-assert report["_C::" + BF16] == report["_C::" + FP8] == "registered", report
+assert report["_C::" + QUANT] == IMPLEMENTED, report
+assert report["_C::" + BF16] == report["_C::" + FP8] == REGISTERED, report
 assert_serves_quant_insert()
 assert fake_call().shape == (5, 8, 512) and calls
 """)
@@ -149,7 +152,7 @@ def test_flags_of_later_releases(scenario: Scenario) -> None:
 theirs = torch.library.Library("_C", "FRAGMENT")
 theirs.define(QUANT + "({QUANT_ARGUMENTS}, {LATER}) -> Tensor")
 theirs.define(BF16 + "(Tensor! q, {TENSORS}, float eps, int cache_block_size, bool apply_q_norm=True) -> ()")
-assert vllm.install()["_C::" + BF16] == "implemented"
+assert vllm.install()["_C::" + BF16] == IMPLEMENTED
 assert_serves_quant_insert(apply_q_norm=True, kv_mxfp8=False, apply_q_rope=True, is_q_interleaved=False)
 for norm, rope in ((False, True), (True, False), (False, False)):
     out, cache = quant_insert(op(QUANT), apply_q_norm=norm, apply_q_rope=rope)
@@ -205,7 +208,8 @@ library = torch.library.Library("_C", "FRAGMENT")
 library.define(QUANT + "({QUANT_ARGUMENTS}) -> Tensor")
 library.impl(QUANT, lambda q_in, *rest: torch.full_like(q_in, 42), "{theirs}")
 kernel_before = torch._C._dispatch_dump_table("_C::" + QUANT)
-assert vllm.install()["_C::" + QUANT] == "implemented"
+others = [device for device in DEVICES.split(", ") if device != "{theirs}"] or ["nothing"]
+assert vllm.install()["_C::" + QUANT] == "implemented: " + others[0] + "; kept: {theirs}"
 row = lambda table, key: [line for line in table.splitlines() if line.startswith(key + ":")]
 assert row(kernel_before, "{theirs}") == row(torch._C._dispatch_dump_table("_C::" + QUANT), "{theirs}") != []
 if "{theirs}" == "CPU":
@@ -257,7 +261,7 @@ report = vllm.install()
 status = report["_C::" + QUANT]
 assert status.startswith("left alone: argument 0 is Tensor! q, not Tensor q_in") and "slot_mapping" in status, status
 assert torch._C._dispatch_dump_table("_C::" + QUANT) == table
-assert report["_C::" + BF16] == report["_C::" + FP8] == "registered", report
+assert report["_C::" + BF16] == report["_C::" + FP8] == REGISTERED, report
 """)
 
 
@@ -277,7 +281,7 @@ library.impl("{QUANT}", lambda q_in, *rest: q_in, "CUDA")
         """
 import importlib
 report = vllm.install()
-assert report == dict.fromkeys(NAMES, "registered") | {NAMES[0]: "implemented"}, report
+assert report == ALL_REGISTERED | {NAMES[0]: "implemented: CPU; kept: CUDA"}, report
 assert_serves_quant_insert()
 importlib.import_module("vllm._C_stable_libtorch")
 """,
@@ -285,12 +289,13 @@ importlib.import_module("vllm._C_stable_libtorch")
     )
 
 
-def test_a_vllm_that_cannot_load_is_tolerated(scenario: Scenario, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "AttributeError", "ValueError"])
+def test_a_vllm_that_cannot_load_is_tolerated(scenario: Scenario, tmp_path: Path, error: str) -> None:
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('torch is too new')")
+    (package / "__init__.py").write_text(f"raise {error}('torch is too new')")
     scenario(
-        "assert vllm.install() == dict.fromkeys(NAMES, 'registered')\nassert_serves_quant_insert()",
+        "assert vllm.install() == ALL_REGISTERED\nassert_serves_quant_insert()",
         first=package.parent,
     )
 
@@ -364,7 +369,7 @@ own = {{name: what for name, what in report.items() if name.startswith("_C_custo
 assert len(own) == 10
 assert set(own.values()) == {{"kept: _C_custom_ar::dispose has kernels of its own, and shares handles with it"}}, own
 assert not hasattr(torch.ops._C_custom_ar, "init_custom_ar")
-assert report[NAMES[0]] == "registered"
+assert report[NAMES[0]] == REGISTERED
 """)
 
 
@@ -376,7 +381,7 @@ theirs = torch.library.Library("_C_custom_ar", "FRAGMENT")
 for alias in vllm.ALIASES[5:9]:
     theirs.define(alias.schema.partition("::")[2])
 report = vllm.install()
-assert [report[alias.name] for alias in vllm.ALIASES[5:9]] == ["implemented"] * 4, report
+assert [report[alias.name] for alias in vllm.ALIASES[5:9]] == [IMPLEMENTED] * 4, report
 drive()
 """)
 
@@ -407,7 +412,7 @@ from abiding import mxfp8_moe, reference
 from abiding.testing.cases.mxfp8_moe import GemmCase
 report = vllm.install()
 for name in ("mxfp8_experts_quant", "cutlass_mxfp8_grouped_mm"):
-    assert report["_C::" + name] == "registered"
+    assert report["_C::" + name] == REGISTERED + " (in no vLLM since 0.26)"
     assert str(op(name).default._schema) == str(op(name, "abiding").default._schema).replace("abiding::", "_C::")
 i = GemmCase((5, 0, 130), 128, 256).make()
 sizes = i.expert_offsets.diff()
@@ -429,3 +434,9 @@ for run in (call, compiled):
         run(i.x, i.weight, scales, out, torch.zeros(135, 256, dtype=torch.float8_e4m3fn), codes)
         assert_bitwise_equal(out, expected)
 """)
+
+
+def test_the_former_name_is_the_same_module() -> None:
+    import abiding.compat.vllm as former
+
+    assert former is vllm
