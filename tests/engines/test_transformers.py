@@ -91,7 +91,7 @@ def test_a_model_generates_through_abiding(model_type: str, load: Callable[..., 
         expected = exact(ids).logits
         theirs = relative_error(plain(ids).logits, expected)
     assert relative_error(logits, expected) < 1.25 * theirs + 1e-3
-    assert max(layer_errors(model, ids)) < 0.004  # docs/mxfp8_moe.md has 0.17 % for w8a16
+    assert max(layer_errors(model, ids)) < 0.005  # five roundings to bfloat16, of 0.17 % each, make 0.38 %
 
     calls = Calls()
     with calls:
