@@ -1,4 +1,6 @@
-"""Compare variants of an engine, from the files that ``engine.py`` wrote: FOLDER STOCK OTHER...
+"""Compare variants of an engine, from the files that ``engine.py`` wrote.
+
+    compare.py FOLDER STOCK OTHER...
 
 Gate: the mean difference of forced log-probabilities to stock is at most twice what stock differs from itself (the same
 texts again, and one by one). Greedy tokens are no gate: stock does not reproduce its own. A variant named "spoilt" must
@@ -7,6 +9,7 @@ fail the gate by far, and every variant of ours must have our kernels in its cap
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -67,4 +70,8 @@ def main(folder: Path, variants: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("variants", nargs="+", help="the first is what the others are compared with")
+    given = parser.parse_args()
+    sys.exit(main(given.folder, given.variants))
