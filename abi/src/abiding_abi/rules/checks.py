@@ -104,10 +104,10 @@ RULES = (
     ),
     Rule(
         "CHK010",
-        "c10::toString(dtype)",
+        "torch::toString(dtype), at::toString (c10::toString still compiles)",
         "torch::headeronly::toString(dtype)",
-        (Name(("toString",), to="torch::headeronly::toString"),),
-        before="auto name = c10::toString(t.scalar_type());",
+        (Name(("toString",), to="torch::headeronly::toString", legal=("at", "c10")),),
+        before="auto name = torch::toString(t.scalar_type());",
         after="auto name = torch::headeronly::toString(t.scalar_type());",
     ),
     Rule(

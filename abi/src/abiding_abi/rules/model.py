@@ -33,6 +33,8 @@ class Name:
     spaces: tuple[str, ...] = ("at", "c10", "torch")
     called: bool | None = None
     """True: only where a call follows; False: only where none does."""
+    legal: tuple[str, ...] = ()
+    """Namespaces in which header-only torch declares the same name: that spelling compiles and is only a note."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""Reading C++ expressions in text whose comments and literals are blank: brackets, arguments, receivers."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_BRACKETS = re.compile(r"[()\[\]{}]")
+_OPEN = {")": "(", "]": "[", "}": "{"}
+_WORD_END = re.compile(r"[A-Za-z_]\w*\Z")
+_ANGLE_STOP = re.compile(r"[<>;{}()&|]")
+LIMIT = 200_000
+"""Characters after which a bracket counts as not closed: half a file must not cost its square."""
+
+
+class Span(NamedTuple):
+    """A half-open range of offsets."""
+
+    start: int
+    end: int
+
+
+def skip_space(code: str, at: int) -> int:
+    """The first offset at or after ``at`` that is no white space (a line's continuation counts as such)."""
+    size = len(code)
+    while at < size and (code[at].isspace() or (code[at] == "\\" and code[at + 1 : at + 2] in ("\n", "\r"))):
+        at += 1
+    return at
+
+
+def back_over_space(code: str, at: int) -> int:
+    """The end of what stands before ``at``, white space left out."""
+    while at > 0 and (code[at - 1].isspace() or (code[at - 1] == "\\" and code[at : at + 1] in ("\n", "\r"))):
+        at -= 1
+    return at
+
+
+def closing(code: str, at: int) -> int:
+    """The offset of the bracket that closes the one at ``at``; -1 if there is none."""
+    stack: list[str] = []
+    for match in _BRACKETS.finditer(code, at, min(len(code), at + LIMIT)):
+        bracket = match.group()
+        if bracket in "([{":
+            stack.append(bracket)
+        elif stack and stack[-1] == _OPEN[bracket]:
+            stack.pop()
+            if not stack:
+                return match.start()
+        else:
+            return -1
+    return -1
+
+
+def opening(code: str, at: int) -> int:
+    """The offset of the bracket that the one at ``at`` closes; -1 if there is none."""
+    stack: list[str] = []
+    low = max(0, at - LIMIT)
+    while at >= low:
+        char = code[at]
+        if char in ")]}":
+            stack.append(_OPEN[char])
+        elif char in "([{":
+            if not stack or stack.pop() != char:
+                return -1
+            if not stack:
+                return at
+        at -= 1
+    return -1
+
+
+def closing_angle(code: str, at: int) -> int:
+    """The ``>`` that closes the template list opened at ``at``; -1 if it is a comparison."""
+    depth = 0
+    position = at
+    end = min(len(code), at + 2000)
+    while position < end:
+        match = _ANGLE_STOP.search(code, position, end)
+        if not match:
+            return -1
+        char, position = match.group(), match.end()
+        if char == "<":
+            depth += 1
+        elif char == ">":
+            if code[match.start() - 1] == "-":
+                continue
+            depth -= 1
+            if depth == 0:
+                return match.start()
+        elif char == "(":
+            close = closing(code, match.start())
+            if close < 0:
+                return -1
+            position = close + 1
+        elif char in ";{})" or code[position : position + 1] == char:
+            return -1
+    return -1
+
+
+def opening_angle(code: str, at: int) -> int:
+    """The ``<`` that the ``>`` at ``at`` closes; -1 if it is a comparison."""
+    depth = 0
+    low = max(0, at - 2000)
+    while at >= low:
+        char = code[at]
+        if char == ">" and code[at - 1] != "-":
+            depth += 1
+        elif char == "<":
+            depth -= 1
+            if depth == 0:
+                return at
+        elif char == ")":
+            at = opening(code, at)
+            if at < 0:
+                return -1
+        elif char in ";{}(":
+            return -1
+        at -= 1
+    return -1
+
+
+def split(code: str, start: int, end: int, separator: str = ",") -> list[Span]:
+    """The parts between top-level separators, white space around them left out; none for an empty range."""
+    parts: list[Span] = []
+    begin = at = start
+    while at < end:
+        char = code[at]
+        if char in "([{":
+            close = closing(code, at)
+            if close < 0 or close >= end:
+                break
+            at = close
+        elif char == "<" and at > start and (code[at - 1].isalnum() or code[at - 1] == "_"):
+            close = closing_angle(code, at)
+            if 0 <= close < end:
+                at = close
+        elif char == separator:
+            parts.append(trim(code, begin, at))
+            begin = at + 1
+        at += 1
+    last = trim(code, begin, end)
+    if parts or last.start < last.end:
+        parts.append(last)
+    return parts
+
+
+def trim(code: str, start: int, end: int) -> Span:
+    """The range without white space at its ends."""
+    start = min(skip_space(code, start), end)
+    return Span(start, max(start, back_over_space(code, end)))
+
+
+def arguments(code: str, at: int) -> tuple[list[Span], int] | None:
+    """Arguments of the call whose parenthesis opens at ``at``, and the offset behind the closing one."""
+    if code[at : at + 1] != "(":
+        return None
+    close = closing(code, at)
+    return None if close < 0 else (split(code, at + 1, close), close + 1)
+
+
+def receiver(code: str, at: int) -> int:
+    """The start of the postfix expression that ends at ``at`` (where ``.`` or ``->`` stands)."""
+    start = at
+    need = True
+    while True:
+        end = back_over_space(code, start)
+        if end == 0:
+            return start
+        char = code[end - 1]
+        if char in ")]" and need:
+            open_at = opening(code, end - 1)
+            if open_at < 0:
+                return start
+            start = open_at
+            before = back_over_space(code, open_at)
+            follows = before > 0 and (code[before - 1].isalnum() or code[before - 1] in "_)]>")
+            if not follows or (char == ")" and _is_keyword(code, before)):
+                return start
+            continue
+        if char == ">" and code[end - 2 : end] != "->" and need:
+            open_at = opening_angle(code, end - 1)
+            if open_at < 0:
+                return start
+            start = open_at
+            continue
+        if need and (word := _WORD_END.search(code, max(0, end - 200), end)):
+            start = word.start()
+            need = False
+            continue
+        if not need:
+            if code[end - 2 : end] in ("::", "->"):
+                start = end - 2
+                if code[end - 2 : end] == "::" and not _name_before(code, start):
+                    return start
+                need = True
+                continue
+            if char == ".":
+                start = end - 1
+                need = True
+                continue
+        return start
+
+
+def _name_before(code: str, at: int) -> bool:
+    end = back_over_space(code, at)
+    return end > 0 and (code[end - 1].isalnum() or code[end - 1] in "_>")
+
+
+def _is_keyword(code: str, end: int) -> bool:
+    word = _WORD_END.search(code, max(0, end - 20), end)
+    return bool(word) and word.group() in {"return", "if", "while", "for", "switch", "case", "throw"}  # type: ignore[union-attr]
