@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ from typing import Annotated
 import typer
 
 from abiding_abi.errors import UserError
+from abiding_abi.progress import progress
+from abiding_abi.versions import parse
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -17,6 +20,64 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def _root() -> None:
     """Move PyTorch extensions to the LibTorch Stable ABI and keep them there."""
+
+
+class Format(str, Enum):
+    """How ``lint`` reports."""
+
+    text = "text"
+    json = "json"
+    sarif = "sarif"
+    github = "github"
+
+
+@app.command()
+def lint(
+    paths: Annotated[list[Path], typer.Argument(help="C++ and CUDA sources, or folders of them.")],
+    target: Annotated[str | None, typer.Option(help="The oldest torch that the binary has to run on.")] = None,
+    headers: Annotated[str | None, typer.Option(help="The torch whose headers it is built with.")] = None,
+    format: Annotated[Format, typer.Option("--format", "-f", help="How to report.")] = Format.text,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report to a file.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Rules, or beginnings of their codes, to leave out.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Patterns of paths to leave out.")] = None,
+    notes: Annotated[bool | None, typer.Option("--notes", help="Report legal but legacy spellings too.")] = None,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Leave included project headers alone.")] = False,
+) -> None:
+    """Find what is outside the stable ABI, and what compiles but is wrong; exit status 1 if there is any."""
+    from abiding_abi import lint as linting
+    from abiding_abi.lint import report
+
+    config = linting.load(
+        Path.cwd(),
+        target=parse(target) if target else None,
+        headers=parse(headers) if headers else None,
+        ignore=tuple(ignore) if ignore else None,
+        exclude=tuple(exclude) if exclude else None,
+        notes=notes,
+        follow=False if no_follow else None,
+    )
+    with progress("reading") as tell:
+        found = linting.run(paths, config, tell)
+    text = report.FORMATS[format.value](found)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+        print(report.summary(found))
+    else:
+        print(text)
+    raise SystemExit(int(any(f.level != "note" for f in found.findings)))
+
+
+@app.command()
+def explain(
+    rule: Annotated[str | None, typer.Argument(help="A rule's code.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List every rule.")] = False,
+) -> None:
+    """Explain a rule: why, replacement, both versions, and an example."""
+    from abiding_abi import explain as explaining
+
+    if not rule and not list_:
+        raise UserError("which rule? 'abiding-abi explain CHK001', or --list")
+    print(explaining.explain(rule) if rule else explaining.listing())
 
 
 @app.command()
@@ -40,7 +101,6 @@ def verify(
     from abiding_abi import headers as torch_headers
     from abiding_abi import verify as verifying
     from abiding_abi.compilers import Options
-    from abiding_abi.versions import parse
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ RULES = (
         "none",
         (Name(("*",)),),
         kind="decide",
-        before="auto a = at::native::nothing(t);",
+        before="auto a = at::nothing(t);",
         after="",
     ),
     Rule(

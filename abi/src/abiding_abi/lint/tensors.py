@@ -1,0 +1,391 @@
+"""Which expressions are tensors: declarations and what follows from them, read without a compiler.
+
+Knowledge is by function: a name means the last declaration before its use in the same outermost function body
+(parameters included), else a member or a global. What cannot be decided is not called a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from abiding_abi import lexical
+from abiding_abi.rules.stable import NOT_TENSORS, TENSOR_LISTS
+from abiding_abi.source import Source
+
+Kind = Literal["tensor", "list", "optional", "auto", "other"]
+
+_DECLARATION = re.compile(
+    r"(?:\b([A-Za-z_]\w*)|(>))(?:\s*[*&]+\s*|\s+)(?:(?:const|__restrict__|__restrict)\b\s*&?\s*)?"
+    r"([A-Za-z_]\w*)\s*(?=([;,=)({:\[]))"
+)
+_MORE = re.compile(r"\s*,\s*[&*]?\s*([A-Za-z_]\w*)\s*(?=[,;=({])")
+_NOT_TYPES = frozenset(
+    (
+        "return",
+        "new",
+        "else",
+        "delete",
+        "case",
+        "goto",
+        "throw",
+        "typename",
+        "class",
+        "struct",
+        "using",
+        "namespace",
+        "operator",
+        "co_return",
+        "define",
+        "include",
+        "public",
+        "private",
+        "and",
+        "or",
+        "not",
+        "typedef",
+        "template",
+        "enum",
+        "union",
+        "default",
+        "if",
+        "while",
+        "extern",
+        "inline",
+        "static",
+    )
+)
+_BRACES = re.compile(r"[{}]")
+_STATEMENT = re.compile(r"[()\[\]{};]")
+_SCOPE = re.compile(r"(?:\b(?:namespace|class|struct|union|enum)\b[^;{}()]*|\bextern\s*\"[^\"]*\"\s*)\Z")
+_TENSOR_TEMPLATE = re.compile(
+    r"\b(vector|array|ArrayRef|HeaderOnlyArrayRef|optional|List|initializer_list|reference_wrapper)\s*<"
+)
+_ALIAS = re.compile(
+    r"\busing\s+(\w+)\s*=\s*(?:at|torch|c10)\s*::\s*(?:stable\s*::\s*)?Tensor\s*;|"
+    r"\btypedef\s+(?:at|torch|c10)\s*::\s*(?:stable\s*::\s*)?Tensor\s+(\w+)\s*;"
+)
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*\Z")
+_CAST = re.compile(r"(?:std\s*::\s*)?(?:move|forward|as_const)\b")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """One declared name; ``value`` is the range of its initializer where the type is auto."""
+
+    name: str
+    kind: Kind
+    at: int
+    value: lexical.Span | None = None
+    ranged: bool = False
+    called: bool = False
+
+
+@dataclass
+class Vocabulary:
+    """What a project's files tell each other: names of tensor type, functions that return tensors, tensor members."""
+
+    types: set[str] = field(default_factory=lambda: {"Tensor"})
+    functions: dict[str, Kind] = field(default_factory=dict)
+    members: dict[str, Kind] = field(default_factory=dict)
+
+    def add(self, other: Vocabulary) -> None:
+        """Take over another file's."""
+        self.types |= other.types
+        self.functions.update(other.functions)
+        self.members.update(other.members)
+
+
+class Tensors:
+    """The tensors of one file."""
+
+    def __init__(self, source: Source, shared: Vocabulary | None = None) -> None:
+        self.code = source.code
+        self.shared = shared or Vocabulary()
+        self._depth = 0
+
+    @cached_property
+    def types(self) -> set[str]:
+        """Names that mean the tensor type, without namespaces."""
+        found = {m[1] or m[2] for m in _ALIAS.finditer(self.code)} if "Tensor" in self.code else set()
+        return found | {"Tensor"} | self.shared.types
+
+    @cached_property
+    def functions(self) -> list[tuple[int, int]]:
+        """Outermost function bodies: start of the signature's line and end of the body."""
+        found: list[tuple[int, int]] = []
+        outer = 0
+        start = -1
+        stack: list[bool] = []
+        last_end = 0
+        for match in _BRACES.finditer(self.code):
+            if match.group() == "{":
+                if outer:
+                    stack.append(False)
+                    outer += 1
+                    continue
+                scope = bool(_SCOPE.search(self.code, max(last_end, match.start() - 300), match.start()))
+                stack.append(scope)
+                if not scope:
+                    outer, start = 1, last_end
+                last_end = match.end()
+            elif stack:
+                if not stack.pop():
+                    outer -= 1
+                    if not outer:
+                        found.append((start, match.end()))
+                        last_end = match.end()
+                else:
+                    last_end = match.end()
+            elif not outer:
+                last_end = match.end()
+        if outer:
+            found.append((start, len(self.code)))
+        return found
+
+    def function_at(self, at: int) -> tuple[int, int] | None:
+        """The outermost function around an offset."""
+        starts = self._starts
+        index = bisect_right(starts, at) - 1
+        if index >= 0 and self.functions[index][1] > at:
+            return self.functions[index]
+        return None
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [start for start, _ in self.functions]
+
+    @cached_property
+    def declarations(self) -> dict[str, list[Declaration]]:
+        """Declarations by name, in order."""
+        found: dict[str, list[Declaration]] = defaultdict(list)
+        code = self.code
+        for match in _DECLARATION.finditer(code):
+            word, name, follows = match[1], match[3], match[4]
+            if word in _NOT_TYPES or name in _NOT_TYPES:
+                continue
+            kind: Kind = "other"
+            value: lexical.Span | None = None
+            ranged = False
+            if word is None:
+                kind = self._template_kind(match.start(2))
+            elif word in self.types:
+                kind = "tensor"
+            elif word in ("TensorList", "tensor_list", "variable_list"):
+                kind = "list"
+            elif word in ("auto", "const") and re.search(r"\bauto\b", code[max(0, match.start() - 12) : match.end(1)]):
+                kind = "auto"
+                if follows == "=":
+                    begin = lexical.skip_space(code, match.end() + 1)
+                    value = lexical.Span(begin, _statement_end(code, begin))
+                elif follows == ":":
+                    begin = lexical.skip_space(code, match.end() + 1)
+                    value = lexical.Span(begin, _statement_end(code, begin))
+                    ranged = True
+            declaration = Declaration(name, kind, match.start(3), value, ranged, follows == "(")
+            found[name].append(declaration)
+            if kind in ("tensor", "list", "optional") and follows in ",=;({":
+                self._more(match, declaration, found)
+        return found
+
+    def _more(self, match: re.Match[str], first: Declaration, found: dict[str, list[Declaration]]) -> None:
+        """Further declarators of the same statement: ``Tensor a = f(x), b;``."""
+        code, at = self.code, match.end()
+        for _ in range(20):
+            if code[at : at + 1] == "=":
+                end = _statement_end(code, at + 1)
+                at = _declarator_end(code, at + 1, end)
+            elif code[at : at + 1] in ("(", "{"):
+                close = lexical.closing(code, at)
+                if close < 0:
+                    return
+                at = lexical.skip_space(code, close + 1)
+            more = _MORE.match(code, at)
+            if not more:
+                return
+            found[more[1]].append(Declaration(more[1], first.kind, more.start(1)))
+            at = more.end()
+
+    def _template_kind(self, at: int) -> Kind:
+        start = lexical.opening_angle(self.code, at)
+        if start < 0:
+            return "other"
+        inner = self.code[start + 1 : at]
+        if not any(re.search(rf"\b{name}\b", inner) for name in self.types):
+            return "other"
+        head = _TENSOR_TEMPLATE.search(self.code, max(0, start - 24), start + 1)
+        if not head or head.end() != start + 1:
+            return "other"
+        return {"optional": "optional", "reference_wrapper": "other"}.get(head[1], "list")  # type: ignore[return-value]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What this file tells the others."""
+        result = Vocabulary(set(self.types))
+        for name, declarations in self.declarations.items():
+            for declaration in declarations:
+                if declaration.kind not in ("tensor", "list", "optional"):
+                    continue
+                if declaration.called:
+                    result.functions.setdefault(name, declaration.kind)
+                elif self.function_at(declaration.at) is None:
+                    result.members.setdefault(name, declaration.kind)
+        return result
+
+    def lookup(self, name: str, at: int) -> Kind:
+        """What a name means at an offset."""
+        region = self.function_at(at)
+        best: Declaration | None = None
+        for declaration in self.declarations.get(name, ()):
+            if declaration.at >= at:
+                break
+            inside = region is not None and region[0] <= declaration.at < region[1]
+            if inside or self.function_at(declaration.at) is None:
+                best = declaration if inside or best is None or not _inside(best, region) else best
+        if best is None:
+            return self.shared.members.get(name, "other")
+        if best.kind != "auto":
+            return best.kind
+        if best.value is None or self._depth > 12:
+            return "other"
+        self._depth += 1
+        try:
+            kind = self.infer(*best.value)
+        finally:
+            self._depth -= 1
+        if best.ranged:
+            return "tensor" if kind == "list" else "other"
+        return kind
+
+    def infer(self, start: int, end: int) -> Kind:
+        """What an expression is."""
+        code = self.code
+        start, end = lexical.trim(code, start, end)
+        if start >= end or self._depth > 12:
+            return "other"
+        self._depth += 1
+        try:
+            return self._infer(code, start, end)
+        finally:
+            self._depth -= 1
+
+    def _infer(self, code: str, start: int, end: int) -> Kind:
+        if code[start] == "*":
+            return "tensor" if self.infer(start + 1, end) == "optional" else "other"
+        for operator in "?", "+", "-", "*", "/":
+            if operator in code[start:end]:
+                parts = lexical.split(code, start, end, operator)
+                if len(parts) > 1 and not any(code[p.start : p.start + 1] == ">" for p in parts):
+                    if operator == "?":
+                        branches = lexical.split(code, *parts[1], ":")
+                        return self.infer(*branches[0]) if branches else "other"
+                    return "tensor" if any(self.infer(*p) == "tensor" for p in parts if p.start < p.end) else "other"
+        first = lexical.receiver(code, end)
+        if first > start:
+            return "other"
+        last = code[end - 1]
+        if last == ")":
+            return self._call(code, start, end)
+        if last == "]":
+            kind = self.infer(start, lexical.opening(code, end - 1))
+            return "tensor" if kind in ("tensor", "list") else "other"
+        if last == "}":
+            return "other"
+        word = _IDENTIFIER.search(code, start, end)
+        if not word:
+            return "other"
+        if word.start() == start:
+            return self.lookup(word.group(), start)
+        before = code[lexical.back_over_space(code, word.start()) - 1]
+        if before in ".>":
+            return self.shared.members.get(word.group()) or self.vocabulary.members.get(word.group(), "other")
+        return "other"
+
+    def _call(self, code: str, start: int, end: int) -> Kind:
+        open_at = lexical.opening(code, end - 1)
+        if open_at <= start:
+            return self.infer(open_at + 1, end - 1) if open_at == start else "other"
+        name_end = lexical.back_over_space(code, open_at)
+        if code[name_end - 1] == ">":
+            angle = lexical.opening_angle(code, name_end - 1)
+            name_end = lexical.back_over_space(code, angle) if angle > start else name_end
+        word = _IDENTIFIER.search(code, start, name_end)
+        if not word:
+            return "other"
+        name = word.group()
+        before = lexical.back_over_space(code, word.start())
+        if before > start and (code[before - 1] == "." or code[before - 2 : before] == "->"):
+            arrow = code[before - 1] != "."
+            kind = self.infer(start, before - (2 if arrow else 1))
+            if kind == "tensor" or (kind == "optional" and arrow):
+                if name in TENSOR_LISTS:
+                    return "list"
+                return "other" if name in NOT_TENSORS else "tensor"
+            if kind == "optional" and name in ("value", "value_or"):
+                return "tensor"
+            if kind == "list" and name in ("at", "front", "back"):
+                return "tensor"
+            return "other"
+        head = code[start : word.start()].replace(" ", "")
+        if head.startswith(("at::", "torch::", "::at::", "::torch::")):
+            return _library_result(head.lstrip(":"), name)
+        if _CAST.fullmatch(head + name):
+            return self.infer(open_at + 1, end - 1)
+        if name in self.types:
+            return "tensor"
+        return self.shared.functions.get(name) or self.vocabulary.functions.get(name, "other")
+
+    def is_tensor(self, start: int, end: int, arrow: bool = False) -> bool:
+        """Whether the receiver in front of ``.`` (or ``->``) is a tensor."""
+        kind = self.infer(start, end)
+        return kind == "tensor" or (arrow and kind == "optional")
+
+
+def _inside(declaration: Declaration, region: tuple[int, int] | None) -> bool:
+    return region is not None and region[0] <= declaration.at < region[1]
+
+
+def _library_result(head: str, name: str) -> Kind:
+    """The result of a function of torch by its name."""
+    space = head.split("::")[1] if head.count("::") > 1 else ""
+    if space not in ("", "stable", "native", "nn", "linalg", "special", "indexing") or name[:1].isupper():
+        return "other"
+    if name in TENSOR_LISTS - {"where"}:
+        return "list"
+    if name in ("dtype", "device", "get_num_threads", "parallel_for", "elementSize", "toString", "ceil_div", "layout"):
+        return "other"
+    return "other" if name in NOT_TENSORS or name.startswith(("is", "get", "check")) else "tensor"
+
+
+def _statement_end(code: str, at: int) -> int:
+    """The end of the expression that starts at ``at``: its ``;``, or the bracket that closes around it."""
+    depth = 0
+    for match in _STATEMENT.finditer(code, at, min(len(code), at + 20_000)):
+        char = match.group()
+        if char in "([{":
+            depth += 1
+        elif char in ")]}":
+            if not depth:
+                return match.start()
+            depth -= 1
+        elif not depth:
+            return match.start()
+    return at
+
+
+def _declarator_end(code: str, at: int, end: int) -> int:
+    parts = lexical.split(code, at, end)
+    return parts[0].end if parts else end
+
+
+def merge(parts: Iterable[Vocabulary]) -> Vocabulary:
+    """One vocabulary of several files'."""
+    result = Vocabulary()
+    for part in parts:
+        result.add(part)
+    return result

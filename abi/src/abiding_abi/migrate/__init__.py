@@ -1,0 +1,3 @@
+"""``migrate``: rewrite sources."""
+
+PASSES: frozenset[str] = frozenset()
