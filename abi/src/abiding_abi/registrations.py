@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from abiding_abi import lexical
 from abiding_abi.boxing import joined_literal
 from abiding_abi.source import Source
 
-_BLOCK = re.compile(r"\b(STABLE_)?TORCH_LIBRARY(_FRAGMENT|_IMPL|_EXPAND|_IMPL_EXPAND)?\s*(?=\()")
+_BLOCK = re.compile(r"(STABLE_)?TORCH_LIBRARY(_FRAGMENT|_IMPL|_EXPAND|_IMPL_EXPAND)?\s*(?=\()")
 _FUNCTION = re.compile(r"(?:TORCH_BOX|TORCH_FN)?\s*\(?\s*&?\s*((?:\w+\s*::\s*)*\w+)\s*\)?\s*\Z")
 
 
@@ -43,6 +44,7 @@ class Block:
     calls: tuple[Call, ...]
 
 
+@lru_cache(maxsize=4096)
 def blocks(source: Source) -> list[Block]:
     """The registration blocks of a file."""
     code = source.code
@@ -50,6 +52,8 @@ def blocks(source: Source) -> list[Block]:
     if "TORCH_LIBRARY" not in code:
         return found
     for match in _BLOCK.finditer(code):
+        if code[match.start() - 1 : match.start()].isalnum() or code[match.start() - 1 : match.start()] == "_":
+            continue
         read = lexical.arguments(code, match.end())
         if not read or len(read[0]) < 2:
             continue

@@ -21,14 +21,17 @@ EXTENSIONS = frozenset((".cpp", ".cc", ".cxx", ".c", ".cu", ".cuh", ".h", ".hpp"
 MAX_BYTES = 16 * 1024 * 1024
 """Larger files are generated data, not sources that a person maintains."""
 
+# Every alternative begins with a literal character, so that the search skips from one to the next without matching.
 _HIDDEN = re.compile(
     r"""//(?:[^\n\\]|\\(?:\r?\n)?.?)*"""
     r"""|/\*.*?(?:\*/|\Z)"""
-    r"""|(?<!\w)(?:u8|[uUL])?R"(?P<delimiter>[^ ()\\\t\r\n]{0,16})\(.*?\)(?P=delimiter)\""""
+    r"""|R"(?P<delimiter>[^ ()\\\t\r\n]{0,16})\(.*?\)(?P=delimiter)\""""
     r"""|"(?:[^"\\\n]|\\(?:\r\n|.))*(?:"|(?=\n)|\Z)"""
-    r"""|(?<![0-9A-Za-z_])(?:u8|[uUL])?'(?:[^'\\\n]|\\.)+'""",
+    r"""|'(?:[^'\\\n]|\\.)+'""",
     re.DOTALL,
 )
+_DIGITS = frozenset("0123456789abcdefABCDEF")
+"""Before an apostrophe they make it a separator: 1'000."""
 _NOT_NEWLINE = re.compile(r"[^\n]")
 _CONDITION = re.compile(r"^[ \t]*#[ \t]*(if|ifdef|ifndef|elif|else|endif)\b[ \t]*([^\n]*)", re.MULTILINE)
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*(?:<([^>\n]+)>|\"([^\"\n]+)\")", re.MULTILINE)
@@ -76,10 +79,13 @@ class Source:
         if text.startswith("\xef\xbb\xbf"):
             parts.append("   ")
             at = 3
-        for match in _HIDDEN.finditer(text):
+        search = at
+        while match := _HIDDEN.search(text, search):
             start, end = match.span()
-            if start < at:
+            if text[start] == "'" and start and text[start - 1] in _DIGITS:
+                search = start + 1
                 continue
+            search = end
             parts.append(text[at:start])
             found = match.group()
             if found[0] == "/":

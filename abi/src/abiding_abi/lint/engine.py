@@ -10,14 +10,14 @@ from fnmatch import fnmatch
 from functools import cache, cached_property
 
 from abiding_abi import lexical
-from abiding_abi.lint.facts import SPACES, Facts
+from abiding_abi.lint.facts import SPACES, Facts, declared_types
 from abiding_abi.lint.project import Project
 from abiding_abi.lint.tensors import Tensors
 from abiding_abi.rules import Check, Include, Level, Macro, Match, Method, Name, Rule, table
 from abiding_abi.rules.stable import C10_NAMES, MACROS, MEMBERS, STABLE_SPACES
 from abiding_abi.source import Source
 
-_PATH = r"([A-Za-z_]\w*(?:\s*::\s*[A-Za-z_]\w*)*)"
+_QUALIFIED = re.compile(r"::\s*([A-Za-z_]\w*(?:\s*::\s*[A-Za-z_]\w*)*)")
 _MEMBER = re.compile(r"(\.|->)\s*(?:template\s+)?([A-Za-z_]\w*)\s*(?=([(<;,)=.\[]))")
 _WORD = re.compile(r"\b[A-Za-z_]\w*")
 _DIRECTIVE_WORD = re.compile(r"#[ \t]*(?:define|undef|ifdef|ifndef)[ \t]+\Z|\bdefined[ \t]*\(?[ \t]*\Z")
@@ -143,7 +143,7 @@ def index() -> _Index:
     open_macros.sort(key=lambda item: -len(item[0]))
     heads = {re.escape(name) for name, _, _ in open_macros}
     heads |= {re.escape(name) + r"\b" for name in macros if not name.startswith(tuple(n for n, _, _ in open_macros))}
-    pattern = re.compile(rf"\b(?:{'|'.join(sorted(heads, key=len, reverse=True))})\w*")
+    pattern = re.compile(rf"(?:{'|'.join(sorted(heads, key=len, reverse=True))})\w*")
     return _Index(names, open_names, macros, open_macros, methods, includes, checks, pattern, fallback)
 
 
@@ -201,16 +201,21 @@ def _includes(context: Context) -> Iterator[Hit]:
 def _qualified(context: Context) -> Iterator[Hit]:
     code = context.code
     aliases = context.facts.aliases
-    spaces = "|".join(sorted((*SPACES, "caffe2", *map(re.escape, aliases)), key=len, reverse=True))
-    if not re.search(rf"\b(?:{spaces})\s*::", code):
-        return
-    pattern = re.compile(rf"(?<![\w:])(?:::\s*)?\b({spaces})\s*::\s*{_PATH}")
-    for match in pattern.finditer(code):
-        space, path = match[1], match[2]
+    spaces = {*SPACES, "caffe2", *aliases}
+    for match in _QUALIFIED.finditer(code):
+        before = lexical.back_over_space(code, match.start())
+        space, path = _last_word(code, before), match[1]
+        start, inner = before - len(space), match.start(1)
+        if not space and code[before - 1 : before] != ">":
+            space, _, path = path.partition("::")
+            space, start, inner = space.strip(), match.start(), inner + len(space) + 2
+            path = path.lstrip()
+        if space not in spaces or not path or (code[start - 2 : start] == "::" and start != match.start()):
+            continue
         if space in aliases:
-            space, _, inner = aliases[space].partition("::")
-            path = f"{inner}::{path}" if inner else path
-        hit = _named(context, space, path, match.start(), match.start(2), match.end())
+            space, _, outer = aliases[space].partition("::")
+            path = f"{outer}::{path}" if outer else path
+        hit = _named(context, space, path, start, inner, match.end())
         if hit:
             yield hit
 
@@ -254,6 +259,8 @@ def _macros(context: Context) -> Iterator[Hit]:
     for match in index().macro_pattern.finditer(code):
         name = match.group()
         before = code[max(0, match.start() - 2) : match.start()]
+        if before[-1:].isalnum() or before[-1:] == "_":
+            continue
         if name in context.facts.macros or before.endswith((".", "::", "->")) or _stable_macro(name):
             continue
         if (
@@ -335,7 +342,8 @@ def _bare(context: Context) -> Iterator[Hit]:
         for name in index().names:
             if name.startswith(prefix) and "::" not in name[len(prefix) :]:
                 candidates.setdefault(name[len(prefix) :], name)
-    for name in (facts.types | facts.macros | _COMMON) - set(facts.names):
+    types = {name for source in context.project.closure(context.source) for name in declared_types(source)}
+    for name in (types | facts.macros | _COMMON) - set(facts.names):
         candidates.pop(name, None)
     if not candidates:
         return

@@ -9,14 +9,14 @@ from abiding_abi.source import Source
 
 SPACES = ("at", "c10", "torch")
 
-_USING_NAMESPACE = re.compile(r"\busing\s+namespace\s+(?:::\s*)?((?:at|c10|torch)(?:\s*::\s*\w+)*)\s*;")
-_USING_NAME = re.compile(r"\busing\s+(?:::\s*)?((?:at|c10|torch)(?:\s*::\s*\w+)+)\s*;")
-_INSIDE = re.compile(r"\bnamespace\s+((?:at|c10|torch)(?:\s*::\s*\w+)*)\s*\{")
-_ALIAS = re.compile(r"\bnamespace\s+(\w+)\s*=\s*(?:::\s*)?((?:at|c10|torch)(?:\s*::\s*\w+)*)\s*;")
+_USING_NAMESPACE = re.compile(r"using\s+namespace\s+(?:::\s*)?((?:at|c10|torch)(?:\s*::\s*\w+)*)\s*;")
+_USING_NAME = re.compile(r"using\s+(?:::\s*)?((?:at|c10|torch)(?:\s*::\s*\w+)+)\s*;")
+_INSIDE = re.compile(r"namespace\s+((?:at|c10|torch)(?:\s*::\s*\w+)*)\s*\{")
+_ALIAS = re.compile(r"namespace\s+(\w+)\s*=\s*(?:::\s*)?((?:at|c10|torch)(?:\s*::\s*\w+)*)\s*;")
 _TYPE_NAME = re.compile(
     r"\b(?:struct|class|enum|enum\s+class|union)\s+(?:[A-Z_]+\s+)?(\w+)\s*(?:final\s*)?[:{]|\busing\s+(\w+)\s*="
 )
-_PYBIND = re.compile(r"\bnamespace\s+(\w+)\s*=\s*pybind11\s*;")
+_PYBIND = re.compile(r"namespace\s+(\w+)\s*=\s*pybind11\s*;")
 
 
 @dataclass
@@ -30,7 +30,6 @@ class Facts:
     aliases: dict[str, str] = field(default_factory=dict)
     """Namespace aliases, with the whole path."""
     macros: set[str] = field(default_factory=set)
-    types: set[str] = field(default_factory=set)
     pybind: set[str] = field(default_factory=set)
 
     def add(self, other: Facts) -> None:
@@ -39,13 +38,17 @@ class Facts:
         self.names.update(other.names)
         self.aliases.update(other.aliases)
         self.macros |= other.macros
-        self.types |= other.types
         self.pybind |= other.pybind
 
 
 def _inner(path: str) -> str:
     parts = [part.strip() for part in path.split("::")]
     return "::".join(parts[1:])
+
+
+def declared_types(source: Source) -> set[str]:
+    """Names of classes, enumerations and aliases that a file declares."""
+    return {match[1] or match[2] for match in _TYPE_NAME.finditer(source.code)}
 
 
 def gather(source: Source) -> Facts:
@@ -70,7 +73,6 @@ def gather(source: Source) -> Facts:
                 facts.names[inner.rpartition("::")[2]] = inner
         for match in _ALIAS.finditer(code):
             facts.aliases[match[1]] = re.sub(r"\s", "", match[2])
-        facts.types |= {m[1] or m[2] for m in _TYPE_NAME.finditer(code)}
         facts.pybind |= {m[1] for m in _PYBIND.finditer(code)}
     facts.macros |= {name for name, _, _ in source.defines}
     return facts

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Hit = tuple[int, int, str]
 
 _LAUNCH = re.compile(r"<<<")
-_GUARD = re.compile(r"\bDeviceGuard\s*(?=[({])")
+_GUARD = re.compile(r"DeviceGuard\s*(?=[({])")
 _NAMED_GUARD = re.compile(r"\b(?:DeviceGuard|CUDAGuard|OptionalCUDAGuard)\b")
 _STABLE = re.compile(r"\btorch\s*::\s*stable\b")
 _TENSOR_DATA = re.compile(r"\b(?:mutable_data_ptr|const_data_ptr|data_ptr)\b")
@@ -71,6 +71,8 @@ def unnamed_guard(context: Context) -> Iterator[Hit]:
     """``DeviceGuard(index);``"""
     code = context.code
     for match in _GUARD.finditer(code):
+        if code[match.start() - 1].isalnum():
+            continue
         begin = lexical.receiver(code, match.end())
         before = code[lexical.back_over_space(code, begin) - 1 : lexical.back_over_space(code, begin)]
         close = lexical.closing(code, match.end())

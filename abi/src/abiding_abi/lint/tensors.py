@@ -20,10 +20,9 @@ from abiding_abi.source import Source
 
 Kind = Literal["tensor", "list", "optional", "auto", "other"]
 
-_DECLARATION = re.compile(
-    r"(?:\b([A-Za-z_]\w*)|(>))(?:\s*[*&]+\s*|\s+)(?:(?:const|__restrict__|__restrict)\b\s*&?\s*)?"
-    r"([A-Za-z_]\w*)\s*(?=([;,=)({:\[]))"
-)
+_DECLARATOR = r"\s*(?:const\b|__restrict__\b)?\s*[*&]*\s*(?:const\b\s*)?([A-Za-z_]\w*)\s*(?=([;,=)({:\[]))"
+_OTHER_TYPE = re.compile(r"(?:\b([A-Za-z_]\w*)|(>))(?:\s*[*&]+\s*|\s+)(?:(?:const|__restrict__|__restrict)\s+)?\Z")
+_LISTS = frozenset(("TensorList", "tensor_list", "variable_list", "auto"))
 _MORE = re.compile(r"\s*,\s*[&*]?\s*([A-Za-z_]\w*)\s*(?=[,;=({])")
 _NOT_TYPES = frozenset(
     (
@@ -108,6 +107,7 @@ class Tensors:
         self.code = source.code
         self.shared = shared or Vocabulary()
         self._depth = 0
+        self._other: dict[str, list[Declaration]] = {}
 
     @cached_property
     def types(self) -> set[str]:
@@ -162,36 +162,63 @@ class Tensors:
 
     @cached_property
     def declarations(self) -> dict[str, list[Declaration]]:
-        """Declarations by name, in order."""
+        """Declarations of tensors, lists of them and auto, by name and in order."""
         found: dict[str, list[Declaration]] = defaultdict(list)
         code = self.code
-        for match in _DECLARATION.finditer(code):
-            word, name, follows = match[1], match[3], match[4]
-            if word in _NOT_TYPES or name in _NOT_TYPES:
-                continue
-            kind: Kind = "other"
-            value: lexical.Span | None = None
-            ranged = False
-            if word is None:
-                kind = self._template_kind(match.start(2))
-            elif word in self.types:
-                kind = "tensor"
-            elif word in ("TensorList", "tensor_list", "variable_list"):
-                kind = "list"
-            elif word in ("auto", "const") and re.search(r"\bauto\b", code[max(0, match.start() - 12) : match.end(1)]):
-                kind = "auto"
-                if follows == "=":
-                    begin = lexical.skip_space(code, match.end() + 1)
-                    value = lexical.Span(begin, _statement_end(code, begin))
-                elif follows == ":":
-                    begin = lexical.skip_space(code, match.end() + 1)
-                    value = lexical.Span(begin, _statement_end(code, begin))
-                    ranged = True
-            declaration = Declaration(name, kind, match.start(3), value, ranged, follows == "(")
-            found[name].append(declaration)
-            if kind in ("tensor", "list", "optional") and follows in ",=;({":
-                self._more(match, declaration, found)
+        if "Tensor" not in code and not self.shared.members and not self.shared.functions:
+            return found
+        for pattern, kind in self._patterns:
+            for match in pattern.finditer(code):
+                if code[match.start() - 1 : match.start()].isalnum() or code[match.start() - 1 : match.start()] == "_":
+                    continue
+                self._declare(match, kind, found)
+        for declarations in found.values():
+            declarations.sort(key=lambda declaration: declaration.at)
         return found
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], Kind]]:
+        lists = ("TensorList", "tensor_list", "variable_list")
+        words: list[tuple[str, Kind]] = [*((name, "tensor") for name in sorted(self.types)), ("auto", "auto")]
+        words += [(name, "list") for name in lists]
+        return [(re.compile(rf"{name}\b(>*){_DECLARATOR}"), kind) for name, kind in words if name in self.code]
+
+    def _declare(self, match: re.Match[str], kind: Kind, found: dict[str, list[Declaration]]) -> None:
+        code, name, follows = self.code, match[2], match[3]
+        value: lexical.Span | None = None
+        if name in _NOT_TYPES or (code[match.start() - 2 : match.start()] == "::" and kind == "auto"):
+            return
+        if match[1]:
+            kind = self._template_kind(match.end(1) - 1) if kind == "tensor" else "other"
+        elif kind == "auto" and follows in "=:":
+            begin = lexical.skip_space(code, match.end() + 1)
+            value = lexical.Span(begin, _statement_end(code, begin))
+        declaration = Declaration(name, kind, match.start(2), value, follows == ":", follows == "(")
+        found[name].append(declaration)
+        if kind in ("tensor", "list", "optional") and follows in ",=;({":
+            self._more(match, declaration, found)
+
+    def _shadows(self, name: str) -> list[Declaration]:
+        """Declarations of a name with any other type."""
+        if name not in self._other:
+            pattern = re.compile(rf"{re.escape(name)}\b\s*(?=[;,=)({{:\[])")
+            self._other[name] = [
+                Declaration(name, "other", match.start())
+                for match in pattern.finditer(self.code)
+                if self._is_declared(match.start())
+            ]
+        return self._other[name]
+
+    def _is_declared(self, at: int) -> bool:
+        code = self.code
+        if code[at - 1 : at].isalnum() or code[at - 1 : at] == "_":
+            return False
+        before = _OTHER_TYPE.search(code, max(0, at - 60), at)
+        if not before:
+            return False
+        if before[1] is None:
+            return "Tensor" not in code[max(0, at - 60) : at] or self._template_kind(before.start(2)) == "other"
+        return before[1] not in _NOT_TYPES and before[1] not in self.types and before[1] not in _LISTS
 
     def _more(self, match: re.Match[str], first: Declaration, found: dict[str, list[Declaration]]) -> None:
         """Further declarators of the same statement: ``Tensor a = f(x), b;``."""
@@ -247,6 +274,9 @@ class Tensors:
             inside = region is not None and region[0] <= declaration.at < region[1]
             if inside or self.function_at(declaration.at) is None:
                 best = declaration if inside or best is None or not _inside(best, region) else best
+        for declaration in self._shadows(name) if best is not None else ():
+            if best is not None and best.at < declaration.at < at and _inside(declaration, region):
+                return "other"
         if best is None:
             return self.shared.members.get(name, "other")
         if best.kind != "auto":
