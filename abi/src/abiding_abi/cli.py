@@ -6,13 +6,16 @@ import sys
 from enum import Enum
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from abiding_abi.errors import UserError
 from abiding_abi.progress import progress
 from abiding_abi.versions import parse
+
+if TYPE_CHECKING:
+    from abiding_abi.ratchet import Ledger
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -78,6 +81,84 @@ def explain(
     if not rule and not list_:
         raise UserError("which rule? 'abiding-abi explain CHK001', or --list")
     print(explaining.explain(rule) if rule else explaining.listing())
+
+
+ratchet_app = typer.Typer(no_args_is_help=True, help="One committed file of counts that may only fall.")
+app.add_typer(ratchet_app, name="ratchet")
+_LEDGER = typer.Option("--file", help="The committed file.")
+_BINARY = typer.Option("--binary", "-b", help="Shared libraries whose unstable symbols count too.")
+
+
+@ratchet_app.command("init")
+def ratchet_init(
+    paths: Annotated[list[Path], typer.Argument(help="Sources, or folders of them.")],
+    binary: Annotated[list[Path] | None, _BINARY] = None,
+    file: Annotated[Path, _LEDGER] = Path("abi-ratchet.json"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Count what is there and write it down."""
+    from abiding_abi import lint as linting
+    from abiding_abi import ratchet
+
+    if file.exists() and not force:
+        raise UserError(f"{file} exists; 'ratchet tighten' lowers it, --force starts anew")
+    config = linting.load(Path.cwd())
+    with progress("reading") as tell:
+        ledger = ratchet.measure(paths, binary or [], config, tell)
+    ratchet.write(file, ledger)
+    print(f"{file}: {ratchet.total(ledger)}")
+
+
+@ratchet_app.command("check")
+def ratchet_check(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Other paths than the file names.")] = None,
+    binary: Annotated[list[Path] | None, _BINARY] = None,
+    file: Annotated[Path, _LEDGER] = Path("abi-ratchet.json"),
+) -> None:
+    """Fail where a count rose, moved to another file, or fell without being written down."""
+    from abiding_abi import ratchet
+
+    allowed, now = _counted(paths, binary, file)
+    rises, stale = ratchet.compare(allowed, now)
+    for line in rises:
+        print(line)
+    for line in stale:
+        print(f"{line}: run 'abiding-abi ratchet tighten'")
+    print(f"{'fails' if rises or stale else 'holds'}: {ratchet.total(now)}")
+    raise SystemExit(int(bool(rises or stale)))
+
+
+@ratchet_app.command("tighten")
+def ratchet_tighten(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Other paths than the file names.")] = None,
+    binary: Annotated[list[Path] | None, _BINARY] = None,
+    file: Annotated[Path, _LEDGER] = Path("abi-ratchet.json"),
+) -> None:
+    """Write lower counts down; refuse where any rose."""
+    from abiding_abi import ratchet
+
+    allowed, now = _counted(paths, binary, file)
+    rises, stale = ratchet.compare(allowed, now)
+    if rises:
+        print("\n".join(rises))
+        print(f"not tightened: {len(rises)} counts rose")
+        raise SystemExit(1)
+    ratchet.write(file, now)
+    print(f"{len(stale)} entries lowered: {ratchet.total(now)}")
+
+
+def _counted(paths: list[Path] | None, binary: list[Path] | None, file: Path) -> tuple[Ledger, Ledger]:
+    from abiding_abi import lint as linting
+    from abiding_abi import ratchet
+
+    allowed = ratchet.read(file)
+    config = linting.load(Path.cwd())
+    sources = paths or [config.root / path for path in allowed.paths]
+    binaries = binary or [config.root / path for path in allowed.binary_paths]
+    with progress("reading") as tell:
+        now = ratchet.measure(sources, binaries, config, tell)
+    now.paths, now.binary_paths = allowed.paths, allowed.binary_paths
+    return allowed, now
 
 
 @app.command()

@@ -84,6 +84,7 @@ def find(project: Project, source: Source) -> tuple[list[Finding], int]:
     allows = _allows(source)
     kept: list[Finding] = []
     allowed = 0
+    path = shown(source.path, config)
     for hit in hits:
         line = source.line_of(hit.start)
         allow = next((a for a in allows if line in a.lines and hit.rule.code in a.codes), None)
@@ -91,17 +92,17 @@ def find(project: Project, source: Source) -> tuple[list[Finding], int]:
             allow.used.add(hit.rule.code)
             allowed += 1
         elif config.reports(hit.rule) and (config.notes or hit.level != "note"):
-            kept.append(_finding(source, config, hit))
+            kept.append(_finding(source, path, config, hit))
     for allow in allows:
-        kept += [f for f in _judge(source, config, allow) if config.reports(f.rule)]
+        kept += [f for f in _judge(source, path, allow) if config.reports(f.rule)]
     return kept, allowed
 
 
-def _finding(source: Source, config: Config, hit: Hit) -> Finding:
+def _finding(source: Source, path: str, config: Config, hit: Hit) -> Finding:
     line, column = source.location(hit.start)
     end_line, end_column = source.location(hit.end)
     found = " ".join(source.data[hit.start : hit.end].decode("utf-8", "replace").split())
-    return Finding(shown(source.path, config), line, column, end_line, end_column, hit.rule, hit.level,
+    return Finding(path, line, column, end_line, end_column, hit.rule, hit.level,
                    found, hit.detail, _notice(hit.rule, config))  # fmt: skip
 
 
@@ -145,13 +146,13 @@ def _allows(source: Source) -> Sequence[_Allow]:
     return found
 
 
-def _judge(source: Source, config: Config, allow: _Allow) -> Iterable[Finding]:
+def _judge(source: Source, path: str, allow: _Allow) -> Iterable[Finding]:
     def finding(code: str, detail: str) -> Finding:
         rule = rules.find(code)
         line, column = source.location(allow.start)
         end_line, end_column = source.location(allow.end)
         text = source.data[allow.start : allow.end].decode("utf-8", "replace")
-        return Finding(shown(source.path, config), line, column, end_line, end_column, rule, rule.level, text, detail)
+        return Finding(path, line, column, end_line, end_column, rule, rule.level, text, detail)
 
     if not allow.reason:
         yield finding("ABI901", "no reason is given")

@@ -206,6 +206,8 @@ def atomic_add(context: Context) -> Iterator[Hit]:
     """ATen's atomics, unless the file includes the header-only ones."""
     if any(line.path.startswith("torch/headeronly/cuda/") for line in context.source.includes):
         return
+    if "gpuAtomic" not in context.code and "AtomicAdd" not in context.code:
+        return
     for match in _ATOMIC.finditer(context.code):
         if _whole(context.code, match.start()) and not _is_project(context, match.group()):
             yield match.start(), match.end(), ""

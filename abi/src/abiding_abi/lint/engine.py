@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 from abiding_abi import lexical
 from abiding_abi.lint.facts import SPACES, Facts, declared_types
@@ -191,11 +191,18 @@ def _includes(context: Context) -> Iterator[Hit]:
     for line in context.source.includes:
         if line.path.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/")):
             continue
-        for rule, match in index().includes:
-            if any(line.path == path or ("*" in path and fnmatch(line.path, path)) for path in match.paths):
-                if not context.project.included_locally(context.source, line.path):
-                    yield Hit(rule, line.start, line.end, match, line.path, rule.level)
-                break
+        found = _include_rule(line.path)
+        if found and not context.project.included_locally(context.source, line.path):
+            rule, match = found
+            yield Hit(rule, line.start, line.end, match, line.path, rule.level)
+
+
+@lru_cache(maxsize=4096)
+def _include_rule(path: str) -> tuple[Rule, Include] | None:
+    for rule, match in index().includes:
+        if any(path == pattern or ("*" in pattern and fnmatch(path, pattern)) for pattern in match.paths):
+            return rule, match
+    return None
 
 
 def _qualified(context: Context) -> Iterator[Hit]:
@@ -282,7 +289,7 @@ def _stable_macro(name: str) -> bool:
 
 def _members(context: Context) -> Iterator[Hit]:
     code = context.code
-    if "Tensor" not in code and "torch" not in code and "at::" not in code:
+    if not any("Tensor" in source.code for source in context.project.closure(context.source)):
         return
     methods = index().methods
     tensors = context.tensors

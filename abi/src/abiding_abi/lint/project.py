@@ -66,6 +66,8 @@ class Project:
         self._tensors: dict[str, Tensors] = {}
         self._includes: dict[str, list[Path]] = {}
         self._exists: dict[str, bool] = {}
+        self._resolved: dict[tuple[str, str], str | None] = {}
+        self._closures: dict[str, list[Source]] = {}
         self.roots: list[Path] = list(config.include)
         self.libraries: dict[str, tuple[str, int]] = {}
 
@@ -106,42 +108,46 @@ class Project:
         """Project headers that a file includes by itself."""
         key = os.path.abspath(source.path)
         if key not in self._includes:
-            found = []
-            for line in source.includes:
-                for folder in (source.path.parent, *self.roots):
-                    path = Path(os.path.normpath(folder / line.path))
-                    if self._is_file(path):
-                        found.append(path)
-                        break
-            self._includes[key] = found
+            found = (self._resolve(source, line.path) for line in source.includes)
+            self._includes[key] = [Path(path) for path in found if path]
         return self._includes[key]
 
     def included_locally(self, source: Source, path: str) -> bool:
         """Whether an include of a name that looks like torch's is a file of the project."""
-        return any(self._is_file(folder / path) for folder in (source.path.parent, *self.roots))
+        return self._resolve(source, path) is not None
 
-    def _is_file(self, path: Path) -> bool:
-        key = str(path)
-        if key not in self._exists:
+    def _resolve(self, source: Source, name: str) -> str | None:
+        """The project's file that an include means."""
+        key = os.path.dirname(source.path), name
+        if key not in self._resolved:
+            candidates = (os.path.normpath(os.path.join(folder, name)) for folder in (key[0], *map(str, self.roots)))
+            self._resolved[key] = next((path for path in candidates if self._is_file(path)), None)
+        return self._resolved[key]
+
+    def _is_file(self, path: str) -> bool:
+        if path not in self._exists:
             try:
-                self._exists[key] = path.is_file()
-            except (OSError, ValueError):
-                self._exists[key] = False
-        return self._exists[key]
+                self._exists[path] = os.path.isfile(path)
+            except ValueError:
+                self._exists[path] = False
+        return self._exists[path]
 
     def closure(self, source: Source) -> list[Source]:
         """A file and the project headers behind it."""
-        seen = {os.path.abspath(source.path)}
-        result = [source]
-        for item in result:
-            for path in self.included(item):
-                key = os.path.abspath(path)
-                if key not in seen:
-                    seen.add(key)
-                    header = self.source(path)
-                    if header:
-                        result.append(header)
-        return result
+        start = os.path.abspath(source.path)
+        if start not in self._closures:
+            seen = {start}
+            result = [source]
+            for item in result:
+                for path in self.included(item):
+                    key = os.path.abspath(path)
+                    if key not in seen:
+                        seen.add(key)
+                        header = self.source(path)
+                        if header:
+                            result.append(header)
+            self._closures[start] = result
+        return self._closures[start]
 
     def own_facts(self, source: Source) -> Facts:
         """Facts of one file alone."""

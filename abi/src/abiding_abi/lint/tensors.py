@@ -188,7 +188,9 @@ class Tensors:
         value: lexical.Span | None = None
         if name in _NOT_TYPES or (code[match.start() - 2 : match.start()] == "::" and kind == "auto"):
             return
-        if match[1]:
+        if kind in ("tensor", "list") and not self._is_ours(match.start()):
+            kind = "other"
+        elif match[1]:
             kind = self._template_kind(match.end(1) - 1) if kind == "tensor" else "other"
         elif kind == "auto" and follows in "=:":
             begin = lexical.skip_space(code, match.end() + 1)
@@ -197,6 +199,14 @@ class Tensors:
         found[name].append(declaration)
         if kind in ("tensor", "list", "optional") and follows in ",=;({":
             self._more(match, declaration, found)
+
+    def _is_ours(self, at: int) -> bool:
+        """Whether the type's name is torch's: unqualified, or in a namespace of torch."""
+        end = lexical.back_over_space(self.code, at)
+        if self.code[end - 2 : end] != "::":
+            return True
+        space = _IDENTIFIER.search(self.code, max(0, end - 40), lexical.back_over_space(self.code, end - 2))
+        return space is None or space.group() in ("at", "torch", "c10", "stable")
 
     def _shadows(self, name: str) -> list[Declaration]:
         """Declarations of a name with any other type."""
