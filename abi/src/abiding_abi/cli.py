@@ -202,6 +202,29 @@ def verify(
     raise typer.Exit(verifying.exit_status(results, wanted))
 
 
+@app.command()
+def symbols(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with * and ?.")] = "",
+    kind: Annotated[str | None, typer.Option(help="shim, function, overload, member, type, constant or macro.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only what runs on this torch.")] = None,
+    headers: Annotated[str | None, typer.Option(help="Only what this torch's headers declare.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+) -> None:
+    """List the stable API: the headers that first have a name, and the oldest torch that its use runs on."""
+    from abiding_abi import symbols as table
+    from abiding_abi.versions import parse
+
+    oldest = parse(target) if target else None
+    found = table.search(pattern, kind, oldest, parse(headers) if headers else None)
+    if json:
+        print(dumps([s.as_json() for s in found], indent=1))
+    elif found:
+        print("\n".join(table.listing(found)))
+    else:
+        print(f"nothing stable matches '{pattern}'; 'abiding-abi explain --list' lists what replaces unstable names")
+    raise typer.Exit(0 if found else 1)
+
+
 def main() -> None:
     """Run the command line; what the user can repair is one line and exit status 2."""
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from abiding_abi import symbols
 from abiding_abi.compilers import CUDA_SUFFIXES, CXX_SUFFIXES, Diagnostic, Options, compile_stable
 from abiding_abi.errors import UserError
 from abiding_abi.headers import STABLE, Headers
@@ -149,6 +150,11 @@ def _listed(found: Sequence[Diagnostic], limit: int = 20) -> Iterator[str]:
 
 
 def _absent(found: Sequence[Diagnostic]) -> list[str]:
-    """The names that the compiler did not find."""
+    """The names that the compiler did not find, each with the torch that it needs where that is known."""
     names = (next(filter(None, m.groups())) for d in found if (m := _ABSENT.search(d.message)))
-    return list(dict.fromkeys(names))
+    return [_with_version(name) for name in dict.fromkeys(names)]
+
+
+def _with_version(name: str) -> str:
+    needed = max((s.runs for s in symbols.named(name)), default=OLDEST)
+    return f"{name} (torch {dotted(needed)})" if needed > OLDEST else name
