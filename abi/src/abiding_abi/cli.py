@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abiding_abi import rules
 from abiding_abi.errors import UserError
 from abiding_abi.progress import progress
 from abiding_abi.versions import parse
@@ -81,6 +82,36 @@ def explain(
     if not rule and not list_:
         raise UserError("which rule? 'abiding-abi explain CHK001', or --list")
     print(explaining.explain(rule) if rule else explaining.listing())
+
+
+@app.command()
+def migrate(
+    paths: Annotated[list[Path], typer.Argument(help="C++ and CUDA sources, or folders of them.")],
+    write: Annotated[bool, typer.Option("--write", help="Write the files instead of a diff.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Rules, or beginnings of their codes.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="The operators' namespace, for pybind11 modules.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Patterns of paths to leave out.")] = None,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Leave included project headers alone.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Write edits and open places as JSON.")] = False,
+) -> None:
+    """Rewrite sources for the stable ABI: a diff, or with --write the files; open places get ABI-TODO(RULE)."""
+    from abiding_abi import lint as linting
+    from abiding_abi import migrate as migration
+
+    for rule in only or ():
+        if not any(r.code.startswith(rule.upper()) for r in rules.table()):
+            raise UserError(f"no rule begins with '{rule}'")
+    config = linting.load(Path.cwd(), exclude=tuple(exclude) if exclude else None, follow=False if no_follow else None)
+    with progress("migrating") as tell:
+        result = migration.run(paths, config, tuple(rule.upper() for rule in only or ()), namespace, tell)
+    if json:
+        print(migration.as_json(result))
+    elif not write:
+        print(migration.diff(result), end="")
+    if write:
+        migration.write(result)
+    if not json:
+        print(migration.summary(result), file=sys.stdout if write else sys.stderr)
 
 
 ratchet_app = typer.Typer(no_args_is_help=True, help="One committed file of counts that may only fall.")

@@ -68,17 +68,20 @@ def find_cxx(given: str = "") -> str | None:
 
 def find_nvcc() -> str | None:
     """nvcc from PATH or from CUDA's usual folders."""
-    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next((p for home in homes if home and (p := shutil.which(f"{home}/bin/nvcc"))), None)
+    return shutil.which("nvcc") or next((p for home in _cuda_homes() if (p := shutil.which(f"{home}/bin/nvcc"))), None)
 
 
 def cuda_include(nvcc: str | None) -> Path | None:
     """CUDA's headers, for C++ files that include cuda_runtime.h."""
     if not nvcc:
         return None
-    home = Path(nvcc).resolve().parents[1]
-    places = (home / "include", *sorted(home.glob("targets/*/include")))
+    homes = [str(Path(nvcc).resolve().parents[1]), *_cuda_homes()]  # nvcc on PATH may be a wrapper from elsewhere
+    places = [p for home in homes for p in (Path(home, "include"), *sorted(Path(home).glob("targets/*/include")))]
     return next((p for p in places if (p / "cuda_runtime.h").is_file()), None)
+
+
+def _cuda_homes() -> list[str]:
+    return [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if home]
 
 
 def target_macro(target: Version) -> str:

@@ -71,6 +71,16 @@ class Project:
         self.roots: list[Path] = list(config.include)
         self.libraries: dict[str, tuple[str, int]] = {}
 
+    def with_sources(self, sources: Iterable[Source]) -> Project:
+        """The same project with other texts of its files."""
+        other = Project(self.config)
+        other.roots = self.roots
+        other.problems = self.problems
+        other._sources = {**self._sources, **{os.path.abspath(source.path): source for source in sources}}
+        other._exists = self._exists
+        other._resolved = self._resolved
+        return other
+
     def source(self, path: Path) -> Source | None:
         """A file, or None after its problem was noted."""
         key = os.path.abspath(path)
