@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from abiding_abi import boxing, signatures
 from abiding_abi.registrations import Block, Call, blocks
 from abiding_abi.signatures import Function, bare
+from abiding_abi.usage import Usage, Use
 
 if TYPE_CHECKING:
     from abiding_abi.lint.engine import Context
 
 Hit = tuple[int, int, str]
-
-_WRITES = r"\s*(?:\.|->)\s*(?:mutable_data_ptr|zero_|fill_|copy_|add_|mul_|resize_|set_|index_put_|masked_fill_)\b"
-_FREE_WRITES = r"\b(?:zero_|fill_|copy_|sum_out)\s*\(\s*"
 
 
 def _registered(context: Context) -> Iterator[tuple[Block, Call, Function]]:
@@ -129,6 +127,7 @@ def schema_mismatch(context: Context) -> Iterator[Hit]:
 def unmarked_mutation(context: Context) -> Iterator[Hit]:
     """A parameter that the body writes, and whose argument has no mark."""
     schemas = None
+    usage: Usage | None = None
     for _, call, function in _registered(context):
         schemas = _schemas(context) if schemas is None else schemas
         schema = schemas.get((call.literal or "").rpartition("::")[2])
@@ -137,11 +136,8 @@ def unmarked_mutation(context: Context) -> Iterator[Hit]:
         for argument, parameter in zip(schema.arguments, function.parameters, strict=True):
             if argument.mutated or not argument.type.startswith("Tensor") or not parameter.name:
                 continue
-            name = re.escape(parameter.name)
-            body = function.source.code[slice(*function.body)]
-            if re.search(rf"\b{name}\s*=(?!=)", body):
-                continue
-            if re.search(rf"\b{name}{_WRITES}|{_FREE_WRITES}{name}\b", body):
+            usage = usage or Usage(context.project, context.project.closure(context.source))
+            if usage.tensor(function.source, function.body, parameter.name) == Use.WRITTEN:
                 yield (
                     *_function_span(call),
                     f"{function.name} writes {parameter.name}, which has no (a!) in the schema",

@@ -16,10 +16,10 @@ from abiding_abi.lint.engine import Hit, scan
 from abiding_abi.lint.project import Progress, Project, collect, shown
 from abiding_abi.migrate import cuda, dispatch, factories, includes, library, pybind, simple, tensors, todo
 from abiding_abi.migrate.edits import Edit, consistent, render
-from abiding_abi.migrate.usage import Usage
 from abiding_abi.migrate.work import Handler, Shared, Work
 from abiding_abi.rules import Include, Macro, Method, Name
 from abiding_abi.source import Source
+from abiding_abi.usage import Usage
 
 HANDLERS: dict[str, Handler] = {
     **simple.HANDLERS,
@@ -167,7 +167,7 @@ class Migration:
     def _mark(self, index: int, work: Work, only: Sequence[str]) -> None:
         places: list[tuple[Hit, str]] = []
         for hit in scan(work):
-            if hit.level == "note" or _allowed(work, hit) or (only and not hit.rule.code.startswith(tuple(only))):
+            if hit.level != "unstable" or _allowed(work, hit) or (only and not hit.rule.code.startswith(tuple(only))):
                 continue
             reason = self.reasons.get((index, hit.rule.code, hit.name), hit.detail or f"use {hit.rule.stable}")
             places.append((hit, reason))

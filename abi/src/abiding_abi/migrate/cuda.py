@@ -91,15 +91,27 @@ def guards(work: Work, hit: Hit) -> Answer:
     spans = lexical.split(work.code, open_at + 1, close) if close > 0 else []
     if len(spans) != 1:
         return "not a guard of one device"
-    if optional and not _on_cuda(work, hit.start):
-        return "OptionalCUDAGuard did nothing for a CPU tensor, where DeviceGuard raises without an accelerator"
     index = _index(work, spans[0])
     if index is None:
         return "the device is not read off a tensor"
+    if optional and not _on_cuda(work, hit.start):
+        return _optional_guard(work, hit, declared[1], index, close)
     name = declared[1] or "guard"
     gap = " " + name if not declared[1] else ""
     parts: list[str | Span] = [_GUARD, gap, Span(hit.end, open_at), work.code[open_at], *index, work.code[close]]
     return replace(hit.start, close + 1, *parts, rule=hit.rule.code)
+
+
+def _optional_guard(work: Work, hit: Hit, name: str | None, index: list[str | Span], close: int) -> Answer:
+    """A guard that does nothing for a CPU tensor, as OptionalCUDAGuard did."""
+    end = lexical.skip_space(work.code, close + 1)
+    if not name or len(index) != 2 or index[1] != ".get_device_index()" or work.code[end : end + 1] != ";":
+        return "OptionalCUDAGuard did nothing for a CPU tensor, where DeviceGuard raises without an accelerator"
+    before = re.compile(r"\bconst\s+\Z").search(work.code, max(0, hit.start - 12), hit.start)
+    start = before.start() if before else hit.start
+    tensor = index[0]
+    parts = [f"std::optional<{_GUARD}> {name}; if (", tensor, f".is_cuda()) {name}.emplace(", *index, ");"]
+    return replace(start, end + 1, *parts, rule=hit.rule.code)
 
 
 def _on_cuda(work: Work, at: int) -> bool:

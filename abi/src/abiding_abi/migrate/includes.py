@@ -160,7 +160,11 @@ def _same(hit: Hit) -> list[str]:
     """The header that is the legacy one under another name, which stays whether this file uses it or not."""
     assert isinstance(hit.match, Include)
     headers = (header.replace("{file}", hit.name.rpartition("/")[2]) for header in hit.match.to)
-    return [header for header in headers if header.startswith("torch/headeronly/") or "/" not in header and hit.rule.code == "INC018"]
+    return [
+        header
+        for header in headers
+        if header.startswith("torch/headeronly/") or ("/" not in header and hit.rule.code == "INC018")
+    ]
 
 
 def _spelled(header: str, present: set[str]) -> bool:

@@ -70,7 +70,9 @@ def pybind(work: Work, hit: Hit) -> Answer:
     extension, folder = python_module.extension(work.source.path, work.word(read[0][0]))
     namespace = work.shared.namespace or re.sub(r"\W", "_", extension).strip("_")
     keys = library.device_keys(work, [])
-    lines = [*module.lambdas, *library.block_lines(namespace, module.operators, keys, fragment=False)]
+    fragment = namespace in work.shared.namespaces
+    work.shared.namespaces.add(namespace)
+    lines = [*module.lambdas, *library.block_lines(namespace, module.operators, keys, fragment=fragment)]
     for text, reason in module.failures:
         lines += [f"// ABI-TODO(REG008): {reason}", *(f"//   {line}" for line in text.splitlines())]
     path, text = python_module.write(extension, folder, namespace, module.names, module.attributes)

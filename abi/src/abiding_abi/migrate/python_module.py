@@ -36,8 +36,8 @@ def _extensions(setup: Path) -> list[tuple[str, str]]:
     except OSError:
         return []
     found = list(_EXTENSION.finditer(text))
-    ends = [match.start() for match in found[1:]] + [len(text)]
-    return [(match[1], text[match.end() : end]) for match, end in zip(found, ends, strict=True)]
+    ends = [*(match.start() for match in found[1:]), len(text)]
+    return [(match[1], text[match.end() : end]) for match, end in zip(found, ends)]
 
 
 def write(

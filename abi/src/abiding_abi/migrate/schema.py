@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from abiding_abi import boxing
-from abiding_abi.migrate.usage import Usage, Use
 from abiding_abi.signatures import Function, Parameter, bare
+from abiding_abi.usage import Usage, Use
 
 _KEYWORDS = frozenset(
     ("False", "None", "True", "and", "as", "assert", "async", "await", "break", "class", "continue", "def", "del")

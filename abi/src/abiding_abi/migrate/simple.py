@@ -219,7 +219,19 @@ def small_vector(work: Work, hit: Hit) -> Answer:
     return replace(hit.start, close + 1, "std::vector<", arguments[0], ">", rule=hit.rule.code)
 
 
+def itself(work: Work, hit: Hit) -> Answer:
+    """``t.detach()`` is the tensor itself below autograd."""
+    read = work.call(hit.end)
+    target, star = work.receiver(hit.start)
+    if not read or read[0]:
+        return "the arguments have no counterpart"
+    if star:
+        return replace(target.start, read[2], "(*", target, ")", rule=hit.rule.code)
+    return replace(target.end, read[2], "", rule=hit.rule.code)
+
+
 HANDLERS: dict[str, Handler] = {
+    "itself": itself,
     "compare": compare,
     "error": error,
     "warn": warn,

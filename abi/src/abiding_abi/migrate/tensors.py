@@ -9,9 +9,9 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import replace
 from abiding_abi.migrate.simple import free_function, named, rename
-from abiding_abi.migrate.usage import Use
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Method
+from abiding_abi.usage import Use
 
 _ACCESSOR = "torch::headeronly::HeaderOnlyTensorAccessor"
 _PACKED = "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor"
@@ -147,7 +147,7 @@ def cut(work: Work, hit: Hit) -> Answer:
     if re.fullmatch(r"\d+", start) and len(spans) == 2:
         head = ["torch::stable::narrow(", target, ", ", spans[0], ", ", spans[1], ", ", target, ".size(", spans[0], ")"]
         return replace(target.start, end, *head, f" - {start})" if start != "0" else ")", rule=hit.rule.code)
-    if len(spans) == 3 and start == "0" and re.fullmatch(sizes + r"(?:-\d+)?|\1", work.plain(spans[2]) or " "):
+    if len(spans) == 3 and start == "0" and re.fullmatch(rf"{sizes}(?:-\d+)?", work.plain(spans[2])):
         return replace(target.start, end, "torch::stable::narrow(", target, ", ", spans[0], ", 0, ", spans[2], ")",
                        rule=hit.rule.code)  # fmt: skip
     return "slice clamps ends that lie outside, where narrow throws: are these bounds inside?"
@@ -163,10 +163,25 @@ def tensor_index(work: Work, hit: Hit) -> Answer:
     after = lexical.skip_space(work.code, close + 1)
     if close < 0 or inner.start >= inner.end:
         return "not readable"
-    if work.code[after : after + 1] == "=" and work.code[after + 1 : after + 2] != "=":
-        return "an assignment to t[i] copies into the tensor: write copy_ or fill_"
     target = lexical.trim(work.code, start, hit.start)
+    if work.code[after : after + 1] == "=" and work.code[after + 1 : after + 2] != "=":
+        return _assigned_row(work, hit, target, inner, after)
     return replace(start, close + 1, "torch::stable::select(", target, ", 0, ", inner, ")", rule=hit.rule.code)
+
+
+def _assigned_row(work: Work, hit: Hit, target: Span, index: Span, equals: int) -> Answer:
+    """``t[i] = value;`` copies into the row."""
+    end = work.code.find(";", equals)
+    value = lexical.trim(work.code, equals + 1, end)
+    before = work.code[lexical.back_over_space(work.code, target.start) - 1 : target.start].strip()
+    if end < 0 or before not in (";", "{", "}", ")", ""):
+        return "an assignment to t[i] copies into the tensor: write copy_ or fill_"
+    row = ["{ auto row = torch::stable::select(", target, ", 0, ", index, "); "]
+    if work.tensors.infer(*value) == "tensor":
+        return replace(target.start, end + 1, *row, "torch::stable::copy_(row, ", value, "); }", rule=hit.rule.code)
+    if re.fullmatch(r"-?[\d.]+(?:e-?\d+)?f?", work.plain(value)):
+        return replace(target.start, end + 1, *row, "torch::stable::fill_(row, ", value, "); }", rule=hit.rule.code)
+    return "an assignment to t[i] copies into the tensor: write copy_ or fill_"
 
 
 def summed(work: Work, hit: Hit) -> Answer:
@@ -219,9 +234,19 @@ def streamed(work: Work, hit: Hit) -> Answer:
 
 def referenced(work: Work, hit: Hit) -> Answer:
     """Members that become functions of a tensor reference."""
-    if hit.name in ("zero_", "copy_") and isinstance(hit.match, Method) and hit.match.free:
+    if hit.name not in ("zero_", "copy_") or not isinstance(hit.match, Method) or not hit.match.free:
+        return rename(work, hit)
+    target, star = work.receiver(hit.start)
+    read = work.call(hit.end)
+    if star or named(work, target) or not read:
         return free_function(work, hit, hit.match.free, reference=True)
-    return rename(work, hit)
+    after = lexical.skip_space(work.code, read[2])
+    before = work.code[lexical.back_over_space(work.code, target.start) - 1 : target.start].strip()
+    if before in (";", "{", "}", "") and work.code[after : after + 1] == ";":
+        arguments: list[str | Span] = [", ", Span(read[0][0].start, read[0][-1].end)] if read[0] else []
+        parts = ["{ auto view = ", target, f"; {hit.match.free}(view", *arguments, "); }"]
+        return replace(target.start, after + 1, *parts, rule=hit.rule.code)
+    return free_function(work, hit, hit.match.free, reference=True)
 
 
 HANDLERS: dict[str, Handler] = {

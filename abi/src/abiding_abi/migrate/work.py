@@ -12,8 +12,8 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Context, Hit
 from abiding_abi.lint.project import Project
 from abiding_abi.migrate.edits import Edit
-from abiding_abi.migrate.usage import Usage
 from abiding_abi.source import Source
+from abiding_abi.usage import Usage
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Shared:
     """Names of dispatcher wrappers that were used."""
     modules: dict[Path, str] = field(default_factory=dict)
     """Python modules to write, by path."""
+    namespaces: set[str] = field(default_factory=set)
+    """Namespaces that a block of this run already defines."""
     notes: list[str] = field(default_factory=list)
     """What a person has to do outside the sources, such as the build script."""
     namespace: str | None = None

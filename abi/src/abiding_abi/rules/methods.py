@@ -35,8 +35,8 @@ _DISPATCHED = (
     *("normal_", "random_", "sum_to_size", "reshape_as", "type_as", "vdot", "outer", "trace", "real", "imag", "conj"),
 )
 _NO_TENSOR_STATE = (
-    *("requires_grad", "requires_grad_", "grad", "grad_fn", "detach", "detach_", "is_leaf", "backward", "retain_grad"),
-    *("is_inference", "_version", "name", "register_hook", "mutable_grad", "variable_data", "tensor_data", "data"),
+    *("requires_grad", "requires_grad_", "grad", "grad_fn", "detach_", "is_leaf", "backward", "retain_grad"),
+    *("is_inference", "_version", "name", "register_hook", "mutable_grad", "variable_data", "tensor_data"),
 )
 
 RULES = (
@@ -312,7 +312,7 @@ RULES = (
     ),
     Rule(
         "MET037",
-        "t.requires_grad(), t.grad(), t.detach(), t.data()",
+        "t.requires_grad(), t.grad(), t.grad_fn()",
         "none: pass a bool from Python; autograd moves to Python",
         (Method(_NO_TENSOR_STATE),),
         headers="2.9",
@@ -320,6 +320,16 @@ RULES = (
         pitfall="Below the autograd key requires_grad is what it is outside: no error tells.",
         before="bool a = t.requires_grad();",
         after="bool a = n != 0;",
+    ),
+    Rule(
+        "MET038",
+        "t.data(), t.detach()",
+        "t: a stable operator runs below autograd",
+        (Method(("data", "detach")),),
+        headers="2.9",
+        edit="itself",
+        before="auto a = t.detach();",
+        after="auto a = t;",
     ),
     Rule(
         "MET039",

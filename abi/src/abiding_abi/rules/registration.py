@@ -112,16 +112,12 @@ RULES = (
     ),
     Rule(
         "REG015",
-        "TORCH_EXTENSION_NAME, TORCH_FN, TORCH_SELECTIVE_NAME",
-        "torch.ops.load_library, or a hand-written PyInit_",
-        (
-            Macro(
-                ("TORCH_EXTENSION_NAME", "TORCH_FN", "TORCH_SELECTIVE_NAME", "TORCH_SELECTIVE_SCHEMA", "TORCH_FN_TYPE")
-            ),
-        ),
+        "TORCH_FN, TORCH_SELECTIVE_NAME",
+        "TORCH_BOX(&f)",
+        (Macro(("TORCH_FN", "TORCH_SELECTIVE_NAME", "TORCH_SELECTIVE_SCHEMA", "TORCH_FN_TYPE")),),
         kind="context",
         edit="library",
-        before="const char* f() { return AT_STRINGIZE(TORCH_EXTENSION_NAME); }",
+        before="auto g = TORCH_FN(f);",
         after="",
         scope="file",
     ),

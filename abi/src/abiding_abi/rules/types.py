@@ -286,7 +286,11 @@ RULES = (
         "dtype and device as arguments; new_empty(t, sizes) keeps both",
         (
             Name(("TensorOptions",)),
-            Name(("dtype", "device", "layout", "requires_grad", "pinned_memory"), called=True, spaces=("at", "torch")),
+            Name(
+                ("dtype", "__dtype", "device", "layout", "requires_grad", "pinned_memory"),
+                called=True,
+                spaces=("at", "torch"),
+            ),
         ),
         kind="decide",
         edit="factories",

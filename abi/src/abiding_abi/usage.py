@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from abiding_abi import lexical, signatures
 from abiding_abi.lexical import Span
-from abiding_abi.lint.project import Project
 from abiding_abi.signatures import Function
 from abiding_abi.source import Source
+
+if TYPE_CHECKING:
+    from abiding_abi.lint.project import Project
 
 
 class Use(IntEnum):
@@ -248,6 +251,8 @@ class Usage:
         if not callee or callee in _KEYWORDS or last.isupper() or last[:1] == "k":
             return Use.READ
         if callee.startswith(("at::", "torch::", "std::", "c10::")):
+            if last in ("zero_", "fill_", "copy_") and index == 0:
+                return Use.WRITTEN
             out = last.endswith("_out") or (last.endswith("_") and not last.endswith("__"))
             if out and index == 0:
                 return Use.WRITTEN

@@ -1,0 +1,143 @@
+// What the dispatcher alone cannot do: it takes no Scalar, so these put numbers into tensors without dimensions, of the
+// dtype that gives the same result type. A line "// function NAME: A, B" begins a function that uses A and B.
+
+// function Scalar:
+/// A number that remembers whether it was written as a bool, an integer or a floating point number.
+struct Scalar {
+  enum class Kind { Bool, Int, Float } kind;
+  int64_t integer;
+  double real;
+  template <class T, std::enable_if_t<std::is_arithmetic_v<T>, int> = 0>
+  constexpr Scalar(T value)
+      : kind(std::is_same_v<T, bool> ? Kind::Bool : std::is_integral_v<T> ? Kind::Int : Kind::Float),
+        integer(static_cast<int64_t>(value)),
+        real(static_cast<double>(value)) {}
+};
+
+namespace detail {
+inline bool is_integer(ScalarType t) {
+  return t == ScalarType::Byte || t == ScalarType::Char || t == ScalarType::Short || t == ScalarType::Int ||
+      t == ScalarType::Long || t == ScalarType::UInt16 || t == ScalarType::UInt32 || t == ScalarType::UInt64;
+}
+
+/// A tensor without dimensions which, beside `like`, gives the result type that the number itself would give. A
+/// floating point number beside integers gives float: torch.set_default_dtype is not asked.
+inline Tensor scalar_tensor(const Tensor& like, Scalar value) {
+  const ScalarType dtype = like.scalar_type();
+  const bool whole = is_integer(dtype) || dtype == ScalarType::Bool;
+  AtenTensorHandle handle = nullptr;
+  if (value.kind == Scalar::Kind::Float) {
+    ABI_OPS_CHECK(aoti_torch_scalar_to_tensor_float64(value.real, &handle));
+    Tensor made(handle);
+    if (whole) return torch::stable::to(made, ScalarType::Float);
+    return like.dim() == 0 ? torch::stable::to(made, dtype) : made;
+  }
+  ABI_OPS_CHECK(aoti_torch_scalar_to_tensor_int64(value.integer, &handle));
+  Tensor made(handle);
+  if (value.kind == Scalar::Kind::Bool) return torch::stable::to(made, ScalarType::Bool);
+  return is_integer(dtype) && like.dim() == 0 ? torch::stable::to(made, dtype) : made;
+}
+} // namespace detail
+
+// function store_: can_cast
+namespace detail {
+/// Write the result of an operation into its first argument, with the checks of aten's in-place operations.
+inline Tensor store_(const Tensor& self, const Tensor& result) {
+  STD_TORCH_CHECK(
+      abi_ops::can_cast(result.scalar_type(), self.scalar_type()),
+      "result type ", result.scalar_type(), " can't be cast to the desired output type ", self.scalar_type());
+  STD_TORCH_CHECK(result.dim() == self.dim(), "the result has ", result.dim(), " dimensions, self has ", self.dim());
+  for (int64_t i = 0; i < self.dim(); ++i)
+    STD_TORCH_CHECK(
+        result.size(i) == self.size(i), "the result has size ", result.size(i), " in dimension ", i, ", self has ",
+        self.size(i));
+  Tensor target = self;
+  return torch::stable::copy_(target, result);
+}
+} // namespace detail
+
+// function add: Scalar, result_type, broadcast_tensors, stack, mul, sum
+/// self + alpha * other
+inline Tensor add(const Tensor& self, const Tensor& other, Scalar alpha = 1) {
+  const ScalarType dtype = abi_ops::result_type(self, other);
+  if (!detail::is_integer(dtype) && dtype != ScalarType::Bool)
+    return torch::stable::subtract(self, other, -alpha.real);
+  STD_TORCH_CHECK(alpha.kind != Scalar::Kind::Float, "for integers alpha must not be a floating point number");
+  STD_TORCH_CHECK(dtype != ScalarType::Bool || alpha.integer == 1, "for bool tensors alpha must be 1");
+  std::vector<Tensor> both = abi_ops::broadcast_tensors({self, alpha.integer == 1 ? other : abi_ops::mul(other, alpha)});
+  for (Tensor& t : both) t = torch::stable::to(t, dtype);
+  return abi_ops::sum(abi_ops::stack(both, 0), {0}, false, dtype);
+}
+inline Tensor add(const Tensor& self, Scalar other, Scalar alpha = 1) {
+  return abi_ops::add(self, detail::scalar_tensor(self, other), alpha);
+}
+inline Tensor add(Scalar self, const Tensor& other) { return abi_ops::add(detail::scalar_tensor(other, self), other); }
+
+// function add_: add, store_
+/// self += alpha * other
+inline Tensor add_(const Tensor& self, const Tensor& other, Scalar alpha = 1) {
+  return detail::store_(self, abi_ops::add(self, other, alpha));
+}
+inline Tensor add_(const Tensor& self, Scalar other, Scalar alpha = 1) {
+  return detail::store_(self, abi_ops::add(self, other, alpha));
+}
+
+// function sub: Scalar, result_type, broadcast_tensors, stack, mul, diff
+/// self - alpha * other
+inline Tensor sub(const Tensor& self, const Tensor& other, Scalar alpha = 1) {
+  const ScalarType dtype = abi_ops::result_type(self, other);
+  STD_TORCH_CHECK(dtype != ScalarType::Bool, "bool tensors have no difference: use logical_xor");
+  if (!detail::is_integer(dtype)) return torch::stable::subtract(self, other, alpha.real);
+  STD_TORCH_CHECK(alpha.kind != Scalar::Kind::Float, "for integers alpha must not be a floating point number");
+  std::vector<Tensor> both = abi_ops::broadcast_tensors({alpha.integer == 1 ? other : abi_ops::mul(other, alpha), self});
+  for (Tensor& t : both) t = torch::stable::to(t, dtype);
+  return torch::stable::select(abi_ops::diff(abi_ops::stack(both, 0), 1, 0), 0, 0);
+}
+inline Tensor sub(const Tensor& self, Scalar other, Scalar alpha = 1) {
+  return abi_ops::sub(self, detail::scalar_tensor(self, other), alpha);
+}
+inline Tensor sub(Scalar self, const Tensor& other) { return abi_ops::sub(detail::scalar_tensor(other, self), other); }
+
+// function sub_: sub, store_
+/// self -= alpha * other
+inline Tensor sub_(const Tensor& self, const Tensor& other, Scalar alpha = 1) {
+  return detail::store_(self, abi_ops::sub(self, other, alpha));
+}
+inline Tensor sub_(const Tensor& self, Scalar other, Scalar alpha = 1) {
+  return detail::store_(self, abi_ops::sub(self, other, alpha));
+}
+
+// function arange: cumsum
+/// 0, 1, ... end - 1 as int64, or as another dtype
+inline Tensor arange(
+    int64_t end, std::optional<ScalarType> dtype = std::nullopt, std::optional<Device> device = std::nullopt) {
+  STD_TORCH_CHECK(end >= 0, "arange: end is ", end, ", and must not be negative");
+  Tensor steps = torch::stable::full({end}, 1, ScalarType::Long, std::nullopt, device);
+  if (end > 0) {
+    Tensor first = torch::stable::narrow(steps, 0, 0, 1);
+    torch::stable::zero_(first);
+  }
+  Tensor counted = abi_ops::cumsum(steps, 0, ScalarType::Long);
+  return dtype && *dtype != ScalarType::Long ? torch::stable::to(counted, *dtype) : counted;
+}
+
+// function zeros_like:
+/// Zeros with the strides that empty_like gives: those of a dense self are kept.
+inline Tensor zeros_like(const Tensor& self) {
+  Tensor made = torch::stable::empty_like(self);
+  return torch::stable::zero_(made);
+}
+
+// function ones_like:
+/// Ones with the strides that empty_like gives.
+inline Tensor ones_like(const Tensor& self) {
+  Tensor made = torch::stable::empty_like(self);
+  return torch::stable::fill_(made, 1);
+}
+
+// function full_like:
+/// The number, with the strides that empty_like gives. An int64 beyond 2^53 loses bits.
+inline Tensor full_like(const Tensor& self, double value) {
+  Tensor made = torch::stable::empty_like(self);
+  return torch::stable::fill_(made, value);
+}
