@@ -141,6 +141,14 @@ def test_a_kernel_launch_is_verified_by_nvcc(tmp_path: Path) -> None:
     assert [(d.line, "cumsum" in d.message) for d in result.errors] == [(4, True)]
 
 
+@compile_test
+@needs_nvcc
+def test_cpp_files_find_the_headers_of_cuda(tmp_path: Path) -> None:
+    source = tmp_path / "a.cpp"
+    source.write_text("#include <cuda_runtime.h>\n" + INCLUDES + "cudaStream_t stream;\n")
+    assert verify(source, RELEASES[-1]) == Result(source, "stable", (2, 10))
+
+
 def test_without_a_compiler_nothing_is_claimed(tmp_path: Path) -> None:
     source = tmp_path / "a.cu"
     source.touch()

@@ -256,6 +256,20 @@ def symbols(
     raise typer.Exit(0 if found else 1)
 
 
+@app.command()
+def wrappers(
+    names: Annotated[list[str] | None, typer.Argument(help="Functions to write; all of them without any.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the functions instead.")] = False,
+) -> None:
+    """Write a header of functions that the stable API lacks: dispatcher calls by name, checked on several torches."""
+    from abiding_abi import wrappers as header
+
+    if show:
+        print("\n".join(header.listing()))
+    else:
+        print(header.header(names or None), end="")
+
+
 def main() -> None:
     """Run the command line; what the user can repair is one line and exit status 2."""
     try:

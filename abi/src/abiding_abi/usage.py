@@ -51,6 +51,8 @@ _CALLEE = re.compile(r"((?:[A-Za-z_]\w*\s*::\s*)*[A-Za-z_]\w*)\s*(?:<[^;{}()]*>)
 _KEYWORDS = frozenset(
     ("if", "while", "for", "switch", "return", "sizeof", "assert", "printf", "decltype", "static_assert")
 )
+_ASKS = frozenset(("device_of", "CUDAGuard", "OptionalCUDAGuard", "DeviceGuard", "guard", "device_guard", "TensorArg"))
+_AUTO = re.compile(r"\bauto\s*&{0,2}\s*\w+\s*=\Z")
 _DEPTH = 8
 
 
@@ -134,7 +136,7 @@ class Usage:
     def _bound(self, code: str, before: int, at: int) -> bool:
         """Whether an element is bound to a name (a row of an accessor), or passed on."""
         follows = code[lexical.skip_space(code, at) : lexical.skip_space(code, at) + 1]
-        return follows == ";" and code[before - 1 : before] == "=" and "auto" in code[max(0, before - 40) : before]
+        return follows == ";" and bool(_AUTO.search(code, max(0, before - 60), before))
 
     def consumer(self, source: Source, region: Span, start: int, end: int, depth: int = 0) -> Use:
         """What happens to the value of an expression that yields a pointer or an accessor."""
@@ -145,6 +147,8 @@ class Usage:
         before = lexical.back_over_space(code, left)
         follows = lexical.skip_space(code, right)
         char = code[before - 1 : before]
+        if re.compile(r"(?:\.|->)\s*(?:size|stride)s?\b").match(code, follows):
+            return Use.CONST
         if code[follows : follows + 1] == "[":
             return self._pointer_use(source, region, left, right, depth + 1)
         if char == "=" and code[before - 2 : before - 1] not in "=!<>+-*/":
@@ -155,8 +159,6 @@ class Usage:
             return Use.UNKNOWN
         if code[follows : follows + 2] in ("==", "!=", "&&", "||") or code[before - 2 : before] in ("==", "!=", "&&"):
             return Use.CONST
-        if code[follows : follows + 1] in ".-" and re.compile(r"(?:\.|->)\s*(size|stride|data)\b").match(code, follows):
-            return Use.UNKNOWN if "data" in code[follows : follows + 8] else Use.CONST
         return Use.CONST if code[follows : follows + 1] in "?" else Use.UNKNOWN
 
     def _assigned(self, source: Source, region: Span, equals: int, end: int, depth: int) -> Use:
@@ -248,7 +250,7 @@ class Usage:
             return Use.READ
         callee, index, count, _, _ = call
         last = callee.rpartition("::")[2]
-        if not callee or callee in _KEYWORDS or last.isupper() or last[:1] == "k":
+        if not callee or callee in _KEYWORDS or last in _ASKS or last.isupper() or last[:1] == "k":
             return Use.READ
         if callee.startswith(("at::", "torch::", "std::", "c10::")):
             if last in ("zero_", "fill_", "copy_") and index == 0:

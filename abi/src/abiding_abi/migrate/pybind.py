@@ -147,7 +147,7 @@ def _arguments(work: Work, spans: tuple[Span, ...]) -> list[tuple[str, str]] | N
             default = (match[2] or "").strip()
             default = _DEFAULTS.get("".join(default.split()), default)
             number = re.fullmatch(r"(-?\d+\.?\d*(?:e-?\d+)?)[fFlLuU]*", default)
-            default = number[1].rstrip(".") + ("0" if number[1].endswith(".") else "") if number else default
+            default = number[1] + ("0" if number[1].endswith(".") else "") if number else default
             if not re.fullmatch(r'|-?\d+\.?\d*(?:e-?\d+)?|True|False|None|"[^"\\]*"', default):
                 return None
             found.append((match[1], default))

@@ -78,7 +78,7 @@ def operator(
             if use == Use.WRITTEN:
                 letters[parameter.name] = marks[len(letters)]
                 kind = f"Tensor({letters[parameter.name]}!)" + kind[len("Tensor") :]
-            elif use == Use.UNKNOWN:
+            elif use == Use.UNKNOWN and pybind:
                 notes.append(f"BOX005: does {function.name} write {parameter.name or label}? if so, mark it (a!)")
         parts.append(f"{kind} {label}" + (f"={default}" if default else ""))
     result = boxing.box(function.result)

@@ -40,9 +40,13 @@ _TYPES = {
 _RETURNS = {"Tensor": "Tensor", "Tensor[]": "std::vector<Tensor>", "bool": "bool", "int": "int64_t", "float": "double"}
 _RETURNS |= {"ScalarType": "ScalarType"}
 _DEFAULTS = {"None": "std::nullopt", "True": "true", "False": "false", "[]": "{}"}
-_SCALARS = ("mul", "mul_", "div", "div_", "eq", "ne", "lt", "le", "gt", "ge", "pow", "remainder", "masked_fill_")
+_SCALARS = frozenset(
+    [
+        *("mul", "mul_", "div", "div_", "eq", "ne", "lt", "le", "gt", "ge", "pow", "remainder", "floor_divide"),
+        *("masked_fill", "masked_fill_", "where", "maximum", "minimum"),
+    ]
+)
 """Functions that also take a number in place of the last tensor."""
-_SCALARS += ("masked_fill", "where", "maximum", "minimum", "floor_divide")
 _REVERSED = ("mul", "div")
 """Functions that also take a number in place of the first tensor."""
 

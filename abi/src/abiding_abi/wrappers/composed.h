@@ -60,11 +60,17 @@ inline Tensor store_(const Tensor& self, const Tensor& result) {
 /// self + alpha * other
 inline Tensor add(const Tensor& self, const Tensor& other, Scalar alpha = 1) {
   const ScalarType dtype = abi_ops::result_type(self, other);
-  if (!detail::is_integer(dtype) && dtype != ScalarType::Bool)
-    return torch::stable::subtract(self, other, -alpha.real);
+  if (!detail::is_integer(dtype) && dtype != ScalarType::Bool) {
+    // Subtraction refuses bool tensors, addition does not.
+    auto number = [dtype](const Tensor& t) {
+      return t.scalar_type() == ScalarType::Bool ? torch::stable::to(t, dtype) : t;
+    };
+    return torch::stable::subtract(number(self), number(other), -alpha.real);
+  }
   STD_TORCH_CHECK(alpha.kind != Scalar::Kind::Float, "for integers alpha must not be a floating point number");
   STD_TORCH_CHECK(dtype != ScalarType::Bool || alpha.integer == 1, "for bool tensors alpha must be 1");
-  std::vector<Tensor> both = abi_ops::broadcast_tensors({self, alpha.integer == 1 ? other : abi_ops::mul(other, alpha)});
+  const Tensor scaled = alpha.integer == 1 ? other : abi_ops::mul(other, alpha);
+  std::vector<Tensor> both = abi_ops::broadcast_tensors({self, scaled});
   for (Tensor& t : both) t = torch::stable::to(t, dtype);
   return abi_ops::sum(abi_ops::stack(both, 0), {0}, false, dtype);
 }
@@ -86,10 +92,13 @@ inline Tensor add_(const Tensor& self, Scalar other, Scalar alpha = 1) {
 /// self - alpha * other
 inline Tensor sub(const Tensor& self, const Tensor& other, Scalar alpha = 1) {
   const ScalarType dtype = abi_ops::result_type(self, other);
-  STD_TORCH_CHECK(dtype != ScalarType::Bool, "bool tensors have no difference: use logical_xor");
+  STD_TORCH_CHECK(
+      self.scalar_type() != ScalarType::Bool && other.scalar_type() != ScalarType::Bool,
+      "sub does not take bool tensors: use logical_xor or logical_not");
   if (!detail::is_integer(dtype)) return torch::stable::subtract(self, other, alpha.real);
   STD_TORCH_CHECK(alpha.kind != Scalar::Kind::Float, "for integers alpha must not be a floating point number");
-  std::vector<Tensor> both = abi_ops::broadcast_tensors({alpha.integer == 1 ? other : abi_ops::mul(other, alpha), self});
+  const Tensor scaled = alpha.integer == 1 ? other : abi_ops::mul(other, alpha);
+  std::vector<Tensor> both = abi_ops::broadcast_tensors({scaled, self});
   for (Tensor& t : both) t = torch::stable::to(t, dtype);
   return torch::stable::select(abi_ops::diff(abi_ops::stack(both, 0), 1, 0), 0, 0);
 }
