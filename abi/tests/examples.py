@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abiding_abi.migrate.cuda import HELPER, HELPER_LINES
 from abiding_abi.rules import Rule
 
 LEGACY = "#include <torch/extension.h>\n"
@@ -32,6 +33,8 @@ def before(rule: Rule) -> str:
 def after(rule: Rule) -> str:
     """The same on the stable ABI."""
     head = STABLE + (CUDA if rule.cuda else "")
+    if HELPER in rule.after:
+        head += "\n".join(HELPER_LINES) + "\n"
     if rule.scope == "file":
         return head + rule.after + "\n"
     kind = "torch::stable::Tensor"

@@ -71,7 +71,10 @@ _DATA = re.compile(r"(?:\.|->)\s*(?:template\s+)?(data_ptr|data)\s*(?=<)")
 _USING = re.compile(r"using\s+namespace\s+(?:::\s*)?(?:at|c10|torch)\b(?:\s*::\s*(?!stable|headeronly)\w+)*\s*;")
 _TYPE_MEMBER = re.compile(r"(?:\.|->)\s*(type)\s*\(\s*\)")
 _CONTIGUOUS = re.compile(r"(?:\.|->)\s*(is_contiguous)\s*\(\s*(?!\))")
-_OPERATOR = re.compile(r"\b([A-Za-z_]\w*)\s*([-+*/]=?|[<>=!]=)(?![>&|+\-])")
+_OPERATOR = re.compile(r"\b([A-Za-z_]\w*)\s*([-+*/]=?|[<>=!]=|&(?=\s*[\w(])(?!&)|[|^](?=\s*\w))(?![>&|+\-])")
+_RIGHT = re.compile(r"[\w)\]]\s*([-+/])\s*([A-Za-z_]\w*)\b(?!\s*(?:[.\[(]|->|::))")
+_RESULT = re.compile(r"\)\s*([-+*/])(?![-+*/=>])\s*[\w(]")
+_DEVICE = re.compile(r"device\s*\(\s*\)\s*\.\s*(is_(?!cuda\b|cpu\b)\w+|str|has_index|supports_\w+)\s*(?=\()")
 _INDEX = re.compile(r"\b([A-Za-z_]\w*)\s*(\[)")
 _ATOMIC = re.compile(
     r"(?<!::)\bgpuAtomic(?:Add|AddNoReturn|Max|Min|Mul)\b|\bfastAtomicAdd\b|\bfastSpecializedAtomicAdd\b"
@@ -183,6 +186,20 @@ def tensor_arithmetic(context: Context) -> Iterator[Hit]:
         if match[2] == "*" and not _is_operand(code, match.end()):
             continue
         yield match.start(2), match.end(2), match[1]
+    for match in _RIGHT.finditer(code):
+        if match[2] in names and context.tensors.lookup(match[2], match.start(2)) == "tensor":
+            yield match.start(1), match.end(1), match[2]
+    for match in _RESULT.finditer(code):
+        start = lexical.receiver(code, match.start() + 1)
+        if start < match.start() and context.tensors.infer(start, match.start() + 1) == "tensor":
+            yield match.start(1), match.end(1), ""
+
+
+def device_member(context: Context) -> Iterator[Hit]:
+    """``t.device().is_meta()``"""
+    if "device" in context.code:
+        for match in _DEVICE.finditer(context.code):
+            yield match.start(1), match.end(1), ""
 
 
 def _is_operand(code: str, at: int) -> bool:
@@ -286,6 +303,7 @@ def nothing(context: Context) -> Iterator[Hit]:
 
 CHECKS: dict[str, Checker] = {
     "data_pointer": data_pointer,
+    "device_member": device_member,
     "foreign_pointer": foreign_pointer,
     "using_directive": using_directive,
     "type_member": type_member,

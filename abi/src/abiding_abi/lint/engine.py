@@ -194,7 +194,15 @@ def _includes(context: Context) -> Iterator[Hit]:
         found = _include_rule(line.path)
         if found and not context.project.included_locally(context.source, line.path):
             rule, match = found
+            if line.path.startswith("pybind11/") and not _knows_torch(context):
+                continue
             yield Hit(rule, line.start, line.end, match, line.path, rule.level)
+
+
+def _knows_torch(context: Context) -> bool:
+    """Whether the file or its headers include anything of torch: a module without tensors may keep pybind11."""
+    files = context.project.closure(context.source)
+    return any(line.path.startswith(("torch/", "ATen/", "c10/")) for file in files for line in file.includes)
 
 
 @lru_cache(maxsize=4096)

@@ -230,7 +230,20 @@ def itself(work: Work, hit: Hit) -> Answer:
     return replace(target.end, read[2], "", rule=hit.rule.code)
 
 
+def device_member(work: Work, hit: Hit) -> Answer:
+    """``t.device().is_meta()`` as a comparison of its type."""
+    kinds = {"is_meta": "Meta", "is_mps": "MPS", "is_xpu": "XPU", "is_hip": "HIP", "is_xla": "XLA"}
+    kind = kinds.get(work.code[hit.start : hit.end])
+    read = work.call(hit.end)
+    if kind is None or not read:
+        return "torch::stable::Device has type(), index(), is_cuda() and is_cpu() alone"
+    target, _ = work.receiver(hit.start)
+    tail = f".type() == torch::headeronly::DeviceType::{kind})"
+    return replace(target.start, read[2], "(", target, tail, rule=hit.rule.code)
+
+
 HANDLERS: dict[str, Handler] = {
+    "device_member": device_member,
     "itself": itself,
     "compare": compare,
     "error": error,

@@ -254,7 +254,7 @@ RULES = (
         "INC020",
         "<pybind11/...>, <torch/csrc/utils/pybind.h>",
         "none: the module becomes operators; pybind11 may stay in a module that knows no tensor",
-        (Include(("torch/csrc/utils/pybind.h", "torch/csrc/Exceptions.h", "torch/csrc/utils/*.h")),),
+        (Include(("torch/csrc/utils/pybind.h", "torch/csrc/Exceptions.h", "torch/csrc/utils/*.h", "pybind11/*")),),
         kind="context",
         edit="includes",
         before=_include("torch/csrc/utils/pybind.h"),

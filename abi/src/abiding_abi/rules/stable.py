@@ -65,7 +65,7 @@ MACROS = frozenset(
         ),
         *("C10_CLANG_DIAGNOSTIC_IGNORE", "C10_CLANG_HAS_WARNING", "C10_DIAGNOSTIC_PUSH_AND_IGNORED_IF_DEFINED"),
         *("C10_DIAGNOSTIC_POP", "C10_HOST_CONSTEXPR_EXCEPT_WIN_CUDA", "TORCH_VERSION_2_9_0", "TORCH_CUDA_ARCH_LIST"),
-        *("C10_DEFINE_*", "TORCH_VERSION_2_*", "C10_BUILD_*", "C10_USING_*", "TORCH_EXTENSION_NAME*"),
+        *("C10_DEFINE_*", "AT_FORALL_*", "TORCH_VERSION_2_*", "C10_BUILD_*", "C10_USING_*", "TORCH_EXTENSION_NAME*"),
     )
 )
 """Macros of torch/headeronly, torch/csrc/stable and the shims that begin like unstable ones; ``*`` is an open end."""

@@ -149,6 +149,15 @@ RULES = (
         after="torch::stable::Device a = t.device();",
     ),
     Rule(
+        "TYP011",
+        "t.device().is_meta(), t.device().str() and other members of a device",
+        "t.device().type() == torch::headeronly::DeviceType::Meta",
+        (Check("device_member"),),
+        edit="device_member",
+        before="bool a = t.device().is_meta();",
+        after="bool a = (t.device().type() == torch::headeronly::DeviceType::Meta);",
+    ),
+    Rule(
         "TYP012",
         "at::IntArrayRef, torch::IntArrayRef, c10::IntArrayRef",
         "torch::headeronly::IntHeaderOnlyArrayRef",
@@ -376,9 +385,9 @@ RULES = (
     ),
     Rule(
         "TYP033",
-        "AT_FORALL_SCALAR_TYPES, TORCH_VERSION_MAJOR and other unstable macros of types and versions",
+        "TORCH_VERSION_MAJOR and other macros of torch's version",
         "none",
-        (Macro(("AT_FORALL_*", "TORCH_VERSION_MAJOR", "TORCH_VERSION_MINOR", "TORCH_VERSION_PATCH", "TORCH_VERSION")),),
+        (Macro(("TORCH_VERSION_MAJOR", "TORCH_VERSION_MINOR", "TORCH_VERSION_PATCH", "TORCH_VERSION")),),
         kind="decide",
         before="#if TORCH_VERSION_MAJOR >= 2\n#endif",
         after="",
