@@ -72,7 +72,7 @@ def test_a_name_that_is_none_is_said() -> None:
 def test_the_command_lists_and_writes() -> None:
     done = CliRunner().invoke(app, ["wrappers", "--list"])
     assert done.exit_code == 0
-    assert len(done.stdout.splitlines()) >= len(wrappers.names())
+    assert len(done.stdout.splitlines()) >= len(wrappers.NAMES)
     done = CliRunner().invoke(app, ["wrappers", "cat", "arange"])
     assert done.exit_code == 0
     assert done.stdout == wrappers.header(["cat", "arange"])
@@ -87,7 +87,7 @@ def test_every_wrapper_alone_and_all_compile_for_the_oldest_torch(release: heade
     assert compile_stable(source, release.include, OLDEST) == []
     # Each function with only what it says that it uses: no other function is missing from its header.
     for name in sorted(wrappers.composed()):
-        if name in wrappers.names():
+        if name in wrappers.NAMES:
             source.write_text(wrappers.header([name]))
             assert compile_stable(source, release.include, OLDEST) == [], name
 
@@ -96,7 +96,7 @@ def test_every_wrapper_alone_and_all_compile_for_the_oldest_torch(release: heade
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One library with an operator for every wrapper, built once and loaded under every torch."""
     folder = tmp_path_factory.mktemp("wrappers")
-    (folder / wrappers.FILE).write_text(wrappers.header())
+    (folder / wrappers.HEADER_NAME).write_text(wrappers.header())
     functions, schemas, boxes = [], [], []
 
     def add(name: str, schema: str, declared: str, call: str) -> None:
@@ -122,11 +122,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(name, "(Tensor a, Tensor b) -> Tensor", two, f"{name}(a, b)")
         add(f"{name}_", "(Tensor(a!) a, Tensor b) -> Tensor(a!)", two, f"{name}_(a, b)")
     add("arange", "(int end) -> Tensor", "int64_t end", "arange(end)")
+    for name, sign in (("plus", "+"), ("minus", "-"), ("times", "*"), ("over", "/"), ("less", "<")):
+        functions.append(f"static Tensor {name}_(Tensor a, Tensor b) {{ return (a {sign} b) {sign} 2; }}")
+        schemas.append(f'm.def("{name}(Tensor a, Tensor b) -> Tensor");')
+        boxes.append(f'm.impl("{name}", TORCH_BOX(&{name}_));')
+    functions.append("static Tensor mixed_(Tensor a) { a += a; a *= 3; return 1.5 - -a / (2 * a) + (1 - a) / 4; }")
+    schemas.append('m.def("mixed(Tensor(a!) a) -> Tensor");')
+    boxes.append('m.impl("mixed", TORCH_BOX(&mixed_));')
     for name in ("zeros_like", "ones_like"):
         add(name, "(Tensor a) -> Tensor", tensor, f"{name}(a)")
     source = folder / "all.cpp"
     source.write_text(
-        f'#include "{wrappers.FILE}"\n#include <torch/csrc/stable/library.h>\n'
+        f'#include "{wrappers.HEADER_NAME}"\n#include <torch/csrc/stable/library.h>\n'
         + "using torch::headeronly::ScalarType;\nusing torch::stable::Tensor;\n"
         + "\n".join(functions)
         + "\nSTABLE_TORCH_LIBRARY(abi_ops_test, m) {\n"

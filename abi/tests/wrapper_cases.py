@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,12 @@ def compare(name: str, ours: Any, theirs: Any, arguments: list[Any]) -> str | No
     return None
 
 
+def mixed(a: torch.Tensor) -> torch.Tensor:
+    a += a
+    a *= 3
+    return 1.5 - -a / (2 * a) + (1 - a) / 4
+
+
 def main() -> None:
     torch.ops.load_library(sys.argv[1])
     schemas: list[str] = json.loads(sys.argv[2])
@@ -133,6 +140,14 @@ def main() -> None:
             count += 1
             method = getattr(torch.Tensor, name)
             problems.append(compare(name, getattr(torch.ops.abi_ops_test, name), method, [a, b]))
+    for name, method in (("plus", torch.add), ("minus", torch.sub), ("times", torch.mul), ("over", torch.div),
+                         ("less", torch.lt)):  # fmt: skip
+        for a, b in ((X, Y), (INTS, INTS.flip(0)), (INTS, X)):
+            count += 1
+            theirs = partial(lambda f, a, b: f(f(a, b), 2), method)
+            problems.append(compare(name, getattr(torch.ops.abi_ops_test, name), theirs, [a, b]))
+    count += 1
+    problems.append(compare("mixed", torch.ops.abi_ops_test.mixed, mixed, [X]))
     for end in (0, 1, 5):
         count += 1
         problems.append(compare("arange", torch.ops.abi_ops_test.arange, torch.arange, [end]))

@@ -100,8 +100,8 @@ def declared(headers: Headers, target: Version | None, cuda: bool) -> set[Symbol
         code = re.sub(r"__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)|\b__(?:host|device|forceinline)__\b", " ", text)
         tree = parser.parse(re.sub(r"\[\[[^]]*\]\]", " ", code).encode())
         shim = bool(SHIMS.fullmatch(header))
-        for name, kind in names(tree.root_node, "", shim):
-            name, _, source = name.partition("=")
+        for whole, kind in names(tree.root_node, "", shim):
+            name, _, source = whole.partition("=")
             if source:
                 again[source] = name
             if KEYWORD.search(name):
@@ -112,8 +112,8 @@ def declared(headers: Headers, target: Version | None, cuda: bool) -> set[Symbol
     for symbol in sorted(found):
         parts = symbol.name.split("::")
         for depth in range(2, len(parts) + 1):
-            if name := again.get("::".join(parts[:depth])):
-                found.add(Symbol("::".join([name, *parts[depth:]]), symbol.kind, symbol.header))
+            if alias := again.get("::".join(parts[:depth])):
+                found.add(Symbol("::".join([alias, *parts[depth:]]), symbol.kind, symbol.header))
     for symbol in [s for s in found if s.name.startswith("c10::")]:
         if any(s.name == symbol.name.replace("c10::", "torch::headeronly::", 1) for s in found):
             found.discard(symbol)

@@ -15,6 +15,12 @@ from abiding_abi.errors import UserError
 from abiding_abi.versions import Version
 
 CUDA_SUFFIXES = (".cu",)
+NVCC_FLAGS = (
+    "--expt-relaxed-constexpr",
+    *(f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")),
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+)
+"""What torch.utils.cpp_extension passes to nvcc: torch's Half and CUDA's would have ambiguous operators otherwise."""
 CXX_SUFFIXES = (".cpp", ".cc", ".cxx", ".c++")
 
 
@@ -109,7 +115,14 @@ def compile_stable(
     with tempfile.TemporaryDirectory() as scratch:
         output = f"{scratch}/out.o"
         if is_cuda:
-            command += ["-x", "cu", *(["-c", "-Xcompiler", "-fsyntax-only"] if whole else ["-ptx"]), "-o", output]
+            command += [
+                "-x",
+                "cu",
+                *NVCC_FLAGS,
+                *(["-c", "-Xcompiler", "-fsyntax-only"] if whole else ["-ptx"]),
+                "-o",
+                output,
+            ]
         else:
             folder = cuda_include(options.nvcc or find_nvcc())
             command += ["-isystem", str(folder)] if folder else []

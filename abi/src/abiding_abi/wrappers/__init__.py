@@ -16,7 +16,7 @@ from importlib.resources import files
 from abiding_abi import __version__
 from abiding_abi.errors import UserError
 
-FILE = "abi_ops.h"
+HEADER_NAME = "abi_ops.h"
 NAMESPACE = "abi_ops"
 
 _TYPES = {
@@ -203,16 +203,14 @@ def composed() -> dict[str, tuple[tuple[str, ...], str]]:
     return found
 
 
-@cache
-def names() -> frozenset[str]:
-    """The C++ functions that there are."""
-    return frozenset({op.name for op in operators()} | set(composed())) - {"Scalar", "store_"}
+NAMES = frozenset({op.name for op in operators()} | set(composed())) - {"Scalar", "store_"}
+"""What can be asked for: the C++ functions, and ``operators`` for ``+ - * /`` and comparisons of tensors."""
 
 
 def header(wanted: Iterable[str] | None = None) -> str:
     """The header with the functions wanted and those that they use; without a list, with all."""
-    asked = set(names() if wanted is None else wanted)
-    if unknown := sorted(asked - names()):
+    asked = set(NAMES if wanted is None else wanted)
+    if unknown := sorted(asked - NAMES):
         raise UserError(f"no wrapper is called {', '.join(unknown)}; 'abiding-abi wrappers --list' lists them")
     needed: set[str] = set()
     waiting = sorted(asked)
@@ -226,8 +224,11 @@ def header(wanted: Iterable[str] | None = None) -> str:
     parts = [head.replace("@version@", __version__).rstrip()]
     parts += [composed()["Scalar"][1]] if "Scalar" in needed else []
     parts += [op.code() for op in operators() if op.name in needed]
-    parts += [code for name, (_, code) in composed().items() if name in needed and name != "Scalar"]
-    return "\n\n".join([*parts, f"}} // namespace {NAMESPACE}"]) + "\n"
+    last = ("Scalar", "operators")
+    parts += [code for name, (_, code) in composed().items() if name in needed and name not in last]
+    parts += [f"}} // namespace {NAMESPACE}"]
+    parts += [composed()["operators"][1]] if "operators" in needed else []
+    return "\n\n".join(parts) + "\n"
 
 
 def listing() -> list[str]:
@@ -235,5 +236,5 @@ def listing() -> list[str]:
     direct = {op.name for op in operators()}
     lines = [f"{op.name:20} {op.schema}" for op in operators()]
     lines += [f"{name:20} composed of {', '.join(composed()[name][0]) or 'stable functions'}" for name in composed()
-              if name in names() and name not in direct]  # fmt: skip
+              if name in NAMES and name not in direct]  # fmt: skip
     return sorted(lines)

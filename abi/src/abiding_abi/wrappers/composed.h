@@ -150,3 +150,39 @@ inline Tensor full_like(const Tensor& self, double value) {
   Tensor made = torch::stable::empty_like(self);
   return torch::stable::fill_(made, value);
 }
+
+// function operators: add, sub, mul, div, neg, add_, sub_, mul_, div_, eq, ne, lt, le, gt, ge
+// In torch::stable, so that argument-dependent lookup finds them wherever a tensor is. A torch that declares its own
+// makes these ambiguous, at compile time: then leave them out.
+namespace torch::stable {
+#define ABI_OPS_OPERATOR(sign, function)                                                                        \
+  inline Tensor operator sign(const Tensor& a, const Tensor& b) { return abi_ops::function(a, b); }             \
+  inline Tensor operator sign(const Tensor& a, abi_ops::Scalar b) { return abi_ops::function(a, b); }
+ABI_OPS_OPERATOR(+, add)
+ABI_OPS_OPERATOR(-, sub)
+ABI_OPS_OPERATOR(*, mul)
+ABI_OPS_OPERATOR(/, div)
+ABI_OPS_OPERATOR(==, eq)
+ABI_OPS_OPERATOR(!=, ne)
+ABI_OPS_OPERATOR(<, lt)
+ABI_OPS_OPERATOR(<=, le)
+ABI_OPS_OPERATOR(>, gt)
+ABI_OPS_OPERATOR(>=, ge)
+#undef ABI_OPS_OPERATOR
+inline Tensor operator+(abi_ops::Scalar a, const Tensor& b) { return abi_ops::add(a, b); }
+inline Tensor operator-(abi_ops::Scalar a, const Tensor& b) { return abi_ops::sub(a, b); }
+inline Tensor operator*(abi_ops::Scalar a, const Tensor& b) { return abi_ops::mul(a, b); }
+inline Tensor operator/(abi_ops::Scalar a, const Tensor& b) { return abi_ops::div(a, b); }
+inline Tensor operator-(const Tensor& a) { return abi_ops::neg(a); }
+
+#define ABI_OPS_ASSIGNMENT(sign, function)                                                                      \
+  template <class T> const Tensor& operator sign(const Tensor& a, const T& b) {                                 \
+    abi_ops::function(a, b);                                                                                    \
+    return a;                                                                                                   \
+  }
+ABI_OPS_ASSIGNMENT(+=, add_)
+ABI_OPS_ASSIGNMENT(-=, sub_)
+ABI_OPS_ASSIGNMENT(*=, mul_)
+ABI_OPS_ASSIGNMENT(/=, div_)
+#undef ABI_OPS_ASSIGNMENT
+} // namespace torch::stable
