@@ -83,6 +83,8 @@ class Declaration:
     value: lexical.Span | None = None
     ranged: bool = False
     called: bool = False
+    listed: bool = False
+    """Whether it stands in a list of parameters (or of declarators)."""
 
 
 @dataclass
@@ -195,7 +197,7 @@ class Tensors:
         elif kind == "auto" and follows in "=:":
             begin = lexical.skip_space(code, match.end() + 1)
             value = lexical.Span(begin, _statement_end(code, begin))
-        declaration = Declaration(name, kind, match.start(2), value, follows == ":", follows == "(")
+        declaration = Declaration(name, kind, match.start(2), value, follows == ":", follows == "(", follows in ",)")
         found[name].append(declaration)
         if kind in ("tensor", "list", "optional") and follows in ",=;({":
             self._more(match, declaration, found)
@@ -270,7 +272,7 @@ class Tensors:
                     continue
                 if declaration.called:
                     result.functions.setdefault(name, declaration.kind)
-                elif self.function_at(declaration.at) is None:
+                elif self.function_at(declaration.at) is None and not declaration.listed:
                     result.members.setdefault(name, declaration.kind)
         return result
 
@@ -282,11 +284,12 @@ class Tensors:
             if declaration.at >= at:
                 break
             inside = region is not None and region[0] <= declaration.at < region[1]
-            if inside or self.function_at(declaration.at) is None:
+            if inside or (self.function_at(declaration.at) is None and not declaration.listed):
                 best = declaration if inside or best is None or not _inside(best, region) else best
-        for declaration in self._shadows(name) if best is not None else ():
-            if best is not None and best.at < declaration.at < at and _inside(declaration, region):
-                return "other"
+        if best is not None or name in self.shared.members:
+            for declaration in self._shadows(name):
+                if (best is None or best.at < declaration.at) and declaration.at < at and _inside(declaration, region):
+                    return "other"
         if best is None:
             return self.shared.members.get(name, "other")
         if best.kind != "auto":
