@@ -34,7 +34,7 @@ def after(rule: Rule) -> str:
     """The same on the stable ABI."""
     head = STABLE + (CUDA if rule.cuda else "")
     if HELPER in rule.after:
-        head += "\n".join(HELPER_LINES) + "\n"
+        head += "\n".join(line for line in HELPER_LINES if not line.startswith("#")) + "\n"
     if rule.scope == "file":
         return head + rule.after + "\n"
     kind = "torch::stable::Tensor"

@@ -173,9 +173,10 @@ def _is_member(code: str, at: int) -> bool:
 
 
 def tensor_arithmetic(context: Context) -> Iterator[Hit]:
-    """``t + u``"""
+    """``t + u``, unless the header of wrappers brings the operators."""
     if not _mentions_tensors(context):
         return
+    signs = frozenset("&|^%") if _has_operators(context) else None
     code = context.code
     names = _named_tensors(context)
     for match in _OPERATOR.finditer(code):
@@ -185,7 +186,11 @@ def tensor_arithmetic(context: Context) -> Iterator[Hit]:
             continue
         if match[2] == "*" and not _is_operand(code, match.end()):
             continue
+        if signs and match[2] not in signs:
+            continue
         yield match.start(2), match.end(2), match[1]
+    if signs:
+        return
     for match in _RIGHT.finditer(code):
         if match[2] in names and context.tensors.lookup(match[2], match.start(2)) == "tensor":
             yield match.start(1), match.end(1), match[2]
@@ -193,6 +198,10 @@ def tensor_arithmetic(context: Context) -> Iterator[Hit]:
         start = lexical.receiver(code, match.start() + 1)
         if start < match.start() and context.tensors.infer(start, match.start() + 1) == "tensor":
             yield match.start(1), match.end(1), ""
+
+
+def _has_operators(context: Context) -> bool:
+    return any(line.path.endswith("abi_ops.h") for s in context.project.closure(context.source) for line in s.includes)
 
 
 def device_member(context: Context) -> Iterator[Hit]:

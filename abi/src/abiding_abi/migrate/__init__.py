@@ -14,7 +14,7 @@ from abiding_abi.errors import UserError
 from abiding_abi.lint import Config
 from abiding_abi.lint.engine import Hit, scan
 from abiding_abi.lint.project import Progress, Project, collect, shown
-from abiding_abi.migrate import cuda, dispatch, factories, includes, library, pybind, simple, tensors, todo
+from abiding_abi.migrate import cuda, dispatch, factories, includes, library, pybind, simple, tensors, todo, wrapped
 from abiding_abi.migrate.edits import Edit, consistent, render
 from abiding_abi.migrate.work import Handler, Shared, Work
 from abiding_abi.rules import Include, Macro, Method, Name
@@ -29,8 +29,9 @@ HANDLERS: dict[str, Handler] = {
     **cuda.HANDLERS,
     **library.HANDLERS,
     **pybind.HANDLERS,
+    **wrapped.HANDLERS,
 }
-PASSES = frozenset((*HANDLERS, "includes", "wrappers", "using", "widen"))
+PASSES = frozenset((*HANDLERS, "includes", "using", "widen"))
 """Names that a rule's ``edit`` may have."""
 
 _CODE_PASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -71,6 +72,7 @@ class Result:
 
     files: list[FileResult]
     modules: dict[Path, str]
+    """New files: Python modules and the header of wrappers."""
     problems: list[tuple[str, str]]
     notes: list[str]
 
@@ -146,12 +148,18 @@ class Migration:
     def finish(self, only: Sequence[str]) -> None:
         """Exchange the includes, then mark what is left."""
         usage = Usage(self.project, self.sources)
+        users = wrapped.users(self.sources, self.shared.operators)
+        if users:
+            self.shared.header = wrapped.place(users)
+            names = {name for found in users.values() for name in found}
+            self.shared.modules[self.shared.header] = wrapped.text(self.shared.header, names)
         for index in self._headers_first():
             source = self.sources[index]
             work = Work(self.project, source, self.shared, usage)
             hits = scan(work)
             left = [h for h in hits if h.level == "unstable" and not isinstance(h.match, Include)]
-            edits, open_ = includes.includes(work, hits, bool(left))
+            needs = os.path.abspath(source.path) in users
+            edits, open_ = includes.includes(work, hits, bool(left), needs)
             if only:
                 edits = [edit for edit in edits if edit.rule.startswith(tuple(only))]
             self.sources[index] = self._apply(index, "includes", source, edits)

@@ -10,6 +10,7 @@ from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import Edit, replace
+from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.simple import named, rename, whole_line
 from abiding_abi.migrate.work import Answer, Handler, Work
 
@@ -242,8 +243,8 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
 
 
 def pad(work: Work, hit: Hit) -> Answer:
-    """``pad`` and ``sub``."""
-    return rename(work, hit)
+    """``pad`` and ``sub``, the latter exact for integers too."""
+    return wrapped.wrapped(work, hit) if hit.name == "sub" else rename(work, hit)
 
 
 HANDLERS: dict[str, Handler] = {"factories": factory, "zeros_like": zeros_like, "pad": pad}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from abiding_abi.lint.engine import Hit
@@ -121,7 +122,7 @@ def needed(code: str, *, cuda: bool) -> list[str]:
     return [header for header in dict.fromkeys(found) if header not in left_out]
 
 
-def includes(work: Work, hits: list[Hit], unresolved: bool) -> tuple[list[Edit], list[tuple[Hit, str]]]:
+def includes(work: Work, hits: list[Hit], unresolved: bool, wrappers: bool) -> tuple[list[Edit], list[tuple[Hit, str]]]:
     """Edits that exchange the headers of a file, and includes that a person has to look at."""
     legacy: list[Hit] = []
     open_: list[tuple[Hit, str]] = []
@@ -138,7 +139,8 @@ def includes(work: Work, hits: list[Hit], unresolved: bool) -> tuple[list[Edit],
             legacy.append(hit)
     helper = f"{HELPER}(" in work.code and "ABI_CURRENT_STREAM" not in work.code
     sources = work.project.closure(work.source)
-    if not legacy and not helper and not _migrated(work):
+    own_header = _wrapper_header(work) if wrappers else ""
+    if not legacy and not helper and not own_header and not _migrated(work):
         return [], open_
     code = work.code + ("\n".join(HELPER_LINES) if helper else "")
     kept = [header for hit in legacy for header in _same(hit)]
@@ -153,7 +155,16 @@ def includes(work: Work, hits: list[Hit], unresolved: bool) -> tuple[list[Edit],
     ]
     if not legacy:
         wanted = [header for header in wanted if header not in present and header.startswith(("torch/", "cuda"))]
-    return [*_edits(work, legacy, wanted, helper)], open_
+    return [*_edits(work, legacy, wanted, helper, own_header)], open_
+
+
+def _wrapper_header(work: Work) -> str:
+    """How the file includes the header of wrappers, unless it does."""
+    header = work.shared.header
+    if header is None:
+        return ""
+    path = os.path.relpath(header, work.source.path.parent.absolute()).replace(os.sep, "/")
+    return "" if any(line.path == path for line in work.source.includes) else path
 
 
 def _same(hit: Hit) -> list[str]:
@@ -178,12 +189,13 @@ def _migrated(work: Work) -> bool:
     )
 
 
-def _edits(work: Work, legacy: list[Hit], wanted: list[str], helper: bool) -> list[Edit]:
+def _edits(work: Work, legacy: list[Hit], wanted: list[str], helper: bool, own: str) -> list[Edit]:
     newline = work.newline
-    lines = newline.join(f"#include <{header}>" for header in wanted)
+    written = [f"#include <{header}>" for header in wanted] + ([f'#include "{own}"'] if own else [])
+    lines = newline.join(written)
     by_path = {line.start: line for line in work.source.includes}
     edits: list[Edit] = []
-    placed = not wanted
+    placed = not written
     for hit in legacy:
         line = by_path[hit.start]
         if not placed and not _conditional(work, line.line_start):

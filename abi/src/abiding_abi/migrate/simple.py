@@ -6,6 +6,7 @@ from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import Edit, replace
+from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Include, Macro, Method, Name
 
@@ -101,7 +102,7 @@ def matrix_transpose(work: Work, hit: Hit) -> Answer:
     """``t.transpose(..)`` and ``t.t()``"""
     if hit.name == "transpose":
         return rename(work, hit)
-    return "t() of a vector is the vector itself, where transpose throws: say which it is"
+    return wrapped.member(work, hit, "t")
 
 
 def to_device(work: Work, hit: Hit) -> Answer:

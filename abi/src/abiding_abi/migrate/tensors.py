@@ -8,9 +8,11 @@ from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import replace
+from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.simple import free_function, named, rename
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Method
+from abiding_abi.wrappers import NAMES
 from abiding_abi.usage import Use
 
 _ACCESSOR = "torch::headeronly::HeaderOnlyTensorAccessor"
@@ -131,26 +133,23 @@ def accessor_type(work: Work, hit: Hit) -> Answer:
 
 
 def cut(work: Work, hit: Hit) -> Answer:
-    """``t.narrow(..)`` and ``t.slice(d, a, b)``, the latter where its end cannot lie behind the tensor's."""
+    """``t.narrow(..)``, which takes a reference, and ``t.slice(..)``."""
+    if hit.name == "slice":
+        return wrapped.member(work, hit, "slice")
     target, _ = work.receiver(hit.start)
     if not named(work, target):
-        return "narrow takes a reference, and this is a temporary: name it first"
-    if hit.name == "narrow":
-        return rename(work, hit)
+        return wrapped.member(work, hit, "narrow") if "narrow" in NAMES else _through_lambda(work, hit)
+    return rename(work, hit)
+
+
+def _through_lambda(work: Work, hit: Hit) -> Answer:
+    """A temporary gets a name."""
     read = work.call(hit.end)
-    if not read or not 2 <= len(read[0]) <= 3:
-        return "slice with a step or without bounds has no counterpart"
-    spans, _, end = read
-    start = work.plain(spans[1])
-    name, dimension = work.plain(target), work.plain(spans[0])
-    sizes = rf"{re.escape(name)}\.size\({re.escape(dimension)}\)"
-    if re.fullmatch(r"\d+", start) and len(spans) == 2:
-        head = ["torch::stable::narrow(", target, ", ", spans[0], ", ", spans[1], ", ", target, ".size(", spans[0], ")"]
-        return replace(target.start, end, *head, f" - {start})" if start != "0" else ")", rule=hit.rule.code)
-    if len(spans) == 3 and start == "0" and re.fullmatch(rf"{sizes}(?:-\d+)?", work.plain(spans[2])):
-        return replace(target.start, end, "torch::stable::narrow(", target, ", ", spans[0], ", 0, ", spans[2], ")",
-                       rule=hit.rule.code)  # fmt: skip
-    return "slice clamps ends that lie outside, where narrow throws: are these bounds inside?"
+    target, star = work.receiver(hit.start)
+    if not read or star:
+        return "narrow takes a reference, and this is a temporary: name it first"
+    parts = ["[&] { auto whole = ", target, f"; return torch::stable::{hit.name}(whole, "]
+    return replace(target.start, read[2], *parts, Span(read[0][0].start, read[0][-1].end), "); }()", rule=hit.rule.code)
 
 
 def tensor_index(work: Work, hit: Hit) -> Answer:

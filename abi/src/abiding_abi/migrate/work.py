@@ -20,8 +20,10 @@ from abiding_abi.usage import Usage
 class Shared:
     """What the files of one run share."""
 
-    wrappers: set[str] = field(default_factory=set)
-    """Names of dispatcher wrappers that were used."""
+    operators: set[str] = field(default_factory=set)
+    """Files with tensor arithmetic, which needs the wrapper header's operators."""
+    header: Path | None = None
+    """The wrapper header, where any file needs it."""
     modules: dict[Path, str] = field(default_factory=dict)
     """Python modules to write, by path."""
     namespaces: set[str] = field(default_factory=set)

@@ -185,13 +185,14 @@ RULES = (
     Rule(
         "FUN015",
         "torch::nn::functional::pad, torch::sub",
-        "torch::stable::pad, torch::stable::subtract",
-        (Name(("sub",), to="torch::stable::subtract", called=True), Name(("pad", "nn::functional::pad"), called=True)),
+        "torch::stable::pad, abi_ops::sub",
+        (Name(("sub",), called=True), Name(("pad", "nn::functional::pad"), called=True)),
         headers="2.9",
         kind="context",
         edit="pad",
         before="auto a = torch::sub(t, u);",
-        after="auto a = torch::stable::subtract(t, u);",
+        after="",
+        pitfall="torch::stable::subtract passes alpha as a double and refuses integers.",
     ),
     Rule(
         "FUN016",

@@ -399,9 +399,10 @@ RULES = (
             Method(("is_floating_point", "is_complex", "is_signed"), distinct=True),
             Method(("is_same", "is_alias_of", "is_quantized", "is_hip", "is_vulkan", "key_set", "is_conj", "is_neg")),
         ),
-        kind="decide",
+        kind="context",
+        edit="wrappers",
         before="bool a = t.is_floating_point();",
-        after="bool a = t.scalar_type() == torch::headeronly::ScalarType::Float;",
+        after="",
     ),
     Rule(
         "MET048",

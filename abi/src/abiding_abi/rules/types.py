@@ -340,7 +340,8 @@ RULES = (
         kind="decide",
         pitfall="A raw pointer passed as int becomes a constant of a compiled graph.",
         before="struct A : torch::CustomClassHolder {};",
-        after="struct A {};",
+        after="auto f(void* a) {\n  return torch::stable::from_blob(a, {1}, {1}, torch::headeronly::DeviceType::CPU, "
+        "torch::headeronly::ScalarType::Byte, [](void* owned) {});\n}",
         scope="file",
     ),
     Rule(
