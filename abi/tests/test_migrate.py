@@ -75,7 +75,7 @@ LEGACY = """\
 
 // Änderungen: keep	this
 void f(at::Tensor x) {
-	TORCH_CHECK(x.dim() == 2, "rank");   
+	TORCH_CHECK(x.dim() == 2, "rank");\x20\x20
   float* p = x.data_ptr<float>();  /* at::Tensor */
   p[0] = 1;
 }

@@ -35,6 +35,7 @@ _DIGITS = frozenset("0123456789abcdefABCDEF")
 _NOT_NEWLINE = re.compile(r"[^\n]")
 _CONDITION = re.compile(r"^[ \t]*#[ \t]*(if|ifdef|ifndef|elif|else|endif)\b[ \t]*([^\n]*)", re.MULTILINE)
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*(?:<([^>\n]+)>|\"([^\"\n]+)\")", re.MULTILINE)
+_ANGLED = re.compile(r"^([ \t]*#[ \t]*include[ \t]*<)([^>\n]*)>", re.MULTILINE)
 _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)(?:[^\n\\]|\\\r?\n|\\.)*", re.MULTILINE)
 
 
@@ -98,7 +99,10 @@ class Source:
                 parts.append(" " * opening + found[opening] + blank + (found[-1] if len(found) > opening + 1 else ""))
             at = end
         parts.append(text[at:])
-        return _without_dead_branches("".join(parts)), tuple(comments)
+        code = "".join(parts)
+        if "include" in code:
+            code = _ANGLED.sub(lambda m: m[1] + " " * len(m[2]) + ">", code)
+        return _without_dead_branches(code), tuple(comments)
 
     @property
     def code(self) -> str:

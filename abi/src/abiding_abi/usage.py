@@ -38,9 +38,36 @@ _POINTER = re.compile(
 _MEMBER = re.compile(r"\s*(?:\.|->)\s*(?:template\s+)?([A-Za-z_]\w*)")
 _DECLARED = re.compile(r"(?:^|[;{}(,])\s*((?:[\w:<>,\s]|\*|&)*?[\w>*&]\s*[*&\s]\s*)?([A-Za-z_]\w*)\s*(?:=|\{|\()\s*\Z")
 _VIEWS = frozenset(
-    ("view", "reshape", "select", "narrow", "slice", "transpose", "t", "permute", "squeeze", "unsqueeze", "expand")
-    + ("flatten", "contiguous", "as_strided", "detach", "to", "index", "view_as", "expand_as", "diagonal", "unfold")
-    + ("data", "value", "movedim", "unbind", "split", "chunk", "toType")
+    (
+        "view",
+        "reshape",
+        "select",
+        "narrow",
+        "slice",
+        "transpose",
+        "t",
+        "permute",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "flatten",
+        "contiguous",
+        "as_strided",
+        "detach",
+        "to",
+        "index",
+        "view_as",
+        "expand_as",
+        "diagonal",
+        "unfold",
+        "data",
+        "value",
+        "movedim",
+        "unbind",
+        "split",
+        "chunk",
+        "toType",
+    )
 )
 _WRITE_FIRST = re.compile(
     r"(?:(?:gpu|fast)?[aA]tomic\w*|memset|memcpy|memmove|std::(?:fill|fill_n|memset|memcpy)|fill|cudaMemset(?:Async)?|"

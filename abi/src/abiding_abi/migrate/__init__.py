@@ -37,8 +37,7 @@ PASSES = frozenset((*HANDLERS, "includes", "using", "widen"))
 _CODE_PASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("registration", ("REG",)),
     ("checks", ("CHK",)),
-    ("types", ("TYP001", "TYP002", "TYP003", "TYP004", "TYP005", "TYP006", "TYP007", "TYP008", "TYP009", "TYP01", "TYP029",
-               "TYP030", "TYP031", "MET005", "MET006")),
+    ("types", (*(f"TYP00{n}" for n in range(1, 10)), "TYP01", "TYP029", "TYP030", "TYP031", "MET005", "MET006")),
     ("accessors", ("MET031", "MET032", "TYP021", "TYP022")),
     ("data pointers", ("MET001", "MET003")),
     ("options", ("FUN001", "FUN002", "FUN003", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")),

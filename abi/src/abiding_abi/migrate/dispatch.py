@@ -119,7 +119,12 @@ def dispatch_index(work: Work, hit: Hit) -> Answer:
     if open_at < 0 or re.search(r"\bscalar_t\b", inner):
         return "the lambda uses scalar_t of an outer dispatch, which the inner one would hide"
     types = f", {_SCALAR}Int, {_SCALAR}Long"
-    parts = [Span(paren, body.start), "(", Span(body.start, open_at + 1), " using index_t = scalar_t;"]
+    parts: list[str | Span] = [
+        Span(paren, body.start),
+        "(",
+        Span(body.start, open_at + 1),
+        " using index_t = scalar_t;",
+    ]
     return replace(hit.start, end, "THO_DISPATCH_V2", *parts, Span(open_at + 1, body.end), ")", types,
                    Span(body.end, end), rule=hit.rule.code)  # fmt: skip
 

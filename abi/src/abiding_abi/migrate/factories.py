@@ -9,8 +9,8 @@ from dataclasses import replace as changed
 from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
-from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate import wrapped
+from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.simple import named, rename, whole_line
 from abiding_abi.migrate.work import Answer, Handler, Work
 
@@ -51,7 +51,7 @@ def read_options(work: Work, span: Span, depth: int = 0) -> Options | None:
         return _chain(work, Options(like=like), span.start + found.end(), span.end)
     start = _START.match(code, span.start)
     if start:
-        return _chain(work, Options(), start.end() - (0 if start[1] else 0), span.end, first=not start[1])
+        return _chain(work, Options(), start.end(), span.end, first=not start[1])
     if _DTYPE.search(text) and not text.startswith("torch::stable::"):
         return Options(dtype=span)
     if _DEVICE.search(text):
@@ -106,10 +106,7 @@ def _variable(work: Work, name: str, at: int, depth: int) -> Options | None:
         return Options(dtype=Span(at, at + len(name)))
     if not found:
         return None
-    if found[2] == "=":
-        end = work.code.find(";", found.end())
-    else:
-        end = lexical.closing(work.code, found.end(2) - 1)
+    end = work.code.find(";", found.end()) if found[2] == "=" else lexical.closing(work.code, found.end(2) - 1)
     if not found.end() <= end <= at:
         return None
     value = lexical.trim(work.code, found.end(), end)
@@ -144,13 +141,13 @@ def factory(work: Work, hit: Hit) -> Answer:
         start = target.start
     takes_value = name in ("full", "new_full")
     count = 2 if takes_value else 1
-    if len(spans) > count + 1:
+    if len(spans) > count + (2 if name == "empty" else 1):
         return "more arguments than sizes and options"
-    options: Options | None = Options()
-    if len(spans) > count:
-        options = read_options(work, spans[count])
-        if options is None:
-            return "these options are not readable: write dtype and device out"
+    memory_format = spans[count + 1] if len(spans) > count + 1 else None
+    read_as = read_options(work, spans[count]) if len(spans) > count else Options()
+    if read_as is None:
+        return "these options are not readable: write dtype and device out"
+    options = read_as
     if target is not None:
         options = changed(options, like=options.like or target)
     value: str | Span = spans[1] if takes_value else {"zeros": "0", "ones": "1"}.get(name.removeprefix("new_"), "")
@@ -162,8 +159,7 @@ def factory(work: Work, hit: Hit) -> Answer:
     ):
         return "full without a dtype takes that of the value, which here may be an integer"
     _remember(work, options)
-    edit = _made(work, hit, Span(start, end), name.removeprefix("new_"), spans[0], value, options)
-    return edit
+    return _made(work, hit, Span(start, end), name.removeprefix("new_"), spans[0], value, options, memory_format)
 
 
 _MAKERS = frozenset(("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_full", "new_ones"))
@@ -174,11 +170,20 @@ def _single(work: Work, hit: Hit) -> bool:
     return bool(read) and len(read[0]) == 1  # type: ignore[index]
 
 
-def _made(work: Work, hit: Hit, whole: Span, name: str, sizes: Span, value: str | Span, options: Options) -> Edit | str:
+def _made(
+    work: Work,
+    hit: Hit,
+    whole: Span,
+    name: str,
+    sizes: Span,
+    value: str | Span,
+    options: Options,
+    memory_format: Span | None,
+) -> Edit | str:
     rule = hit.rule.code
     like = options.like
     dtype: tuple[str | Span, ...] = (options.dtype,) if options.dtype else ()
-    if like is not None and name in ("empty", "zeros"):
+    if like is not None and name in ("empty", "zeros") and memory_format is None:
         parts: list[str | Span] = [f"{_STABLE}new_{name}(", like, ", ", sizes]
         if options.device:
             parts += [", ", *(dtype or ("std::nullopt",)), ", std::nullopt, ", *options.device]
@@ -198,6 +203,8 @@ def _made(work: Work, hit: Hit, whole: Span, name: str, sizes: Span, value: str 
         parts += [", ", *(dtype or ("std::nullopt",))]
     if device:
         parts += [", std::nullopt, ", *device]
+    if memory_format is not None:
+        parts += [*([", std::nullopt"] * (1 if device else 3 if dtype else 4)), ", ", memory_format]
     return replace(*whole, *parts, ")", rule=rule)
 
 
@@ -232,7 +239,7 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
         work.code, max(0, hit.start - 200), hit.start
     )
     after = lexical.skip_space(work.code, end)
-    empty = [f"{_STABLE}empty_like(", spans[0], ")"]
+    empty: list[str | Span] = [f"{_STABLE}empty_like(", spans[0], ")"]
     if statement and work.code[after : after + 1] == ";" and "\\\n" not in work.text[hit.start - 80 : end]:
         begin = work.text.rfind("\n", 0, hit.start) + 1
         indent = re.match(r"[ \t]*", work.text[begin:]).group()  # type: ignore[union-attr]
@@ -242,9 +249,24 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
                    rule=hit.rule.code)  # fmt: skip
 
 
+def converted(work: Work, hit: Hit) -> Answer:
+    """``t.to(..)``, whose argument may be options."""
+    read = work.call(hit.end)
+    if read and len(read[0]) == 1 and hit.name == "to":
+        options = read_options(work, read[0][0])
+        if options and options.like is not None and named(work, options.like):
+            target, star = work.receiver(hit.start)
+            dtype: list[str | Span] = [options.dtype] if options.dtype else [options.like, ".scalar_type()"]
+            device: list[str | Span] = list(options.device) or [options.like, ".device()"]
+            _remember(work, options)
+            parts = [f"{_STABLE}to({star}", target, ", ", *dtype, ", std::nullopt, ", *device, ")"]
+            return replace(target.start, read[2], *parts, rule=hit.rule.code)
+    return rename(work, hit)
+
+
 def pad(work: Work, hit: Hit) -> Answer:
     """``pad`` and ``sub``, the latter exact for integers too."""
     return wrapped.wrapped(work, hit) if hit.name == "sub" else rename(work, hit)
 
 
-HANDLERS: dict[str, Handler] = {"factories": factory, "zeros_like": zeros_like, "pad": pad}
+HANDLERS: dict[str, Handler] = {"converted": converted, "factories": factory, "zeros_like": zeros_like, "pad": pad}

@@ -99,8 +99,7 @@ def _definition(work: Work, hit: Hit, block: Block, call: Call) -> Answer:
         head = f'{block.variable}.def("{made.schema}")'
     else:
         head = work.text[call.start : call.arguments[0].end] + ")"
-    edits = _move(work, hit, block, call, GENERIC, f'"{name.rpartition("::")[2]}"', function, head)
-    return edits
+    return _move(work, hit, block, call, GENERIC, f'"{name.rpartition("::")[2]}"', function, head)
 
 
 def _move(

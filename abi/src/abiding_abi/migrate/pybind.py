@@ -25,8 +25,8 @@ _ARG = re.compile(
 _LITERAL_ARG = re.compile(r"\"([^\"]*)\"\s*_a\s*(?:=\s*(.*))?\Z", re.DOTALL)
 _OVERLOAD = re.compile(r"(?:py|pybind11)\s*::\s*overload_cast\s*<(.*)>\s*\(\s*&?\s*((?:\w+::)*\w+)\s*\)\Z", re.DOTALL)
 _LAMBDA = re.compile(r"\[[^\]]*\]\s*\(")
-_DEFAULTS = {"py::none()": "None", "pybind11::none()": "None", "true": "True", "false": "False", "nullptr": "None",
-             "c10::nullopt": "None", "std::nullopt": "None", "at::nullopt": "None", "torch::nullopt": "None"}  # fmt: skip
+_NONE = ("py::none()", "pybind11::none()", "nullptr", "c10::nullopt", "std::nullopt", "at::nullopt", "torch::nullopt")
+_DEFAULTS = {"true": "True", "false": "False", **dict.fromkeys(_NONE, "None")}
 
 
 @dataclass
@@ -54,10 +54,7 @@ def pybind(work: Work, hit: Hit) -> Answer:
     close = lexical.closing(code, open_at) if code[open_at : open_at + 1] == "{" else -1
     if close < 0:
         return "the module's body is not closed"
-    if re.search(r"^[ \t]*#", code[open_at:close], re.MULTILINE):
-        conditional = True
-    else:
-        conditional = False
+    conditional = bool(re.search(r"^[ \t]*#", code[open_at:close], re.MULTILINE))
     module = _read_module(work, work.word(read[0][1]), Span(open_at + 1, close))
     if isinstance(module, str):
         return module
@@ -160,7 +157,7 @@ def _resolve(work: Work, module: Module, name: str, span: Span) -> tuple[Functio
     plain = _FUNCTION.fullmatch(text)
     if plain:
         callee = re.sub(r"\s", "", plain[1])
-        candidates = [f for f in work.usage.functions(callee)]
+        candidates = list(work.usage.functions(callee))
         shapes = {tuple(p.type for p in f.parameters) for f in candidates}
         if not candidates:
             return None, "", f"{callee} is not found in the files at hand"
@@ -172,7 +169,7 @@ def _resolve(work: Work, module: Module, name: str, span: Span) -> tuple[Functio
         wanted = [signatures.bare(overload[1][slice(*s)]) for s in lexical.split(overload[1], 0, len(overload[1]))]
         for function in sorted(work.usage.functions(overload[2]), key=lambda f: f.body is None):
             if [signatures.bare(p.type) for p in function.parameters] == wanted:
-                return function, overload[2], "" if len(work.usage.functions(overload[2])) == 1 else ""
+                return function, overload[2], ""
         return None, "", f"no {overload[2]} takes ({', '.join(wanted)})"
     if _LAMBDA.match(text):
         return _lambda(work, module, name, span)

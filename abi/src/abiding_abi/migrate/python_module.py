@@ -37,7 +37,7 @@ def _extensions(setup: Path) -> list[tuple[str, str]]:
         return []
     found = list(_EXTENSION.finditer(text))
     ends = [*(match.start() for match in found[1:]), len(text)]
-    return [(match[1], text[match.end() : end]) for match, end in zip(found, ends)]
+    return [(match[1], text[match.end() : end]) for match, end in zip(found, ends, strict=False)]
 
 
 def write(

@@ -10,9 +10,44 @@ from abiding_abi.signatures import Function, Parameter, bare
 from abiding_abi.usage import Usage, Use
 
 _KEYWORDS = frozenset(
-    ("False", "None", "True", "and", "as", "assert", "async", "await", "break", "class", "continue", "def", "del")
-    + ("elif", "else", "except", "finally", "for", "from", "global", "if", "import", "in", "is", "lambda", "nonlocal")
-    + ("not", "or", "pass", "raise", "return", "try", "while", "with", "yield", "out")
+    (
+        "False",
+        "None",
+        "True",
+        "and",
+        "as",
+        "assert",
+        "async",
+        "await",
+        "break",
+        "class",
+        "continue",
+        "def",
+        "del",
+        "elif",
+        "else",
+        "except",
+        "finally",
+        "for",
+        "from",
+        "global",
+        "if",
+        "import",
+        "in",
+        "is",
+        "lambda",
+        "nonlocal",
+        "not",
+        "or",
+        "pass",
+        "raise",
+        "return",
+        "try",
+        "while",
+        "with",
+        "yield",
+        "out",
+    )
 )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
-from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate import wrapped
+from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Include, Macro, Method, Name
 
@@ -79,7 +79,12 @@ def warn(work: Work, hit: Hit) -> Answer:
         return "aoti_torch_warn takes one C string: build the message first"
     head = "aoti_torch_warn(__func__, __FILE__, __LINE__, "
     if hit.name == "TORCH_WARN_ONCE":
-        call = ["{ static const bool warned = [] { ", head, read[0][0], "); return true; }(); (void)warned; }"]
+        call: list[str | Span] = [
+            "{ static const bool warned = [] { ",
+            head,
+            read[0][0],
+            "); return true; }(); (void)warned; }",
+        ]
         end = lexical.skip_space(work.code, read[2])
         return replace(hit.start, end + 1 if work.code[end : end + 1] == ";" else read[2], *call, rule=hit.rule.code)
     if hit.name != "TORCH_WARN":

@@ -7,13 +7,13 @@ import re
 from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
-from abiding_abi.migrate.edits import replace
 from abiding_abi.migrate import wrapped
+from abiding_abi.migrate.edits import replace
 from abiding_abi.migrate.simple import free_function, named, rename
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Method
-from abiding_abi.wrappers import NAMES
 from abiding_abi.usage import Use
+from abiding_abi.wrappers import NAMES
 
 _ACCESSOR = "torch::headeronly::HeaderOnlyTensorAccessor"
 _PACKED = "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor"
@@ -98,8 +98,9 @@ def accessors(work: Work, hit: Hit) -> Answer:
     kind = work.word(types[0])
     constant = kind.startswith("const ")
     pointer = f"{dot}{'const' if constant else 'mutable'}_data_ptr<{kind.removeprefix('const ')}>()"
+    head: list[str | Span]
     if hit.name == "accessor":
-        head: list[str | Span] = [_ACCESSOR, "<", types[0], ", ", types[1], ">("]
+        head = [_ACCESSOR, "<", types[0], ", ", types[1], ">("]
     else:
         traits: list[str | Span] = [types[2]] if len(types) > 2 else [_TRAITS]
         index = {"packed_accessor32": "int32_t", "packed_accessor64": "int64_t"}.get(hit.name)
@@ -148,7 +149,7 @@ def _through_lambda(work: Work, hit: Hit) -> Answer:
     target, star = work.receiver(hit.start)
     if not read or star:
         return "narrow takes a reference, and this is a temporary: name it first"
-    parts = ["[&] { auto whole = ", target, f"; return torch::stable::{hit.name}(whole, "]
+    parts: list[str | Span] = ["[&] { auto whole = ", target, f"; return torch::stable::{hit.name}(whole, "]
     return replace(target.start, read[2], *parts, Span(read[0][0].start, read[0][-1].end), "); }()", rule=hit.rule.code)
 
 
@@ -175,7 +176,7 @@ def _assigned_row(work: Work, hit: Hit, target: Span, index: Span, equals: int) 
     before = work.code[lexical.back_over_space(work.code, target.start) - 1 : target.start].strip()
     if end < 0 or before not in (";", "{", "}", ")", ""):
         return "an assignment to t[i] copies into the tensor: write copy_ or fill_"
-    row = ["{ auto row = torch::stable::select(", target, ", 0, ", index, "); "]
+    row: list[str | Span] = ["{ auto row = torch::stable::select(", target, ", 0, ", index, "); "]
     if work.tensors.infer(*value) == "tensor":
         return replace(target.start, end + 1, *row, "torch::stable::copy_(row, ", value, "); }", rule=hit.rule.code)
     if re.fullmatch(r"-?[\d.]+(?:e-?\d+)?f?", work.plain(value)):
@@ -243,7 +244,7 @@ def referenced(work: Work, hit: Hit) -> Answer:
     before = work.code[lexical.back_over_space(work.code, target.start) - 1 : target.start].strip()
     if before in (";", "{", "}", "") and work.code[after : after + 1] == ";":
         arguments: list[str | Span] = [", ", Span(read[0][0].start, read[0][-1].end)] if read[0] else []
-        parts = ["{ auto view = ", target, f"; {hit.match.free}(view", *arguments, "); }"]
+        parts: list[str | Span] = ["{ auto view = ", target, f"; {hit.match.free}(view", *arguments, "); }"]
         return replace(target.start, after + 1, *parts, rule=hit.rule.code)
     return free_function(work, hit, hit.match.free, reference=True)
 

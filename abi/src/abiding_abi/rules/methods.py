@@ -192,6 +192,7 @@ RULES = (
         "t.to(..), t.toType(dtype)",
         "torch::stable::to(t, ..)",
         (Method(("to", "toType"), free="torch::stable::to"),),
+        edit="converted",
         pitfall="Two overloads, by dtype and by device: a braced argument is ambiguous.",
         before="auto a = t.to(torch::kFloat);",
         after="auto a = torch::stable::to(t, torch::headeronly::ScalarType::Float);",
