@@ -73,7 +73,9 @@ _TYPE_MEMBER = re.compile(r"(?:\.|->)\s*(type)\s*\(\s*\)")
 _CONTIGUOUS = re.compile(r"(?:\.|->)\s*(is_contiguous)\s*\(\s*(?!\))")
 _OPERATOR = re.compile(r"\b([A-Za-z_]\w*)\s*([-+*/]=?|[<>=!]=|&(?=\s*[\w(])(?!&)|[|^](?=\s*\w))(?![>&|+\-])")
 _RIGHT = re.compile(r"[\w)\]]\s*([-+/])\s*([A-Za-z_]\w*)\b(?!\s*(?:[.\[(]|->|::))")
+_FACTOR = re.compile(r"[\w)\]]\s*(\*)\s*([A-Za-z_]\w*)\b(?!\s*(?:[.\[(]|->|::))")
 _RESULT = re.compile(r"\)\s*([-+*/])(?![-+*/=>])\s*[\w(]")
+_SECOND_INDEX = re.compile(r"\]\s*(\[)")
 _DEVICE = re.compile(r"device\s*\(\s*\)\s*\.\s*(is_(?!cuda\b|cpu\b)\w+|str|has_index|supports_\w+)\s*(?=\()")
 _INDEX = re.compile(r"\b([A-Za-z_]\w*)\s*(\[)")
 _ATOMIC = re.compile(
@@ -165,6 +167,16 @@ def tensor_index(context: Context) -> Iterator[Hit]:
             continue
         if context.tensors.lookup(match[1], match.start()) == "tensor":
             yield match.start(2), match.end(2), match[1]
+    yield from _indexed_element(context)
+
+
+def _indexed_element(context: Context) -> Iterator[Hit]:
+    code = context.code
+    for match in _SECOND_INDEX.finditer(code):
+        at = match.start(1)
+        start = lexical.receiver(code, at)
+        if context.tensors.infer(start, match.start() + 1) == "tensor":
+            yield at, at + 1, ""
 
 
 def _is_member(code: str, at: int) -> bool:
@@ -193,6 +205,11 @@ def tensor_arithmetic(context: Context) -> Iterator[Hit]:
         return
     for match in _RIGHT.finditer(code):
         if match[2] in names and context.tensors.lookup(match[2], match.start(2)) == "tensor":
+            yield match.start(1), match.end(1), match[2]
+    for match in _FACTOR.finditer(code):
+        if match[2] not in names or not context.tensors.is_value(match.start() + 1, match.start(2)):
+            continue
+        if context.tensors.lookup(match[2], match.start(2)) == "tensor":
             yield match.start(1), match.end(1), match[2]
     for match in _RESULT.finditer(code):
         start = lexical.receiver(code, match.start() + 1)

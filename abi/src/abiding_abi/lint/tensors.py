@@ -352,7 +352,7 @@ class Tensors:
     def _call(self, code: str, start: int, end: int) -> Kind:
         open_at = lexical.opening(code, end - 1)
         if open_at <= start:
-            return self.infer(open_at + 1, end - 1) if open_at == start else "other"
+            return self._parenthesized(code, open_at + 1, end - 1) if open_at == start else "other"
         name_end = lexical.back_over_space(code, open_at)
         if code[name_end - 1] == ">":
             angle = lexical.opening_angle(code, name_end - 1)
@@ -382,6 +382,22 @@ class Tensors:
         if name in self.types:
             return "tensor"
         return self.shared.functions.get(name) or self.vocabulary.functions.get(name, "other")
+
+    def _parenthesized(self, code: str, start: int, end: int) -> Kind:
+        """An expression in parentheses, where a ``<`` is a comparison."""
+        compared = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:[<>]=?|[=!]=)\s").match(code, start, end)
+        if compared and self.lookup(compared[1], start) == "tensor":
+            return "tensor"
+        return self.infer(start, end)
+
+    def is_value(self, end: int, at: int) -> bool:
+        """Whether what ends at ``end`` is a value rather than a type: no word, a number, or a declared name."""
+        word = _IDENTIFIER.search(self.code, max(0, end - 60), end)
+        if not word or word.group()[0].isdigit():
+            return True
+        region = self.function_at(at)
+        declared = [*self.declarations.get(word.group(), ()), *self._shadows(word.group())]
+        return any(_inside(declaration, region) and declaration.at < at for declaration in declared)
 
     def is_tensor(self, start: int, end: int, arrow: bool = False) -> bool:
         """Whether the receiver in front of ``.`` (or ``->``) is a tensor."""

@@ -47,8 +47,8 @@ _STD = {
     "atomic": "atomic atomic_flag memory_order",
     "bitset": "bitset",
     "chrono": "chrono",
-    "cmath": "abs atan atan2 cbrt ceil cos cosh erf exp exp2 expm1 fabs floor fmax fmin fmod hypot isfinite isinf isnan "
-    "lgamma llround log log10 log1p log2 lround nearbyint pow rint round signbit sin sinh sqrt tan tanh trunc",
+    "cmath": "abs atan atan2 cbrt ceil cos cosh erf exp exp2 expm1 fabs floor fmax fmin fmod hypot isfinite isinf "
+    "isnan lgamma llround log log10 log1p log2 lround nearbyint pow rint round signbit sin sinh sqrt tan tanh trunc",
     "complex": "complex",
     "condition_variable": "condition_variable",
     "cstddef": "byte nullptr_t ptrdiff_t size_t",

@@ -78,7 +78,7 @@ def pointers(work: Work, hit: Hit) -> Answer:
                 target.start, read[2], cast, Span(target.start, hit.start), f"{member}())", rule=hit.rule.code
             )
         return replace(hit.start, hit.end, member, rule=hit.rule.code)
-    inner = [Span(target.start, hit.start), f"{member}<{element}>()"]
+    inner: list[str | Span] = [Span(target.start, hit.start), f"{member}<{element}>()"]
     if element == kind:
         return replace(hit.start, read[2], f"{member}<{kind}>()", rule=hit.rule.code)
     cast = f"reinterpret_cast<{'const ' if constant else ''}{kind}*>("
