@@ -107,6 +107,7 @@ class Tensors:
 
     def __init__(self, source: Source, shared: Vocabulary | None = None) -> None:
         self.code = source.code
+        self._macros = [(start, end) for _, start, end in source.defines]
         self.shared = shared or Vocabulary()
         self._depth = 0
         self._other: dict[str, list[Declaration]] = {}
@@ -279,6 +280,9 @@ class Tensors:
     def lookup(self, name: str, at: int) -> Kind:
         """What a name means at an offset."""
         region = self.function_at(at)
+        if region is None and any(start <= at < end for start, end in self._macros):
+            kinds = {d.kind for d in self.declarations.get(name, ())}
+            return "tensor" if kinds == {"tensor"} else "other"
         best: Declaration | None = None
         for declaration in self.declarations.get(name, ()):
             if declaration.at >= at:

@@ -158,7 +158,8 @@ class Migration:
             hits = scan(work)
             left = [h for h in hits if h.level == "unstable" and not isinstance(h.match, Include)]
             needs = os.path.abspath(source.path) in users
-            edits, open_ = includes.includes(work, hits, bool(left), needs)
+            touched = bool(self.results[index].stages)
+            edits, open_ = includes.includes(work, hits, bool(left), touched, needs)
             if only:
                 edits = [edit for edit in edits if edit.rule.startswith(tuple(only))]
             self.sources[index] = self._apply(index, "includes", source, edits)

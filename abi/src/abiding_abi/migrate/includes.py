@@ -14,7 +14,9 @@ from abiding_abi.migrate.work import Work
 from abiding_abi.rules import Include
 
 
-def includes(work: Work, hits: list[Hit], unresolved: bool, wrappers: bool) -> tuple[list[Edit], list[tuple[Hit, str]]]:
+def includes(
+    work: Work, hits: list[Hit], unresolved: bool, touched: bool, wrappers: bool
+) -> tuple[list[Edit], list[tuple[Hit, str]]]:
     """Edits that exchange the headers of a file, and includes that a person has to look at."""
     legacy: list[Hit] = []
     open_: list[tuple[Hit, str]] = []
@@ -32,7 +34,7 @@ def includes(work: Work, hits: list[Hit], unresolved: bool, wrappers: bool) -> t
     helper = f"{HELPER}(" in work.code and "ABI_CURRENT_STREAM" not in work.code
     sources = work.project.closure(work.source)
     own_header = _wrapper_header(work) if wrappers else ""
-    if not legacy and not helper and not own_header and not _migrated(work):
+    if not legacy and not helper and not own_header and not (touched and _migrated(work)):
         return [], open_
     code = work.code + ("\n".join(HELPER_LINES) if helper else "")
     kept = [header for hit in legacy for header in _same(hit)]
