@@ -98,22 +98,28 @@ def sample(count: int, names: list[str]) -> None:
             place = f"{package.name}\t{finding.path}\t{finding.line}\t{finding.column}\t{finding.rule.code}"
             drawn.append((hashlib.sha256(place.encode()).hexdigest(), package, finding))
     drawn.sort(key=lambda item: item[0])
+    known = {tuple(line.split("\t")[:5]): line.split("\t")[5] for line in _judged_lines()}
     rows = []
     for _, package, finding in drawn[:count]:
         text = (package.folder / finding.path).read_text(encoding="utf-8", errors="replace").splitlines()
         line = text[finding.line - 1].strip()[:160] if finding.line <= len(text) else ""
         place = f"{package.name}\t{finding.path}\t{finding.line}\t{finding.column}\t{finding.rule.code}"
-        rows.append(f"{place}\t\t{finding.found[:60]}\t{line}")
+        verdict = known.get(tuple(place.split("\t")), "")
+        rows.append(f"{place}\t{verdict}\t{finding.found[:60]}\t{line}")
     target = STORE / "sample.tsv"
     target.write_text("\n".join(rows) + "\n")
     print(
         f"{len(rows)} of {len(drawn)} findings in {target.relative_to(ROOT)}: judge each in column 6 as true or false,"
     )
-    print("then keep columns 1 to 6 as results/lint-sample.tsv")
+    print("then keep columns 1 to 6 as results/lint-sample.tsv; judgements that stand there are carried over")
+
+
+def _judged_lines() -> list[str]:
+    return [line for line in JUDGED.read_text().splitlines() if line] if JUDGED.exists() else []
 
 
 def judged() -> None:
-    rows = [line.split("\t") for line in JUDGED.read_text().splitlines() if line]
+    rows = [line.split("\t") for line in _judged_lines()]
     verdicts = [row[5] for row in rows]
     wrong = sum(v == "false" for v in verdicts)
     if not all(v in ("true", "false") for v in verdicts):

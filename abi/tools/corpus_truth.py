@@ -251,8 +251,12 @@ def compile_all(tree: Tree, timeout: float, say: bool) -> Record:
         for name in ("umbrella.h", "bridge.h"):
             extra: tuple[str, ...] = ("-include", str(tree.prefix / name))
             extra += EDG_FLAGS if unit.suffix in CUDA_SUFFIXES else GNU_FLAGS
-            options = Options(include=tuple(tree.include), timeout=timeout, extra=extra)
-            for error in compile_stable(unit, tree.headers.include, NEWEST, options):
+            options = Options(include=(*tree.include, tree.folder), timeout=timeout, extra=extra)
+            source = unit
+            if unit.suffix in CUDA_SUFFIXES:  # an error at its end keeps nvcc from generating code, which takes minutes
+                source = tree.scratch / "unit.cu"
+                source.write_text(f'#include "{unit.resolve()}"\nstatic_assert(false, "end of unit");\n')
+            for error in compile_stable(source, tree.headers.include, NEWEST, options):
                 if error.trouble:
                     trouble.append(f"{unit.name}: {error.message}")
                 elif (path := error.path.resolve()) in tree.texts:
