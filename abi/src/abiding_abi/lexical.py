@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 _BRACKETS = re.compile(r"[()\[\]{}]")
 _OPEN = {")": "(", "]": "[", "}": "{"}
 _WORD_END = re.compile(r"[A-Za-z_]\w*\Z")
 _ANGLE_STOP = re.compile(r"[<>;{}()&|]")
-LIMIT = 200_000
-"""Characters after which a bracket counts as not closed: half a file must not cost its square."""
+_SMALL = 500
+"""Texts up to this length are not worth remembering."""
+_HOPS = 60
+"""Members in one chain after which a receiver counts as read: nobody writes more, and a broken file may."""
 
 
 class Span(NamedTuple):
@@ -37,35 +40,46 @@ def back_over_space(code: str, at: int) -> int:
 
 def closing(code: str, at: int) -> int:
     """The offset of the bracket that closes the one at ``at``; -1 if there is none."""
-    stack: list[str] = []
-    for match in _BRACKETS.finditer(code, at, min(len(code), at + LIMIT)):
-        bracket = match.group()
-        if bracket in "([{":
-            stack.append(bracket)
-        elif stack and stack[-1] == _OPEN[bracket]:
-            stack.pop()
-            if not stack:
-                return match.start()
-        else:
-            return -1
-    return -1
+    if len(code) > _SMALL:
+        return _pairs(code)[0].get(at, -1)
+    return _match(code).get(at, -1)
 
 
 def opening(code: str, at: int) -> int:
     """The offset of the bracket that the one at ``at`` closes; -1 if there is none."""
-    stack: list[str] = []
-    low = max(0, at - LIMIT)
-    while at >= low:
-        char = code[at]
-        if char in ")]}":
-            stack.append(_OPEN[char])
-        elif char in "([{":
-            if not stack or stack.pop() != char:
-                return -1
-            if not stack:
-                return at
-        at -= 1
-    return -1
+    if len(code) > _SMALL:
+        return _pairs(code)[1].get(at, -1)
+    return {close: start for start, close in _match(code).items()}.get(at, -1)
+
+
+@lru_cache(maxsize=8)
+def _pairs(code: str) -> tuple[dict[int, int], dict[int, int]]:
+    """Every pair of a whole file, found once: looking for each bracket's partner by itself costs the square."""
+    closes = _match(code)
+    return closes, {close: start for start, close in closes.items()}
+
+
+def _match(code: str) -> dict[int, int]:
+    """Closing bracket by opening one. A bracket that fits nothing is left out, with those opened since."""
+    pairs: dict[int, int] = {}
+    stack: list[tuple[str, int]] = []
+    depth = dict.fromkeys("([{", 0)
+    for match in _BRACKETS.finditer(code):
+        bracket = match.group()
+        if bracket in depth:
+            stack.append((bracket, match.start()))
+            depth[bracket] += 1
+            continue
+        wanted = _OPEN[bracket]
+        if not depth[wanted]:
+            continue
+        while True:
+            kind, start = stack.pop()
+            depth[kind] -= 1
+            if kind == wanted:
+                pairs[start] = match.start()
+                break
+    return pairs
 
 
 def closing_angle(code: str, at: int) -> int:
@@ -161,7 +175,7 @@ def receiver(code: str, at: int) -> int:
     """The start of the postfix expression that ends at ``at`` (where ``.`` or ``->`` stands)."""
     start = at
     need = True
-    while True:
+    for _ in range(_HOPS):
         end = back_over_space(code, start)
         if end == 0:
             return start
@@ -198,6 +212,7 @@ def receiver(code: str, at: int) -> int:
                 need = True
                 continue
         return start
+    return start
 
 
 def _name_before(code: str, at: int) -> bool:

@@ -36,6 +36,9 @@ _TYPES = {
     "str?": "const std::optional<std::string>&",
     "ScalarType": "ScalarType",
     "ScalarType?": "std::optional<ScalarType>",
+    "Layout?": "std::optional<torch::headeronly::Layout>",
+    "MemoryFormat?": "std::optional<torch::headeronly::MemoryFormat>",
+    "Device?": "std::optional<Device>",
 }
 _RETURNS = {"Tensor": "Tensor", "Tensor[]": "std::vector<Tensor>", "bool": "bool", "int": "int64_t", "float": "double"}
 _RETURNS |= {"ScalarType": "ScalarType"}
@@ -65,6 +68,8 @@ class Parameter:
         if self.default is None or self.type == "int[]?":
             return f"{_TYPES[self.type]} {self.name}"
         value = _DEFAULTS.get(self.default, self.default)
+        if self.type == "ScalarType?" and value == "4":  # how a schema prints torch.int64
+            value = "ScalarType::Long"
         if value.startswith("["):
             value = f"{{{value[1:-1]}}}"
         elif value.startswith("'"):
@@ -74,6 +79,8 @@ class Parameter:
     @property
     def argument(self) -> str:
         """What goes on the dispatcher's stack."""
+        if self.type == "Generator?":  # cannot be named before 2.13: always the default generator
+            return "std::nullopt"
         return f"std::optional<IntArray>({self.name})" if self.type == "int[]?" else self.name
 
 
@@ -89,8 +96,8 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """The C++ function."""
-        return self.op.removeprefix("aten::")
+        """The C++ function; with a result to write into, named and ordered as in torch's C++ API."""
+        return self.op.removeprefix("aten::") + "_out" * (self.overload == "out")
 
     def code(self) -> str:
         """The C++ function's definition."""
@@ -113,7 +120,9 @@ class Operator:
         )
 
     def _declared(self) -> str:
-        names = list(self.parameters)
+        names = [p for p in self.parameters if p.type != "Generator?"]
+        if self.overload == "out":
+            names.insert(0, names.pop())
         last = max((i for i, p in enumerate(names) if p.default is None or p.type == "int[]?"), default=-1)
         plain = [Parameter(p.type, p.name, None) if i < last else p for i, p in enumerate(names)]
         return ", ".join(p.declaration for p in plain)

@@ -151,6 +151,73 @@ inline Tensor full_like(const Tensor& self, double value) {
   return torch::stable::fill_(made, value);
 }
 
+// function new_full:
+/// A tensor of this size full of a number, with self's dtype and device.
+inline Tensor new_full(const Tensor& self, IntArray size, double value) {
+  Tensor made = torch::stable::new_empty(self, size);
+  return torch::stable::fill_(made, value);
+}
+
+// function constant_pad_nd:
+/// aten::constant_pad_nd(Tensor self, SymInt[] pad, Scalar value=0) -> Tensor
+inline Tensor constant_pad_nd(const Tensor& self, IntArray pad, double value = 0) {
+  return torch::stable::pad(self, pad, "constant", value);
+}
+
+// function suggest_memory_format:
+/// The memory format that self's strides are in; contiguous where they would allow several.
+inline torch::headeronly::MemoryFormat suggest_memory_format(const Tensor& self) {
+  const int64_t rank = self.dim();
+  const auto channels_last = [&self, rank] {
+    int64_t least = 0;
+    // From the innermost dimension to the outermost: channels, then width, height (and depth), then batch.
+    for (int64_t step = 0; step < rank; ++step) {
+      const int64_t d = step == 0 ? 1 : step == rank - 1 ? 0 : rank - step;
+      const int64_t size = self.size(d), stride = self.stride(d);
+      if (size == 0 || stride < least || (step == 0 && stride == 0)) return false;
+      if (d == 0 && least == self.stride(1)) return false;  // N111, or a slice of one channel: ambiguous
+      least = size > 1 ? stride * size : stride;
+    }
+    return true;
+  };
+  if (rank == 4 && channels_last()) return torch::headeronly::MemoryFormat::ChannelsLast;
+  if (rank == 5 && channels_last()) return torch::headeronly::MemoryFormat::ChannelsLast3d;
+  return torch::headeronly::MemoryFormat::Contiguous;
+}
+
+// function canUse32BitIndexMath:
+/// Whether every element's offset is below a bound, so that 32-bit indices reach it.
+inline bool canUse32BitIndexMath(const Tensor& self, int64_t bound = 2147483647) {
+  const int64_t count = self.numel();
+  if (count == 0) return bound > 0;
+  int64_t offset = 0;
+  for (int64_t d = 0; d < self.dim(); ++d) offset += (self.size(d) - 1) * self.stride(d);
+  return count < bound && offset < bound;
+}
+
+// function opmath_type:
+namespace detail {
+template <class T> struct Opmath { using type = T; };
+template <> struct Opmath<torch::headeronly::Half> { using type = float; };
+template <> struct Opmath<torch::headeronly::BFloat16> { using type = float; };
+template <> struct Opmath<torch::headeronly::Float8_e4m3fn> { using type = float; };
+template <> struct Opmath<torch::headeronly::Float8_e5m2> { using type = float; };
+} // namespace detail
+/// The type in which one operation on T is computed.
+template <class T> using opmath_type = typename detail::Opmath<T>::type;
+
+// function acc_type: opmath_type
+namespace detail {
+template <class T, bool OnCuda> struct Accumulate {
+  using wide = std::conditional_t<std::is_same_v<opmath_type<T>, float>, std::conditional_t<OnCuda, float, double>, T>;
+  using type = std::conditional_t<
+      std::is_same_v<T, torch::headeronly::Half> || std::is_same_v<T, torch::headeronly::BFloat16>, float,
+      std::conditional_t<std::is_integral_v<T> && !std::is_same_v<T, bool>, int64_t, wide>>;
+};
+} // namespace detail
+/// The type in which many T are summed: on the CPU, double for float.
+template <class T, bool OnCuda> using acc_type = typename detail::Accumulate<T, OnCuda>::type;
+
 // function operators: add, sub, mul, div, neg, add_, sub_, mul_, div_, eq, ne, lt, le, gt, ge
 // In torch::stable, so that argument-dependent lookup finds them wherever a tensor is. A torch that declares its own
 // makes these ambiguous, at compile time: then leave them out.
