@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 _BRACKETS = re.compile(r"[()\[\]{}]")
 _OPEN = {")": "(", "]": "[", "}": "{"}
-_WORD_END = re.compile(r"[A-Za-z_]\w*\Z")
 _ANGLE_STOP = re.compile(r"[<>;{}()&|]")
 _SMALL = 500
 """Texts up to this length are not worth remembering."""
@@ -36,6 +35,14 @@ def back_over_space(code: str, at: int) -> int:
     while at > 0 and (code[at - 1].isspace() or (code[at - 1] == "\\" and code[at : at + 1] in ("\n", "\r"))):
         at -= 1
     return at
+
+
+def word_start(code: str, end: int) -> int:
+    """Where the identifier that ends at ``end`` begins; ``end`` if there is none."""
+    at = end
+    while at > 0 and (code[at - 1].isalnum() or code[at - 1] == "_"):
+        at -= 1
+    return end if at < end and code[at].isdigit() else at
 
 
 def closing(code: str, at: int) -> int:
@@ -196,8 +203,8 @@ def receiver(code: str, at: int) -> int:
                 return start
             start = open_at
             continue
-        if need and (word := _WORD_END.search(code, max(0, end - 200), end)):
-            start = word.start()
+        if need and (begin := word_start(code, end)) < end:
+            start = begin
             need = False
             continue
         if not need:
@@ -221,5 +228,4 @@ def _name_before(code: str, at: int) -> bool:
 
 
 def _is_keyword(code: str, end: int) -> bool:
-    word = _WORD_END.search(code, max(0, end - 20), end)
-    return bool(word) and word.group() in {"return", "if", "while", "for", "switch", "case", "throw"}  # type: ignore[union-attr]
+    return code[word_start(code, end) : end] in {"return", "if", "while", "for", "switch", "case", "throw"}

@@ -387,7 +387,26 @@ def _bare(context: Context) -> Iterator[Hit]:
 def _declares(code: str, start: int, end: int) -> bool:
     """Whether the word is the name being declared (``at::Tensor empty;``) or a using declaration's own."""
     before = lexical.back_over_space(code, start)
-    return bool(re.search(r"\b(?:namespace|using|class|struct|enum|define)\Z", code[max(0, before - 10) : before]))
+    if re.search(r"\b(?:namespace|using|class|struct|enum|define)\Z", code[max(0, before - 10) : before]):
+        return True
+    word = _last_word(code, before)
+    named = bool(word) and word not in (
+        "return",
+        "else",
+        "case",
+        "throw",
+        "in",
+        "and",
+        "or",
+        "not",
+        "const",
+        "co_return",
+    )
+    return (
+        named
+        and code[start].islower()
+        and code[lexical.skip_space(code, end) : lexical.skip_space(code, end) + 1] == "("
+    )
 
 
 def _bare_function(context: Context, word: str, end: int) -> bool:

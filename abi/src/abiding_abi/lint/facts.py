@@ -16,6 +16,7 @@ _ALIAS = re.compile(r"namespace\s+(\w+)\s*=\s*(?:::\s*)?((?:at|c10|torch)(?:\s*:
 _TYPE_NAME = re.compile(
     r"\b(?:struct|class|enum|enum\s+class|union)\s+(?:[A-Z_]+\s+)?(\w+)\s*(?:final\s*)?[:{]|\busing\s+(\w+)\s*="
 )
+_STABLE = re.compile(r"using\s+(?:namespace\s+torch\s*::\s*stable\s*;|torch\s*::\s*stable\s*::\s*Tensor\s*;)")
 _PYBIND = re.compile(r"namespace\s+(\w+)\s*=\s*pybind11\s*;")
 
 
@@ -31,6 +32,8 @@ class Facts:
     """Namespace aliases, with the whole path."""
     macros: set[str] = field(default_factory=set)
     pybind: set[str] = field(default_factory=set)
+    stable: bool = False
+    """Whether torch::stable::Tensor is visible as Tensor."""
 
     def add(self, other: Facts) -> None:
         """Take over what an included file declares."""
@@ -39,6 +42,7 @@ class Facts:
         self.aliases.update(other.aliases)
         self.macros |= other.macros
         self.pybind |= other.pybind
+        self.stable |= other.stable
 
 
 def _inner(path: str) -> str:
@@ -73,6 +77,7 @@ def gather(source: Source) -> Facts:
                 facts.names[inner.rpartition("::")[2]] = inner
         for match in _ALIAS.finditer(code):
             facts.aliases[match[1]] = re.sub(r"\s", "", match[2])
+        facts.stable = bool(_STABLE.search(code))
         facts.pybind |= {m[1] for m in _PYBIND.finditer(code)}
     facts.macros |= {name for name, _, _ in source.defines}
     return facts

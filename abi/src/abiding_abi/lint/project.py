@@ -184,12 +184,20 @@ class Project:
             for item in self.closure(source)[1:]:
                 if "Tensor" in item.code:
                     shared.add(self.tensors_alone(item).vocabulary)
-            self._tensors[key] = Tensors(source, shared)
+            self._tensors[key] = Tensors(source, shared, bare=self._sees_tensor(self.closure(source)))
         return self._tensors[key]
+
+    def _sees_tensor(self, closure: list[Source]) -> bool:
+        """Whether an unqualified Tensor is torch's, rather than CuTe's or the project's own."""
+        for source in closure:
+            facts = self.own_facts(source)
+            if "" in facts.prefixes or facts.names.get("Tensor") == "Tensor" or facts.stable:
+                return True
+        return False
 
     def tensors_alone(self, source: Source) -> Tensors:
         """Tensor knowledge of a file without its headers."""
         key = "alone:" + os.path.abspath(source.path)
         if key not in self._tensors:
-            self._tensors[key] = Tensors(source)
+            self._tensors[key] = Tensors(source, bare=self._sees_tensor(self.closure(source)))
         return self._tensors[key]

@@ -105,7 +105,8 @@ class Vocabulary:
 class Tensors:
     """The tensors of one file."""
 
-    def __init__(self, source: Source, shared: Vocabulary | None = None) -> None:
+    def __init__(self, source: Source, shared: Vocabulary | None = None, *, bare: bool = True) -> None:
+        self._bare = bare
         self.code = source.code
         self._macros = [(start, end) for _, start, end in source.defines]
         self.shared = shared or Vocabulary()
@@ -207,7 +208,7 @@ class Tensors:
         """Whether the type's name is torch's: unqualified, or in a namespace of torch."""
         end = lexical.back_over_space(self.code, at)
         if self.code[end - 2 : end] != "::":
-            return True
+            return self._bare or self.code[at : at + 6] != "Tensor"
         space = _IDENTIFIER.search(self.code, max(0, end - 40), lexical.back_over_space(self.code, end - 2))
         return space is None or space.group() in ("at", "torch", "c10", "stable")
 
