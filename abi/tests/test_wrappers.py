@@ -32,6 +32,15 @@ def torches() -> dict[str, Path]:
 
 
 TORCHES = torches()
+TRAITS = """using torch::headeronly::Half;
+static_assert(std::is_same_v<abi_ops::opmath_type<Half>, float> && std::is_same_v<abi_ops::opmath_type<int>, int>);
+static_assert(std::is_same_v<abi_ops::acc_type<float, false>, double>);
+static_assert(std::is_same_v<abi_ops::acc_type<float, true>, float>);
+static_assert(std::is_same_v<abi_ops::acc_type<Half, false>, float>);
+static_assert(std::is_same_v<abi_ops::acc_type<Half, true>, float>);
+static_assert(std::is_same_v<abi_ops::acc_type<int, true>, int64_t>);
+static_assert(std::is_same_v<abi_ops::acc_type<double, true>, double>);
+"""
 
 
 def test_a_schema_becomes_a_function() -> None:
@@ -108,11 +117,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, operator in enumerate(wrappers.operators()):
         declared = []
         for p in operator.parameters:
+            if p.type == "Generator?":
+                declared.append(f"std::optional<torch::stable::Tensor> {p.name}")  # never given
+                continue
             kind = types.get(p.type) or re.sub(r"^const |&$", "", p.declaration.partition(f" {p.name}")[0])
             declared.append(f"{kind} {p.name}")
         passed = [f"*{p.name}" if p.type == "int[]?" else p.name for p in operator.parameters]
-        call = f"{operator.name}({', '.join(passed)})"
-        schema = operator.schema[operator.schema.index("(") :]
+        if operator.overload == "out":
+            passed.insert(0, passed.pop())
+        shown = [a for a, p in zip(passed, operator.parameters, strict=True) if p.type != "Generator?"]
+        call = f"{operator.name}({', '.join(shown)})"
+        schema = operator.schema[operator.schema.index("(") :].replace("Generator?", "Tensor?")
         add(f"w{number}", schema, ", ".join(declared), call)
     tensor, two = "torch::stable::Tensor a", "torch::stable::Tensor a, torch::stable::Tensor b"
     for name in ("add", "sub", "mul", "div", "lt"):
@@ -129,12 +144,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     functions.append("static Tensor mixed_(Tensor a) { a += a; a *= 3; return 1.5 - -a / (2 * a) + (1 - a) / 4; }")
     schemas.append('m.def("mixed(Tensor(a!) a) -> Tensor");')
     boxes.append('m.impl("mixed", TORCH_BOX(&mixed_));')
+    add("new_full", "(Tensor a, int[] size, float v) -> Tensor", f"{tensor}, std::vector<int64_t> s, double v",
+        "new_full(a, s, v)")  # fmt: skip
+    add("constant_pad_nd", "(Tensor a, int[] pad, float v) -> Tensor",
+        f"{tensor}, std::vector<int64_t> p, double v", "constant_pad_nd(a, p, v)")  # fmt: skip
+    add("suggest_memory_format", "(Tensor a) -> int", tensor, "suggest_memory_format(a)")
+    functions[-1] = functions[-1].replace("return ", "return (int64_t)")
+    add("canUse32BitIndexMath", "(Tensor a) -> bool", tensor, "canUse32BitIndexMath(a)")
     for name in ("zeros_like", "ones_like"):
         add(name, "(Tensor a) -> Tensor", tensor, f"{name}(a)")
     source = folder / "all.cpp"
     source.write_text(
         f'#include "{wrappers.HEADER_NAME}"\n#include <torch/csrc/stable/library.h>\n'
-        + "using torch::headeronly::ScalarType;\nusing torch::stable::Tensor;\n"
+        + "using torch::headeronly::ScalarType;\nusing torch::stable::Device;\nusing torch::stable::Tensor;\n"
+        + TRAITS
         + "\n".join(functions)
         + "\nSTABLE_TORCH_LIBRARY(abi_ops_test, m) {\n"
         + "\n".join(schemas)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format as suggested
 
 X = torch.tensor([[0.5, -1.5, 2.25, 0.75], [3.0, 0.25, -0.5, 1.5], [1.0, 2.0, -3.0, 0.125]])
 Y = X.flip(0) + 2.5
@@ -56,6 +57,10 @@ ARGUMENTS: dict[str, list[list[Any]]] = {
     "result_type.Tensor": [[X, INTS], [INTS, INTS]], "diagonal": [[X]], "atan2": [[X, Y]], "type_as": [[X, INTS]],
     "prod": [[X]], "amax": [[X, [1]]], "amin": [[X, [1]]], "max.dim": [[X, 1]], "min.dim": [[X, 1]], "all.dim": [
         [MASK, 1]], "any.dim": [[MASK, 1]], "argmax": [[X], [X, 1, True]], "argmin": [[X]], "argsort": [[X, 1]],
+    "tile": [[X, [2, 1]]], "transpose_": [[X, 0, 1]], "unsqueeze_": [[X, 0]], "squeeze_": [[X[None]]], "t_": [[X]],
+    "mm.out": [[X, Y.T, torch.empty(3, 3)]], "matmul.out": [[X, Y.T, torch.empty(3, 3)]], "rand": [[[2, 3]]],
+    "bmm.out": [[X[None], Y.T[None].contiguous(), torch.empty(1, 3, 3)]], "cat.out": [[[X, Y], 0, torch.empty(6, 4)]],
+    "randint": [[9, [2, 3]]], "multinomial": [[P, 2]], "resize_": [[X, [2, 2]]],
     "sort": [[X, 1, True]], "unbind.int": [[X, 1]],
 }  # fmt: skip
 BINARY = {"div.Tensor", "div_.Tensor", "mul.Tensor", "mul_.Tensor", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor"}
@@ -88,8 +93,10 @@ def same(ours: Any, theirs: Any) -> bool:
 
 def compare(name: str, ours: Any, theirs: Any, arguments: list[Any]) -> str | None:
     mine, yours = copies(arguments), copies(arguments)
+    out = len(arguments) - 1 if name.endswith(".out") else None
     try:
-        expected = theirs(*yours)
+        torch.manual_seed(0)
+        expected = theirs(*yours[:out], out=yours[out]) if out else theirs(*yours)
     except (RuntimeError, TypeError) as error:
         try:
             ours(*mine)
@@ -97,7 +104,8 @@ def compare(name: str, ours: Any, theirs: Any, arguments: list[Any]) -> str | No
             return None
         return f"{name}: torch raises {str(error).splitlines()[0]}, the wrapper does not"
     try:
-        result = ours(*mine)
+        torch.manual_seed(0)
+        result = ours(*mine[:out], out=mine[out]) if out else ours(*mine)
     except (RuntimeError, ValueError) as error:
         return f"{name}: {str(error).splitlines()[0]}"
     if not same(result, expected) or not same(mine, yours):
@@ -151,6 +159,25 @@ def main() -> None:
     for end in (0, 1, 5):
         count += 1
         problems.append(compare("arange", torch.ops.abi_ops_test.arange, torch.arange, [end]))
+    formats = [torch.rand(s).permute(p) for s in ((2, 3, 4, 5), (1, 1, 1, 1), (2, 1, 3, 3), (2, 3, 1, 1), (0, 3, 2, 2))
+               for p in ((0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1))]  # fmt: skip
+    formats += [torch.rand(2, 3, 4, 5, 6).permute(0, 4, 1, 2, 3), torch.rand(2, 3, 4, 5, 6), X, torch.rand(1, 4, 4, 3)]
+    formats += [torch.rand(2, 4, 4, 3).permute(0, 3, 1, 2)[:, :1], torch.rand(1, 3, 4, 4).expand(2, 3, 4, 4)]
+    if torch.__version__.startswith("2.10"):  # its Python form of the rule differs from C++ where sizes are 1
+        formats = [t for t in formats if min(t.shape, default=1) > 1]
+    for t in formats:
+        count += 1
+        theirs = {torch.contiguous_format: 0, torch.channels_last: 2, torch.channels_last_3d: 3}[suggested(t)]
+        if torch.ops.abi_ops_test.suggest_memory_format(t) != theirs:
+            problems.append(f"suggest_memory_format: {tuple(t.shape)} {t.stride()} is {theirs}")
+    count += 4
+    problems.append(compare("new_full", torch.ops.abi_ops_test.new_full, torch.Tensor.new_full, [X, [2, 2], 7.5]))
+    pad = torch.nn.functional.pad
+    padded = partial(lambda t, p, v: pad(t, p, "constant", v))
+    problems.append(compare("constant_pad_nd", torch.ops.abi_ops_test.constant_pad_nd, padded, [X, [1, 2], 7.5]))
+    for t, fits in ((X, True), (torch.empty(1, dtype=torch.uint8).expand(1 << 31), False)):
+        if torch.ops.abi_ops_test.canUse32BitIndexMath(t) != fits:
+            problems.append(f"canUse32BitIndexMath is not {fits}")
     strided = X.T
     for name in ("zeros_like", "ones_like"):
         count += 1

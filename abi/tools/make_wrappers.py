@@ -32,7 +32,8 @@ movedim.intlist mul.Tensor mul_.Tensor mv nan_to_num ne.Tensor neg nonzero one_h
 prod real reciprocal relu remainder.Tensor repeat repeat_interleave.self_Tensor repeat_interleave.self_int reshape_as
 result_type.Tensor roll rsqrt scatter.src scatter_.src scatter_add scatter_add_ searchsorted.Tensor
 sigmoid sign sin slice.Tensor softmax.int sort split.Tensor split_with_sizes sqrt square squeeze stack std.dim
-sum sum.dim_IntList swapaxes t take tanh topk trace tril triu trunc type_as unbind.int unfold unique_dim view_as
+sum sum.dim_IntList swapaxes t take tanh topk trace tril triu trunc tile transpose_ squeeze_ unsqueeze_ t_ mm.out
+matmul.out bmm.out cat.out rand randint multinomial resize_ type_as unbind.int unfold unique_dim view_as
 view_as_complex view_as_real vstack where.self
 """
 ASK = """
