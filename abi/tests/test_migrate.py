@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from examples import after, before
 
 from abiding_abi import migrate, rules
 from abiding_abi.errors import UserError
@@ -16,6 +15,7 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint import Config
 from abiding_abi.migrate.edits import consistent, render, replace
 from abiding_abi.rules import Rule
+from examples import after, before
 
 INCLUDE = re.compile(r"^#include[^\n]*\n", re.MULTILINE)
 REWRITTEN = [
@@ -167,6 +167,16 @@ def test_pointer_is_const_where_all_uses_are(use: str, member: str, migrated: Ca
         f"void example(at::Tensor t, int64_t n) {{\n{use}\n}}\n"
     )
     assert f"t.{member}<float>()" in text
+
+
+def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text("void f(at::Tensor a) {}\nint x = ) at::Tensor %% ;\nvoid g(at::Tensor b) {}\n")
+    file = migrate.run([path], Config(root=tmp_path)).files[0]
+    lines = file.after.decode().splitlines()
+    assert "int x = ) at::Tensor %% ;" in lines
+    assert {"void f(torch::stable::Tensor a) {}", "void g(torch::stable::Tensor b) {}"} <= set(lines)
+    assert [(t.rule, t.reason) for t in file.todos] == [("TYP001", "this did not parse, and is left alone")]
 
 
 def test_only_touches_one_rule(tmp_path: Path) -> None:

@@ -162,6 +162,25 @@ class Source:
         """The syntax tree; offsets are those of the text."""
         return _parser().parse(self.data)
 
+    @cached_property
+    def unparsed(self) -> tuple[tuple[int, int], ...]:
+        """Extents of the smallest regions that the grammar does not understand; those of one line count as one."""
+        found: list[tuple[int, int]] = []
+        stack = [self.tree.root_node]
+        while stack:
+            node = stack.pop()
+            inner = [child for child in node.children if child.has_error]
+            if node.type == "ERROR" and not inner:
+                found.append((node.start_byte, node.end_byte))
+            stack += inner
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(found):
+            if merged and "\n" not in self.text[merged[-1][1] : start]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((start, end))
+        return tuple(merged)
+
 
 def _without_dead_branches(code: str) -> str:
     """Blank what stands between ``#if 0`` and its else or end."""

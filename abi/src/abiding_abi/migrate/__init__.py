@@ -116,7 +116,7 @@ class Migration:
                 continue
             if isinstance(hit.match, Include) or _allowed(work, hit):
                 continue
-            answer = _answer(work, hit)
+            answer = _UNPARSED if _in_unparsed(work, hit) else _answer(work, hit)
             if isinstance(answer, str):
                 self.reasons[(index, code, hit.name)] = answer
             elif isinstance(answer, Edit):
@@ -208,6 +208,13 @@ def _answer(work: Work, hit: Hit) -> Edit | Iterable[Edit] | str | None:
     ):
         return simple.rename(work, hit)
     return f"use {hit.rule.stable}" if hit.rule.stable != "none" else "no stable form"
+
+
+_UNPARSED = "this did not parse, and is left alone"
+
+
+def _in_unparsed(work: Work, hit: Hit) -> bool:
+    return any(start <= hit.start < end for start, end in work.source.unparsed)
 
 
 def _allowed(work: Work, hit: Hit) -> bool:
