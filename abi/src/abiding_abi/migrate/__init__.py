@@ -42,7 +42,7 @@ _CODE_PASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("data pointers", ("MET001", "MET003")),
     ("options", ("FUN001", "FUN002", "FUN003", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")),
     ("members", ("MET",)),
-    ("functions", ("FUN", "TYP")),
+    ("functions", ("FUN", "TYP", "ABI")),
     ("dispatch", ("DIS",)),
     ("streams and guards", ("CUD",)),
     ("boxing", ("BOX",)),

@@ -9,6 +9,7 @@ from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Include, Macro, Method, Name
+from abiding_abi.wrappers import NAMES
 
 _COMPARE = {"EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">="}
 
@@ -163,7 +164,9 @@ def synchronize(work: Work, hit: Hit) -> Answer:
 
 
 def ceil_div(work: Work, hit: Hit) -> Answer:
-    """``at::ceil_div(a, b)``"""
+    """``at::ceil_div(a, b)``, and helpers that the header of wrappers has."""
+    if hit.name.rpartition("::")[2] in NAMES:
+        return wrapped.wrapped(work, hit)
     read = work.call(hit.end)
     if not read or len(read[0]) != 2:
         return "no counterpart in the stable headers: write the helper"

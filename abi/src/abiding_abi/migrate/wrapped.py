@@ -17,6 +17,7 @@ from abiding_abi.source import Source
 
 OPERATORS = "operators"
 _SIGNS = frozenset(("+", "-", "*", "/", "+=", "-=", "*=", "/=", "==", "!=", "<", ">", "<=", ">="))
+_OTHERWISE = frozenset(("detail", "operators", "contiguous_format"))
 _USED = re.compile(rf"\b{wrappers.NAMESPACE}::(\w+)")
 
 
@@ -29,12 +30,12 @@ def wrapped(work: Work, hit: Hit) -> Answer:
         work.shared.operators.add(os.path.abspath(work.source.path))
         return None
     name = hit.name.rpartition("::")[2]
-    if name not in wrappers.NAMES:
+    if name not in wrappers.NAMES or not name[:1].islower() or name in _OTHERWISE:
         return f"{name} has neither a stable function nor a wrapper"
     if isinstance(hit.match, Name):
         return replace(hit.start, hit.end, f"{wrappers.NAMESPACE}::{name}", rule=hit.rule.code)
     if not isinstance(hit.match, Method):
-        return "no call"
+        return f"use {hit.rule.stable}"
     return member(work, hit, name)
 
 

@@ -182,6 +182,7 @@ RULES = (
         "a helper of your own",
         (
             Name(("ceil_div", "cuda::ATenCeilDiv")),
+            Name(("cuda::detail::canUse32BitIndexMath", "native::canUse32BitIndexMath", "canUse32BitIndexMath")),
             Name(
                 (
                     *("cuda::getApplyGrid", "cuda::getApplyBlock", "cuda::detail", "cuda::CUDA_tensor_apply*"),

@@ -12,7 +12,20 @@ _DISPATCHED = (
     *("matmul_out", "cat_out", "conv2d", "conv3d", "conv1d", "linear", "layer_norm", "batch_norm", "dropout"),
     *("ones", "logical_and", "logical_or", "logical_not", "isnan", "isinf", "all", "any", "prod", "cdist", "topk"),
     *("repeat_interleave", "index_add", "index_put", "zeros_out", "empty_strided", "randperm", "tril", "triu"),
-    *("real", "imag", "view_as_real", "view_as_complex", "conj", "complex", "polar", "addmv", "baddbmm", "sgn"),
+    *(
+        "real",
+        "imag",
+        "tile",
+        "multinomial",
+        "view_as_real",
+        "view_as_complex",
+        "conj",
+        "complex",
+        "polar",
+        "addmv",
+        "baddbmm",
+        "sgn",
+    ),
     *("upsample_nearest2d", "sort_out", "_softmax", "avg_pool2d", "max_pool2d", "gelu", "silu", "isfinite", "sub_out"),
     *("add_out", "mul_out", "sum_out", "gather_out", "nonzero_out", "one_hot", "constant_pad_nd", "sign", "trapz"),
     *("mse_loss", "erf", "expm1", "log1p", "square", "reciprocal", "neg", "ne", "eq", "lt", "le", "gt", "ge"),
@@ -142,7 +155,14 @@ RULES = (
         "Python: torch.library.register_autograd",
         (
             Name(
-                ("autograd", "AutoDispatchBelowADInplaceOrView", "AutoDispatchBelowAutograd", "AutoNonVariableTypeMode")
+                (
+                    "autograd",
+                    "autograd::AutogradContext",
+                    "AutogradContext",
+                    "AutoDispatchBelowADInplaceOrView",
+                    "AutoDispatchBelowAutograd",
+                    "AutoNonVariableTypeMode",
+                )
             ),
         ),
         headers="2.9",

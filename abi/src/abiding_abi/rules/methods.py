@@ -296,10 +296,11 @@ RULES = (
             Method(("suggest_memory_format", "is_non_overlapping_and_dense", "is_contiguous_or_false"), distinct=True),
         ),
         headers="2.9",
-        kind="decide",
+        kind="context",
+        edit="wrappers",
         pitfall="Dropping the argument compiles and answers another question.",
         before="auto a = t.suggest_memory_format();",
-        after="bool a = t.is_contiguous();",
+        after="",
     ),
     Rule(
         "MET036",

@@ -9,6 +9,7 @@ RULES = (
         "none",
         (Name(("*",)),),
         kind="decide",
+        edit="wrappers",
         before="auto a = at::nothing(t);",
         after="",
     ),
