@@ -169,6 +169,36 @@ def test_pointer_is_const_where_all_uses_are(use: str, member: str, migrated: Ca
     assert f"t.{member}<float>()" in text
 
 
+def test_argument_checks_name_their_tensors(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        """void example(at::Tensor t, at::Tensor u, int64_t n) {
+  at::TensorArg a{t, "t", 1}, b{u, "u", 2};
+  at::CheckedFrom where = "example";
+  at::checkAllSameGPU(where, {a, b});
+  at::checkAllSameType(where, {a, b});
+}
+"""
+    )
+    assert body(text).splitlines() == [
+        'const char* where = "example";',
+        "  STD_TORCH_CHECK(t.is_cuda() && u.is_cuda() && t.get_device_index() == u.get_device_index(), where, "
+        '": expected t, u on one GPU");',
+        '  STD_TORCH_CHECK(t.scalar_type() == u.scalar_type(), where, ": expected t, u of one dtype");',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        ("torch::from_blob(p, {n, 3}, t.options())", "{n, 3}, {3, 1}, t.device(), t.scalar_type()"),
+        ("torch::from_blob(p, {2, n, 3})", "{2, n, 3}, {n * 3, 3, 1}, torch::stable::Device("),
+        ("torch::from_blob(p, t.sizes())", "torch::from_blob(p, t.sizes())"),
+    ],
+)
+def test_from_blob_gets_its_strides(call: str, wanted: str, migrated: Callable[..., str]) -> None:
+    assert wanted in migrated(f"void example(at::Tensor t, float* p, int64_t n) {{\nauto a = {call};\n}}\n")
+
+
 def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
     path = tmp_path / "a.cpp"
     path.write_text("void f(at::Tensor a) {}\nint x = ) at::Tensor %% ;\nvoid g(at::Tensor b) {}\n")

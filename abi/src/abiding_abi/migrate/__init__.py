@@ -14,7 +14,19 @@ from abiding_abi.errors import UserError
 from abiding_abi.lint import Config
 from abiding_abi.lint.engine import Hit, scan
 from abiding_abi.lint.project import Progress, Project, collect, shown
-from abiding_abi.migrate import cuda, dispatch, factories, includes, library, pybind, simple, tensors, todo, wrapped
+from abiding_abi.migrate import (
+    arguments,
+    cuda,
+    dispatch,
+    factories,
+    includes,
+    library,
+    pybind,
+    simple,
+    tensors,
+    todo,
+    wrapped,
+)
 from abiding_abi.migrate.edits import Edit, consistent, render
 from abiding_abi.migrate.work import Handler, Shared, Work
 from abiding_abi.rules import Include, Macro, Method, Name
@@ -30,6 +42,7 @@ HANDLERS: dict[str, Handler] = {
     **library.HANDLERS,
     **pybind.HANDLERS,
     **wrapped.HANDLERS,
+    **arguments.HANDLERS,
 }
 PASSES = frozenset((*HANDLERS, "includes", "using", "widen"))
 """Names that a rule's ``edit`` may have."""

@@ -249,6 +249,33 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
                    rule=hit.rule.code)  # fmt: skip
 
 
+def from_blob(work: Work, hit: Hit) -> Answer:
+    """``from_blob(pointer, {sizes}, options)``: the strides of a contiguous tensor are written out."""
+    read = work.call(hit.end)
+    if not read or not 2 <= len(read[0]) <= 3:
+        return "strides, device and dtype have to be said; a deleter needs torch 2.11"
+    spans, _, end = read
+    options = read_options(work, spans[2]) if len(spans) > 2 else Options()
+    sizes = spans[1]
+    if options is None or work.code[sizes.start] != "{":
+        return "the sizes are not a list, so that their strides are not known here"
+    dims = [work.word(span) for span in lexical.split(work.code, sizes.start + 1, sizes.end - 1)]
+    if any(re.search(r"[(+-]", dim.replace(".size(", "")) for dim in dims) or (
+        options.like and not named(work, options.like)
+    ):
+        return "the sizes are not plain: write the strides"
+    strides = [" * ".join(dims[index + 1 :]) or "1" for index in range(len(dims))]
+    dtype: list[str | Span] = ["torch::headeronly::ScalarType::Float"]
+    device: list[str | Span] = [f"{_STABLE}Device(torch::headeronly::DeviceType::CPU)"]
+    if options.like is not None:
+        dtype, device = [options.like, ".scalar_type()"], [options.like, ".device()"]
+    dtype = [options.dtype] if options.dtype else dtype
+    device = list(options.device) or device
+    _remember(work, options)
+    parts = [f"{_STABLE}from_blob(", spans[0], ", ", sizes, f", {{{', '.join(strides)}}}, ", *device, ", ", *dtype, ")"]
+    return replace(hit.start, end, *parts, rule=hit.rule.code)
+
+
 def converted(work: Work, hit: Hit) -> Answer:
     """``t.to(..)``, whose argument may be options."""
     read = work.call(hit.end)
@@ -269,4 +296,10 @@ def pad(work: Work, hit: Hit) -> Answer:
     return wrapped.wrapped(work, hit) if hit.name == "sub" else rename(work, hit)
 
 
-HANDLERS: dict[str, Handler] = {"converted": converted, "factories": factory, "zeros_like": zeros_like, "pad": pad}
+HANDLERS: dict[str, Handler] = {
+    "converted": converted,
+    "from_blob": from_blob,
+    "factories": factory,
+    "zeros_like": zeros_like,
+    "pad": pad,
+}

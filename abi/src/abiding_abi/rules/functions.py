@@ -71,7 +71,8 @@ RULES = (
         "torch::from_blob(ptr, sizes, options)",
         "torch::stable::from_blob(ptr, sizes, strides, device, dtype)",
         (Name(("from_blob",), called=True),),
-        kind="decide",
+        kind="context",
+        edit="from_blob",
         pitfall="Strides are required; with a deleter it needs 2.11.",
         before="float x[1];\nauto a = torch::from_blob(x, {1}, torch::kFloat);",
         after="float x[1];\nauto a = torch::stable::from_blob(x, {1}, {1}, "
@@ -271,8 +272,9 @@ RULES = (
                 )
             ),
         ),
-        kind="decide",
-        before='at::TensorArg a{t, "t", 1};',
+        kind="context",
+        edit="argument_checks",
+        before="at::TensorIterator a;",
         after="",
     ),
 )
