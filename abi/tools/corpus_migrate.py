@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -24,18 +25,18 @@ from corpus import DEVELOPMENT, HEADERS, HELD_OUT, ROOT, SOURCES, Package, own_f
 from corpus_truth import Tree
 
 from abiding_abi import lint, migrate
-from abiding_abi.compilers import Options
+from abiding_abi.compilers import CUDA_SUFFIXES, Options
 from abiding_abi.headers import Headers, fetch
 from abiding_abi.verify import verify
 from abiding_abi.versions import dotted
 
 
-def migrated(package: Package) -> tuple[Package, dict[str, object], set[Path]]:
+def migrated(package: Package, place: str = "migrated") -> tuple[Package, dict[str, object], set[Path]]:
     """Copy and migrate a package: the copy, its counts, and the files that bear an ABI-TODO."""
     files = own_files(package.folder, SOURCES + HEADERS)
     config = lint.Config(root=package.folder)
     before = [f for f in lint.run(files, config).findings if f.level == "unstable"] if files else []
-    copy = replace(package, half=f"migrated/{package.half}")
+    copy = replace(package, half=f"{place}/{package.half}")
     shutil.rmtree(copy.folder, ignore_errors=True)
     copy.folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(package.folder, copy.folder)
@@ -51,18 +52,25 @@ def migrated(package: Package) -> tuple[Package, dict[str, object], set[Path]]:
     return copy, counts, {file.path.resolve() for file in result.files if file.todos}
 
 
-def compiled(copy: Package, marked: set[Path], headers: Headers, timeout: float) -> tuple[int, Counter[str], list[str]]:
+def compiled(
+    copy: Package, marked: set[Path], headers: Headers, timeout: float, cxx_only: bool
+) -> tuple[int, Counter[str], list[str]]:
     """How many units there are, the torch that those which compile need, and the first error of those that do not."""
     targets: Counter[str] = Counter()
     problems: list[str] = []
     reached = units(copy.folder)
     with tempfile.TemporaryDirectory() as scratch:
         tree = Tree(copy, headers, Path(scratch), Path(scratch))
-        options = Options(include=tuple(tree.include[:-1]), timeout=timeout, extra=())  # without the empty stand-ins
+        python = Path(sysconfig.get_path("include"))
+        folders = (*tree.include[:-1], python)  # without the empty stand-ins
+        # After the system's folders: some packages have an errno.h or a string.h of their own.
+        late = tuple(word for folder in folders for word in ("-idirafter", str(folder)))
+        options = Options(timeout=timeout, extra=late)
+        for_nvcc = Options(timeout=timeout, include=folders)
         for unit in reached:
-            if unit.resolve() in marked:
+            if unit.resolve() in marked or (cxx_only and unit.suffix in CUDA_SUFFIXES):
                 continue
-            result = verify(unit, headers, options, whole=False)
+            result = verify(unit, headers, for_nvcc if unit.suffix in CUDA_SUFFIXES else options, whole=False)
             if result.status == "stable" and result.target:
                 targets[dotted(result.target)] += 1
             else:
@@ -77,20 +85,26 @@ def main() -> None:
     parser.add_argument("--package", action="append", default=[])
     parser.add_argument("--headers", default="2.15.0")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--max-units", type=int, default=1000, help="leave out packages that have more units")
+    parser.add_argument("--cxx-only", action="store_true", help="compile no CUDA units: nvcc takes ten times as long")
     parser.add_argument("--timeout", type=float, default=60)
     arguments = parser.parse_args()
     headers = fetch(arguments.headers, print)
     rows: dict[str, dict[str, object]] = {}
     findings = left = whole = 0
     for package in sorted(read_lock(), key=lambda p: p.units):
-        if package.half != arguments.half or (arguments.package and package.name not in arguments.package):
+        if (
+            package.half != arguments.half
+            or package.units > arguments.max_units
+            or (arguments.package and package.name not in arguments.package)
+        ):
             continue
         if not package.folder.is_dir():
             raise SystemExit(f"{package.folder} is missing; run corpus.py fetch --half {arguments.half}")
         copy, counts, marked = migrated(package)
         line = f"{package.name:28} {counts['findings']!s:>6} findings {counts['left']!s:>5} left"
         if not arguments.no_compile:
-            total, targets, problems = compiled(copy, marked, headers, arguments.timeout)
+            total, targets, problems = compiled(copy, marked, headers, arguments.timeout, arguments.cxx_only)
             counts |= {"units": total, "compiled": sum(targets.values()), "targets": dict(targets)}
             whole += bool(targets)
             line += f" {counts['compiled']!s:>4} of {total} units compile"
