@@ -90,13 +90,13 @@ def recall(half: str, names: list[str], missed_to: Path | None) -> None:
         write(f"lint-recall-{half}", {"half": half, "sites": total, "found": found, "recall": share, "packages": rows})
 
 
-def sample(count: int, names: list[str]) -> None:
-    """Findings in the order of a hash of their place, the first ones: the same for the same findings."""
+def sample(count: int, names: list[str], salt: str) -> None:
+    """Findings in the order of a hash of their place, the first ones: the same for the same findings and salt."""
     drawn: list[tuple[str, Package, Finding]] = []
     for package in packages(DEVELOPMENT, names):
         for finding in findings(package):
             place = f"{package.name}\t{finding.path}\t{finding.line}\t{finding.column}\t{finding.rule.code}"
-            drawn.append((hashlib.sha256(place.encode()).hexdigest(), package, finding))
+            drawn.append((hashlib.sha256((salt + place).encode()).hexdigest(), package, finding))
     drawn.sort(key=lambda item: item[0])
     known = {tuple(line.split("\t")[:5]): line.split("\t")[5] for line in _judged_lines()}
     rows = []
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--half", choices=[DEVELOPMENT, HELD_OUT], default=DEVELOPMENT)
     parser.add_argument("--package", action="append", default=[])
     parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--salt", default="", help="another sample: after rules were corrected by the last one")
     parser.add_argument("--missed", type=Path, help="write the sites that were not found (development half only)")
     arguments = parser.parse_args()
     if arguments.missed and arguments.half == HELD_OUT:
@@ -173,7 +174,7 @@ def main() -> None:
     if arguments.what == "recall":
         recall(arguments.half, arguments.package, arguments.missed)
     elif arguments.what == "sample":
-        sample(arguments.count, arguments.package)
+        sample(arguments.count, arguments.package, arguments.salt)
     else:
         {"judged": judged, "control": control, "speed": speed}[arguments.what]()
 
