@@ -100,8 +100,10 @@ def measure(
 
 def unstable_symbols(path: Path) -> dict[str, int]:
     """The unstable symbols of libtorch that a library imports."""
-    from torch_abi_audit import inspect_extension
-
+    try:
+        from torch_abi_audit import inspect_extension
+    except ImportError:
+        raise UserError("counting a binary's symbols needs torch-abi-audit, and that Python 3.11") from None
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
