@@ -101,18 +101,17 @@ def measure(
 def unstable_symbols(path: Path) -> dict[str, int]:
     """The unstable symbols of libtorch that a library imports."""
     try:
-        from torch_abi_audit import inspect_extension
-    except ImportError:
-        raise UserError("counting a binary's symbols needs torch-abi-audit, and that Python 3.11") from None
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
         with path.open("rb") as file:
             if file.read(4) != b"\x7fELF":
                 raise UserError(f"{path}: not an ELF library")
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    try:
+        from torch_abi_audit import inspect_extension
+    except ImportError:
+        raise UserError("counting a binary's symbols needs torch-abi-audit, and that Python 3.11") from None
+    try:
         verdict = inspect_extension(path)
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a shared library: {error}") from None
     if verdict.error:
