@@ -131,6 +131,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     compile(module, "_C.py", "exec")
 
 
+def test_pybind_module_with_a_condition(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(
+        """#include <torch/extension.h>
+at::Tensor f(at::Tensor x);
+at::Tensor g(at::Tensor x);
+PYBIND11_MODULE(name, m) {
+#ifdef WITH_CUDA
+  m.def("f", &f);
+#else
+  m.def("h", &g);
+#endif
+  m.def("g", &g);
+}
+"""
+    )
+    result = migrate.run([path], Config(root=tmp_path))
+    text = result.files[0].after.decode()
+    assert '#if defined(WITH_CUDA)\n  m.def("f(Tensor x) -> Tensor");\n#endif' in re.sub(r" *// ABI-TODO.*\n", "", text)
+    assert '#if !defined(WITH_CUDA)\n  m.impl("h", TORCH_BOX(&g));\n#endif\n  m.impl("g", TORCH_BOX(&g));' in text
+    module = result.modules[tmp_path / "name.py"]
+    assert 'if hasattr(torch.ops.name, "f"):\n    f = torch.ops.name.f\ng = torch.ops.name.g\nif' in module
+
+
 def test_pybind_function_that_does_not_box_stays_for_a_person(migrated: Callable[..., str]) -> None:
     text = migrated(
         """#include <torch/extension.h>

@@ -141,19 +141,24 @@ def block_lines(namespace: str, operators: list[Operator], keys: list[str], *, f
     lines: list[str] = []
     for op in operators:
         if op.wrapper:
-            lines += [*op.wrapper, ""]
+            lines += [*_conditional(op, op.wrapper), ""]
     lines.append(f"{kind}({namespace}, m) {{")
     for op in operators:
-        lines += [f"  // ABI-TODO({rule}):{text}" for rule, _, text in (note.partition(":") for note in op.notes)]
-        lines.append(f'  m.def("{op.schema}");')
+        notes = [f"  // ABI-TODO({rule}):{text}" for rule, _, text in (note.partition(":") for note in op.notes)]
+        lines += _conditional(op, [*notes, f'  m.def("{op.schema}");'])
     lines.append("}")
     for key in [*keys, GENERIC]:
         chosen = [op for op in operators if op.tensors == (key != GENERIC)]
         if chosen:
             lines += ["", f"STABLE_TORCH_LIBRARY_IMPL({namespace}, {key}, m) {{"]
-            lines += [f'  m.impl("{op.name}", TORCH_BOX(&{op.function}));' for op in chosen]
+            for op in chosen:
+                lines += _conditional(op, [f'  m.impl("{op.name}", TORCH_BOX(&{op.function}));'])
             lines.append("}")
     return lines
+
+
+def _conditional(op: Operator, lines: list[str]) -> list[str]:
+    return [f"#if {op.condition}", *lines, "#endif"] if op.condition else lines
 
 
 def device_keys(work: Work, functions: list[str]) -> list[str]:

@@ -54,16 +54,11 @@ def pybind(work: Work, hit: Hit) -> Answer:
     close = lexical.closing(code, open_at) if code[open_at : open_at + 1] == "{" else -1
     if close < 0:
         return "the module's body is not closed"
-    conditional = bool(re.search(r"^[ \t]*#", code[open_at:close], re.MULTILINE))
     module = _read_module(work, work.word(read[0][1]), Span(open_at + 1, close))
     if isinstance(module, str):
         return module
-    if conditional and module.failures:
-        return "the body depends on the preprocessor"
     if not module.operators:
         return module.failures[0][1] if module.failures else "nothing is registered here"
-    if conditional:
-        return "the body depends on the preprocessor: write a block per branch"
     extension, folder = python_module.extension(work.source.path, work.word(read[0][0]))
     namespace = work.shared.namespace or re.sub(r"\W", "_", extension).strip("_")
     keys = library.device_keys(work, [])
@@ -131,8 +126,31 @@ def _definition(work: Work, module: Module, call: Call, overloads: dict[str, int
     if isinstance(made, str):
         module.failures.append((said, made))
         return
+    made.condition = _condition(work, call.start)
     module.operators.append(made)
-    module.names[name] = name
+    module.names[name] = module.names.get(name, "") or ("if" if made.condition else "always")
+
+
+_DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*(if|ifdef|ifndef|elif|else|endif)\b[ \t]*([^\n]*)", re.MULTILINE)
+
+
+def _condition(work: Work, at: int) -> str:
+    """The preprocessor's condition inside the module under which a statement is compiled."""
+    begin = work.code.rfind("PYBIND11_MODULE", 0, at)
+    stack: list[tuple[str, str]] = []
+    for match in _DIRECTIVE.finditer(work.code, begin, at):
+        word, rest = match[1], work.text[match.start(2) : match.end(2)].split("//")[0].strip()
+        if word in ("if", "ifdef", "ifndef"):
+            said = {"if": f"({rest})", "ifdef": f"defined({rest})", "ifndef": f"!defined({rest})"}[word]
+            stack.append((said, ""))
+        elif word == "endif" and stack:
+            stack.pop()
+        elif stack:
+            now, before = stack[-1]
+            before = f"{before} && !{now}" if before else f"!{now}"
+            stack[-1] = (f"({rest})" if word == "elif" else "", before)
+    parts = [part for pair in stack for part in (pair[1], pair[0]) if part]
+    return " && ".join(parts)
 
 
 def _arguments(work: Work, spans: tuple[Span, ...]) -> list[tuple[str, str]] | None:
@@ -157,7 +175,8 @@ def _resolve(work: Work, module: Module, name: str, span: Span) -> tuple[Functio
     plain = _FUNCTION.fullmatch(text)
     if plain:
         callee = re.sub(r"\s", "", plain[1])
-        candidates = list(work.usage.functions(callee))
+        everywhere = work.usage.functions(callee)
+        candidates = [f for f in everywhere if f.source.path == work.source.path] or everywhere
         shapes = {tuple(p.type for p in f.parameters) for f in candidates}
         if not candidates:
             return None, "", f"{callee} is not found in the files at hand"

@@ -40,6 +40,11 @@ def _extensions(setup: Path) -> list[tuple[str, str]]:
     return [(match[1], text[match.end() : end]) for match, end in zip(found, ends, strict=False)]
 
 
+def _assigned(namespace: str, name: str, there: str) -> list[str]:
+    line = f"{name} = torch.ops.{namespace}.{name}"
+    return [line] if there == "always" else [f'if hasattr(torch.ops.{namespace}, "{name}"):', f"    {line}"]
+
+
 def write(
     name: str, folder: Path, namespace: str, functions: dict[str, str], attributes: list[tuple[str, str]]
 ) -> tuple[Path, str]:
@@ -63,7 +68,7 @@ def write(
         f'    raise ImportError(f"{{_FOLDER}} holds no _{last}.so and no lib{last}.so: build the extension first")',
         "torch.ops.load_library(str(_FOUND[0]))",
         "",
-        *(f"{old} = torch.ops.{namespace}.{new}" for old, new in sorted(functions.items())),
+        *(line for name, there in sorted(functions.items()) for line in _assigned(namespace, name, there)),
         *(f"{key} = {value}" for key, value in attributes),
         "",
     ]

@@ -62,6 +62,8 @@ class Operator:
     wrapper: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Why a person should look, each as ``RULE: text``."""
+    condition: str = ""
+    """The preprocessor's condition under which it is there."""
     tensors: bool = True
     """Whether a tensor argument says which device it runs on."""
 
