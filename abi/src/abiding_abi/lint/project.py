@@ -10,7 +10,8 @@ from pathlib import Path
 from abiding_abi.errors import UserError
 from abiding_abi.lint.config import Config
 from abiding_abi.lint.facts import Facts, gather
-from abiding_abi.lint.tensors import Tensors, Vocabulary
+from abiding_abi.lint.tensors import Tensors
+from abiding_abi.lint.vocabulary import Vocabulary
 from abiding_abi.source import EXTENSIONS, Source, UnreadableError, read
 
 LEFT_OUT = frozenset((".git", ".hg", "build", "dist", "node_modules", ".venv", "__pycache__", ".eggs"))

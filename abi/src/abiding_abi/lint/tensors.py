@@ -9,16 +9,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from abiding_abi import lexical
+from abiding_abi.lint.vocabulary import Declaration, Kind, Vocabulary
 from abiding_abi.rules.stable import NOT_TENSORS, TENSOR_LISTS
 from abiding_abi.source import Source
-
-Kind = Literal["tensor", "list", "optional", "auto", "other"]
 
 _DECLARATOR = r"\s*(?:const\b|__restrict__\b)?\s*[*&]*\s*(?:const\b\s*)?([A-Za-z_]\w*)\s*(?=([;,=)({:\[]))"
 _OTHER_TYPE = re.compile(r"(?:\b([A-Za-z_]\w*)|(>))(?:\s*[*&]+\s*|\s+)(?:(?:const|__restrict__|__restrict)\s+)?\Z")
@@ -26,37 +22,9 @@ _LISTS = frozenset(("TensorList", "tensor_list", "variable_list", "auto"))
 _MORE = re.compile(r"\s*,\s*[&*]?\s*([A-Za-z_]\w*)\s*(?=[,;=({])")
 _NOT_TYPES = frozenset(
     (
-        "return",
-        "new",
-        "else",
-        "delete",
-        "case",
-        "goto",
-        "throw",
-        "typename",
-        "class",
-        "struct",
-        "using",
-        "namespace",
-        "operator",
-        "co_return",
-        "define",
-        "include",
-        "public",
-        "private",
-        "and",
-        "or",
-        "not",
-        "typedef",
-        "template",
-        "enum",
-        "union",
-        "default",
-        "if",
-        "while",
-        "extern",
-        "inline",
-        "static",
+        *("and", "case", "class", "co_return", "default", "define", "delete", "else", "enum", "extern", "goto"),
+        *("if", "include", "inline", "namespace", "new", "not", "operator", "or", "private", "public"),
+        *("return", "static", "struct", "template", "throw", "typedef", "typename", "union", "using", "while"),
     )
 )
 _BRACES = re.compile(r"[{}]")
@@ -71,35 +39,6 @@ _ALIAS = re.compile(
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*\Z")
 _CAST = re.compile(r"(?:std\s*::\s*)?(?:move|forward|as_const)\b")
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """One declared name; ``value`` is the range of its initializer where the type is auto."""
-
-    name: str
-    kind: Kind
-    at: int
-    value: lexical.Span | None = None
-    ranged: bool = False
-    called: bool = False
-    listed: bool = False
-    """Whether it stands in a list of parameters (or of declarators)."""
-
-
-@dataclass
-class Vocabulary:
-    """What a project's files tell each other: names of tensor type, functions that return tensors, tensor members."""
-
-    types: set[str] = field(default_factory=lambda: {"Tensor"})
-    functions: dict[str, Kind] = field(default_factory=dict)
-    members: dict[str, Kind] = field(default_factory=dict)
-
-    def add(self, other: Vocabulary) -> None:
-        """Take over another file's."""
-        self.types |= other.types
-        self.functions.update(other.functions)
-        self.members.update(other.members)
 
 
 class Tensors:
@@ -445,11 +384,3 @@ def _statement_end(code: str, at: int) -> int:
 def _declarator_end(code: str, at: int, end: int) -> int:
     parts = lexical.split(code, at, end)
     return parts[0].end if parts else end
-
-
-def merge(parts: Iterable[Vocabulary]) -> Vocabulary:
-    """One vocabulary of several files'."""
-    result = Vocabulary()
-    for part in parts:
-        result.add(part)
-    return result

@@ -182,7 +182,7 @@ def _resolve(work: Work, module: Module, name: str, span: Span) -> tuple[Functio
             return None, "", f"{callee} is not found in the files at hand"
         if len({len(shape) for shape in shapes}) > 1:
             return None, "", f"{callee} is overloaded: choose one"
-        return best(candidates), callee, ""
+        return _defined(best(candidates), everywhere), callee, ""
     overload = _OVERLOAD.match(work.text[slice(*span)])
     if overload:
         wanted = [signatures.bare(overload[1][slice(*s)]) for s in lexical.split(overload[1], 0, len(overload[1]))]
@@ -193,6 +193,15 @@ def _resolve(work: Work, module: Module, name: str, span: Span) -> tuple[Functio
     if _LAMBDA.match(text):
         return _lambda(work, module, name, span)
     return None, "", "TORCH_BOX needs the name of a function"
+
+
+def _defined(function: Function | None, everywhere: list[Function]) -> Function | None:
+    """The definition of what may only be declared here."""
+    if function is None or function.body is not None:
+        return function
+    types = [signatures.bare(p.type) for p in function.parameters]
+    same = (f for f in everywhere if f.body and [signatures.bare(p.type) for p in f.parameters] == types)
+    return next(same, function)
 
 
 def _lambda(work: Work, module: Module, name: str, span: Span) -> tuple[Function | None, str, str]:

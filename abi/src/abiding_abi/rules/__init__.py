@@ -28,7 +28,10 @@ GROUPS: dict[str, tuple[str, str]] = {
 }
 """Code letters: title and the reason that holds for the whole group."""
 
-_MODULES = ("includes", "types", "checks", "methods", "functions", "cuda", "dispatch", "registration", "boxing", "rest")
+_MODULES = (
+    *("includes", "types", "checks", "pointers", "methods", "functions", "cuda", "dispatch", "registration", "boxing"),
+    "rest",
+)
 
 
 @cache

@@ -41,28 +41,6 @@ _NO_TENSOR_STATE = (
 
 RULES = (
     Rule(
-        "MET001",
-        "t.data_ptr<T>(), t.data<T>()",
-        "t.mutable_data_ptr<T>() where it is written through, t.const_data_ptr<T>() where it is only read",
-        (Check("data_pointer"),),
-        kind="context",
-        edit="pointers",
-        pitfall="mutable_data_ptr of a copy-on-write tensor copies it; const_data_ptr makes helpers take const T*.",
-        before="float* a = t.data_ptr<float>();\na[0] = 1;",
-        after="float* a = t.mutable_data_ptr<float>();\na[0] = 1;",
-    ),
-    Rule(
-        "MET003",
-        "t.data_ptr<T>() with T = long, long long, half, nv_bfloat16 and other types outside the header-only list",
-        "the same with the type of the list, and a reinterpret_cast of the pointer",
-        (Check("foreign_pointer"),),
-        kind="context",
-        edit="pointers",
-        pitfall="It compiles and is an undefined symbol when the library is loaded.",
-        before="auto a = t.data_ptr<long long>();\na[0] = 1;",
-        after="auto a = reinterpret_cast<long long*>(t.mutable_data_ptr<int64_t>());\na[0] = 1;",
-    ),
-    Rule(
         "MET005",
         "t.dtype()",
         "t.scalar_type()",
@@ -246,35 +224,6 @@ RULES = (
         before="auto a = t.item<double>();",
         after="auto a = [&] { double value; "
         "TORCH_ERROR_CODE_CHECK(aoti_torch_item_float64(t.get(), &value)); return value; }();",
-    ),
-    Rule(
-        "MET031",
-        "t.accessor<T, N>()",
-        "torch::headeronly::HeaderOnlyTensorAccessor<T, N>(pointer, sizes, strides)",
-        (Method(("accessor",), distinct=True),),
-        kind="context",
-        edit="accessors",
-        pitfall="It checks neither dtype nor rank, and borrows sizes, so that the tensor must outlive it.",
-        before="auto a = t.accessor<float, 2>();\na[0][0] = 1;",
-        after="auto a = torch::headeronly::HeaderOnlyTensorAccessor<float, 2>(t.mutable_data_ptr<float>(), "
-        "t.sizes().data(), t.strides().data());\na[0][0] = 1;",
-    ),
-    Rule(
-        "MET032",
-        "t.packed_accessor32<T, N, Traits>(), packed_accessor64",
-        "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor<T, N, Traits, int32_t>(pointer, sizes, strides)",
-        (
-            Method(
-                ("packed_accessor32", "packed_accessor64", "packed_accessor", "generic_packed_accessor"), distinct=True
-            ),
-        ),
-        kind="context",
-        edit="accessors",
-        pitfall="packed_accessor32 checked that the tensor has less than 2^31 elements; larger ones now wrap.",
-        before="auto a = t.packed_accessor64<float, 2>();",
-        after="auto a = torch::headeronly::HeaderOnlyGenericPackedTensorAccessor<float, 2, "
-        "torch::headeronly::DefaultPtrTraits, int64_t>(t.mutable_data_ptr<float>(), t.sizes().data(), "
-        "t.strides().data());",
     ),
     Rule(
         "MET033",

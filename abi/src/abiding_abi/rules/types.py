@@ -246,31 +246,6 @@ RULES = (
         after='std::string_view a = "x";',
     ),
     Rule(
-        "TYP021",
-        "torch::TensorAccessor<T, N>",
-        "torch::headeronly::HeaderOnlyTensorAccessor<T, N>",
-        (Name(("TensorAccessor",), to="torch::headeronly::HeaderOnlyTensorAccessor"),),
-        pitfall="It borrows sizes and strides, so that the tensor must outlive it.",
-        before="void f(torch::TensorAccessor<float, 2> a) {}",
-        after="void f(torch::headeronly::HeaderOnlyTensorAccessor<float, 2> a) {}",
-        scope="file",
-    ),
-    Rule(
-        "TYP022",
-        "torch::PackedTensorAccessor32<T, N, Traits>, PackedTensorAccessor64, GenericPackedTensorAccessor",
-        "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor<T, N, Traits, int32_t>",
-        (
-            Name(("PackedTensorAccessor32", "PackedTensorAccessor64", "PackedTensorAccessor")),
-            Name(("GenericPackedTensorAccessor",), to="torch::headeronly::HeaderOnlyGenericPackedTensorAccessor"),
-        ),
-        edit="accessor_type",
-        pitfall="packed_accessor32 checked that the tensor has less than 2^31 elements; that check is gone.",
-        before="void f(torch::PackedTensorAccessor32<float, 2> a) {}",
-        after="void f(torch::headeronly::HeaderOnlyGenericPackedTensorAccessor<float, 2, "
-        "torch::headeronly::DefaultPtrTraits, int32_t> a) {}",
-        scope="file",
-    ),
-    Rule(
         "TYP023",
         "at::SymInt, c10::SymInt",
         "int64_t in C++, SymInt in the schema and in the Python fake",
@@ -366,16 +341,6 @@ RULES = (
         edit="small_vector",
         before="at::DimVector a;",
         after="std::vector<int64_t> a;",
-    ),
-    Rule(
-        "TYP031",
-        "torch::RestrictPtrTraits, at::RestrictPtrTraits, DefaultPtrTraits",
-        "torch::headeronly::RestrictPtrTraits (nvcc only)",
-        (Name(("RestrictPtrTraits", "DefaultPtrTraits"), to="torch::headeronly::{name}"),),
-        pitfall="RestrictPtrTraits is declared only under nvcc: a .cpp file that shares the declaration fails.",
-        before="using A = torch::DefaultPtrTraits<float>;",
-        after="using A = torch::headeronly::DefaultPtrTraits<float>;",
-        scope="file",
     ),
     Rule(
         "TYP032",
