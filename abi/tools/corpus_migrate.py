@@ -3,8 +3,8 @@
     python tools/corpus_migrate.py --half development|held-out [--package NAME] [--no-compile]
 
 Migrated copies lie in `.corpus/migrated/`, which git ignores; `results/migrate-<half>.json` gets the totals. A finding
-is mechanical unless its site still bears an ABI-TODO. A unit counts as compiled if no ABI-TODO is in it or in an own
-header that it includes, and it compiles against the stable headers alone, for torch 2.10 or for the target reported.
+is mechanical unless its site still bears an ABI-TODO. A unit counts as compiled if it compiles against the stable
+headers alone, for torch 2.10 or for the target reported.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from abiding_abi.verify import verify
 from abiding_abi.versions import dotted
 
 
-def migrated(package: Package, place: str = "migrated") -> tuple[Package, dict[str, object], set[Path]]:
-    """Copy and migrate a package: the copy, its counts, and the files that bear an ABI-TODO."""
+def migrated(package: Package, place: str = "migrated") -> tuple[Package, dict[str, object]]:
+    """Copy and migrate a package: the copy and its counts."""
     files = own_files(package.folder, SOURCES + HEADERS)
     config = lint.Config(root=package.folder)
     before = [f for f in lint.run(files, config).findings if f.level == "unstable"] if files else []
@@ -49,11 +49,11 @@ def migrated(package: Package, place: str = "migrated") -> tuple[Package, dict[s
     left = Counter(item.rule for file in result.files for item in file.todos)
     counts: dict[str, object] = {"version": package.version, "findings": len(before), "left": sum(left.values())}
     counts |= {"left_by_rule": dict(left.most_common(8)), "cpu_seconds": round(took, 1)}
-    return copy, counts, {file.path.resolve() for file in result.files if file.todos}
+    return copy, counts
 
 
 def compiled(
-    copy: Package, marked: set[Path], headers: Headers, timeout: float, cxx_only: bool
+    copy: Package, headers: Headers, timeout: float, cxx_only: bool, first: bool
 ) -> tuple[int, Counter[str], list[str]]:
     """How many units there are, the torch that those which compile need, and the first error of those that do not."""
     targets: Counter[str] = Counter()
@@ -68,14 +68,16 @@ def compiled(
         options = Options(timeout=timeout, extra=late)
         for_nvcc = Options(timeout=timeout, include=folders)
         for unit in reached:
-            if unit.resolve() in marked or (cxx_only and unit.suffix in CUDA_SUFFIXES):
+            if cxx_only and unit.suffix in CUDA_SUFFIXES:
                 continue
+            if first and targets:
+                break
             result = verify(unit, headers, for_nvcc if unit.suffix in CUDA_SUFFIXES else options, whole=False)
             if result.status == "stable" and result.target:
                 targets[dotted(result.target)] += 1
             else:
-                first = f"{result.errors[0].line}: {result.errors[0].message[:150]}" if result.errors else result.note
-                problems.append(f"{unit.relative_to(copy.folder)}:{first}")
+                error = f"{result.errors[0].line}: {result.errors[0].message[:150]}" if result.errors else result.note
+                problems.append(f"{unit.relative_to(copy.folder)}:{error}")
     return len(reached), targets, problems
 
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--headers", default="2.15.0")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--max-units", type=int, default=1000, help="leave out packages that have more units")
+    parser.add_argument("--first", action="store_true", help="of each package, stop at the first unit that compiles")
     parser.add_argument("--cxx-only", action="store_true", help="compile no CUDA units: nvcc takes ten times as long")
     parser.add_argument("--timeout", type=float, default=60)
     arguments = parser.parse_args()
@@ -101,13 +104,13 @@ def main() -> None:
             continue
         if not package.folder.is_dir():
             raise SystemExit(f"{package.folder} is missing; run corpus.py fetch --half {arguments.half}")
-        copy, counts, marked = migrated(package)
+        copy, counts = migrated(package)
         line = f"{package.name:28} {counts['findings']!s:>6} findings {counts['left']!s:>5} left"
         if not arguments.no_compile:
-            total, targets, problems = compiled(copy, marked, headers, arguments.timeout, arguments.cxx_only)
+            total, targets, problems = compiled(copy, headers, arguments.timeout, arguments.cxx_only, arguments.first)
             counts |= {"units": total, "compiled": sum(targets.values()), "targets": dict(targets)}
             whole += bool(targets)
-            line += f" {counts['compiled']!s:>4} of {total} units compile"
+            line += f" {counts['compiled']!s:>4} of {total} units compile{' at least' * arguments.first}"
             if arguments.half == DEVELOPMENT:
                 line += "".join(f"\n    {problem}" for problem in problems[:10])
         print(line, flush=True)

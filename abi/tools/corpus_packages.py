@@ -116,7 +116,7 @@ def tested(folder: Path, package: Whole, torch: Path, log: Path) -> dict[str, in
 
 def run(package: Whole, torches: list[Path], headers: Headers) -> dict[str, object]:
     locked = next(p for p in read_lock() if p.name == package.name)
-    copy, counts, _ = migrated(locked, "built")
+    copy, counts = migrated(locked, "built")
     row: dict[str, object] = {"version": locked.version, "left": counts["left"]}
     libraries: dict[str, object] = {}
     for library in package.libraries:
