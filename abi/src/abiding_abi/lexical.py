@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _BRACKETS = re.compile(r"[()\[\]{}]")
 _OPEN = {")": "(", "]": "[", "}": "{"}
+_POSTFIX_WORD = re.compile(r"\s*(?:\.|->|::)\s*[A-Za-z_]\w*|[A-Za-z_]\w*")
 _ANGLE_STOP = re.compile(r"[<>;{}()&|]")
 _SMALL = 500
 """Texts up to this length are not worth remembering."""
@@ -220,6 +221,24 @@ def receiver(code: str, at: int) -> int:
                 continue
         return start
     return start
+
+
+def postfix_end(code: str, at: int) -> int:
+    """The end of the postfix expression that begins at ``at``: a name with members, calls and indices."""
+    end = at
+    for _ in range(_HOPS):
+        word = _POSTFIX_WORD.match(code, end)
+        if word:
+            end = word.end()
+            continue
+        opened = skip_space(code, end)
+        if code[opened : opened + 1] not in ("(", "["):
+            return end
+        close = closing(code, opened)
+        if close < 0:
+            return end
+        end = close + 1
+    return end
 
 
 def _name_before(code: str, at: int) -> bool:

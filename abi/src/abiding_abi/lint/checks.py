@@ -75,7 +75,8 @@ _OPERATOR = re.compile(r"\b([A-Za-z_]\w*)\s*([-+*/]=?|[<>=!]=|&(?=\s*[\w(])(?!&)
 _RIGHT = re.compile(r"[\w)\]]\s*([-+/])\s*([A-Za-z_]\w*)\b(?!\s*(?:[.\[(]|->|::))")
 _FACTOR = re.compile(r"[\w)\]]\s*(\*)\s*([A-Za-z_]\w*)\b(?!\s*(?:[.\[(]|->|::))")
 _RESULT = re.compile(r"\)\s*([-+*/])(?![-+*/=>])\s*[\w(]")
-_SECOND_INDEX = re.compile(r"\]\s*(\[)")
+_SECOND_INDEX = re.compile(r"[\])]\s*(\[)")
+_OPERAND = re.compile(r"[\w)\]]\s*([-+*/])\s*((?:(?:at|torch)::)?[A-Za-z_]\w*)\s*(?=[.(])")
 _DEVICE = re.compile(r"device\s*\(\s*\)\s*\.\s*(is_(?!cuda\b|cpu\b)\w+|str|has_index|supports_\w+)\s*(?=\()")
 _INDEX = re.compile(r"\b([A-Za-z_]\w*)\s*(\[)")
 _ATOMIC = re.compile(
@@ -210,6 +211,14 @@ def tensor_arithmetic(context: Context) -> Iterator[Hit]:
         if match[2] not in names or not context.tensors.is_value(match.start() + 1, match.start(2)):
             continue
         if context.tensors.lookup(match[2], match.start(2)) == "tensor":
+            yield match.start(1), match.end(1), match[2]
+    for match in _OPERAND.finditer(code):
+        if match[2] not in names and not match[2].startswith(("at::", "torch::")):
+            continue
+        end = lexical.postfix_end(code, match.start(2))
+        if context.tensors.is_value(match.start() + 1, match.start(2)) and (
+            context.tensors.infer(match.start(2), end) == "tensor"
+        ):
             yield match.start(1), match.end(1), match[2]
     for match in _RESULT.finditer(code):
         start = lexical.receiver(code, match.start() + 1)

@@ -284,7 +284,7 @@ def _members(context: Context) -> Iterator[Hit]:
             word = _last_word(code, end)
             if word not in known:
                 continue
-        elif entry is None:
+        elif entry is None and not name.endswith("_"):
             continue
         if not tensors.is_tensor(lexical.receiver(code, dot), dot, arrow):
             continue

@@ -179,9 +179,17 @@ def _assigned_row(work: Work, hit: Hit, target: Span, index: Span, equals: int) 
     row: list[str | Span] = ["{ auto row = torch::stable::select(", target, ", 0, ", index, "); "]
     if work.tensors.infer(*value) == "tensor":
         return replace(target.start, end + 1, *row, "torch::stable::copy_(row, ", value, "); }", rule=hit.rule.code)
-    if re.fullmatch(r"-?[\d.]+(?:e-?\d+)?f?", work.plain(value)):
+    if re.fullmatch(r"-?[\d.]+(?:e-?\d+)?f?", work.plain(value)) or _is_number(work, work.plain(value), hit.start):
         return replace(target.start, end + 1, *row, "torch::stable::fill_(row, ", value, "); }", rule=hit.rule.code)
     return "an assignment to t[i] copies into the tensor: write copy_ or fill_"
+
+
+def _is_number(work: Work, name: str, at: int) -> bool:
+    """Whether a name is declared as a number in the function."""
+    region = work.tensors.function_at(at)
+    kinds = r"(?:int|float|double|int64_t|int32_t|long|bool|size_t|unsigned)"
+    declared = re.compile(rf"\b{kinds}\s+(?:\w+\s*,\s*)*{re.escape(name)}\b") if name.isidentifier() else None
+    return bool(declared and region and declared.search(work.code, region[0], at))
 
 
 def summed(work: Work, hit: Hit) -> Answer:
