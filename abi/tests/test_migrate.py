@@ -122,6 +122,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "static void scale_boxed(torch::stable::Tensor x, double by) {\n  scale(x, static_cast<float>(by));\n}" in text
     )
     assert "STABLE_TORCH_LIBRARY(pack__C, m)" in text
+    # pybind11 refused an integer that does not fit; a cast alone would cut it off.
+    assert (
+        'STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int>(n)) == n, "n: ", n, " does not fit into int");' in text
+    )
     assert 'STABLE_TORCH_LIBRARY_IMPL(pack__C, CPU, m) {\n  m.impl("scale", TORCH_BOX(&scale_boxed));' in text
     assert 'CompositeExplicitAutograd, m) {\n  m.impl("ready", TORCH_BOX(&ready));' in text
     assert "PYBIND11_MODULE" not in text
@@ -129,6 +133,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     assert "scale = torch.ops.pack__C.scale" in module
     assert "LIMIT = 3" in module
     compile(module, "_C.py", "exec")
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("int32_t", "  STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int32_t>(x)) == x,"),
+        ("uint64_t", "  STD_TORCH_CHECK(x >= 0,"),
+        (
+            "std::vector<int>",
+            "  for (int64_t item : x) STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int>(item)) ==",
+        ),
+        (
+            "c10::optional<int>",
+            "  if (x.has_value()) STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int>(*x)) == *x,",
+        ),
+    ],
+)
+def test_narrow_integers_are_checked_as_pybind11_did(kind: str, check: str, migrated: Callable[..., str]) -> None:
+    module = 'PYBIND11_MODULE(name, m) { m.def("f", &f); }'
+    assert check in migrated(f"#include <torch/extension.h>\nvoid f({kind} x) {{}}\n{module}\n", "c.cpp")
 
 
 def test_pybind_module_with_a_condition(tmp_path: Path) -> None:

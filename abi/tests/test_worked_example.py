@@ -38,6 +38,13 @@ for wrong in (x[0], x.t()):
     except RuntimeError:
         continue
     raise AssertionError("accepted")
+for window in (2**32 + 7, -(2**31) - 1):
+    try:
+        rolling.rolling_sum(x, window)
+    except RuntimeError as error:
+        assert "does not fit into int" in str(error)
+        continue
+    raise AssertionError("cut off")
 torch.library.opcheck(torch.ops.rolling__C.rolling_mean_.default, (y, 3, 3.0), test_utils="test_schema")
 print("same values")
 """

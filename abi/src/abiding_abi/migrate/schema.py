@@ -86,6 +86,7 @@ def operator(
     marks = "abcdefghijklmnopqrstuvwxyz"
     parts: list[str] = []
     passed: list[str] = []
+    checks: list[str] = []
     wide: list[str] = []
     needs_wrapper = wrap
     notes: list[str] = []
@@ -106,6 +107,7 @@ def operator(
             needs_wrapper = True
         elif not boxed.exact or not _boxes_as_is(parameter.type):
             passed.append(_narrowed(parameter.type, value))
+            checks += _range_checks(parameter.type, value)
             needs_wrapper = True
         else:
             passed.append(f"std::move({value})" if parameter.type.endswith("&&") else value)
@@ -126,7 +128,7 @@ def operator(
     built = Operator(name, callee, schema, notes=notes, tensors=any("Tensor" in part for part in parts))
     if needs_wrapper or not result.exact or function.result.endswith("&"):
         built.function = re.sub(r"\W", "_", f"{name}_boxed")
-        built.wrapper = _wrapper(built.function, result.wide, wide, callee, passed, function.result)
+        built.wrapper = _wrapper(built.function, result.wide, wide, callee, passed, function.result, checks)
     return built
 
 
@@ -156,10 +158,33 @@ def _narrowed(kind: str, value: str) -> str:
     return f"static_cast<{inner}>({value})"
 
 
-def _wrapper(name: str, result: str, wide: list[str], callee: str, passed: list[str], legacy: str) -> list[str]:
+def _range_checks(kind: str, value: str) -> list[str]:
+    """What pybind11 refused, and a cast would cut off: integers that do not fit."""
+    inner = bare(kind)
+    element = re.fullmatch(r"(?:std::|c10::|at::|torch::)*(vector|optional|ArrayRef|HeaderOnlyArrayRef)<(.*)>", inner)
+    narrow = bare(element[2]) if element else inner
+    boxed = boxing.box(narrow)
+    if boxed is None or boxed.schema != "int" or boxed.exact:
+        return []
+    optional = element is not None and element[1] == "optional"
+    one = f"*{value}" if optional else "item" if element else value
+    fits = (
+        f"{one} >= 0"
+        if re.search(r"uint64_t|size_t|unsigned long|uintptr_t", narrow)
+        else (f"static_cast<int64_t>(static_cast<{narrow}>({one})) == {one}")
+    )
+    check = f'STD_TORCH_CHECK({fits}, "{value}: ", {one}, " does not fit into {narrow}");'
+    if optional:
+        return [f"  if ({value}.has_value()) {check}"]
+    return [f"  for (int64_t item : {value}) {check}" if element else f"  {check}"]
+
+
+def _wrapper(
+    name: str, result: str, wide: list[str], callee: str, passed: list[str], legacy: str, checks: list[str]
+) -> list[str]:
     call = f"{callee}({', '.join(passed)})"
     body = f"  {call};" if result == "void" else f"  return {_widened(legacy, result, call)};"
-    return [f"static {result} {name}({', '.join(wide)}) {{", body, "}"]
+    return [f"static {result} {name}({', '.join(wide)}) {{", *checks, body, "}"]
 
 
 def _widened(legacy: str, result: str, call: str) -> str:
