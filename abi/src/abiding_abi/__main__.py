@@ -1,0 +1,5 @@
+"""``python -m abiding_abi``."""
+
+from abiding_abi.cli import main
+
+main()

@@ -1,0 +1,297 @@
+"""What migrate writes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from abiding_abi import migrate, rules
+from abiding_abi.errors import UserError
+from abiding_abi.lexical import Span
+from abiding_abi.lint import Config
+from abiding_abi.migrate.edits import consistent, render, replace
+from abiding_abi.rules import Rule
+from examples import after, before
+
+INCLUDE = re.compile(r"^#include[^\n]*\n", re.MULTILINE)
+REWRITTEN = [
+    rule
+    for rule in rules.table()
+    if rule.after and rule.kind != "decide" and rule.group != "BOX" and rule.level != "note" and rule.code != "CUD002"
+]
+
+
+@pytest.fixture
+def migrated(tmp_path: Path) -> Callable[..., str]:
+    """Migrate one file and return its text."""
+
+    def run(text: str | bytes, name: str = "a.cu") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return migrate.run([path], Config(root=tmp_path)).files[0].after.decode("latin-1")
+
+    return run
+
+
+def body(text: str) -> str:
+    """The function of an example, or the whole file without includes."""
+    found = re.search(r"^void example\([^\n]*\n(.*)^\}$", text, re.DOTALL | re.MULTILINE)
+    return (found[1] if found else INCLUDE.sub("", text)).strip()
+
+
+@pytest.mark.parametrize("rule", REWRITTEN, ids=lambda rule: rule.code)
+def test_example_becomes_its_replacement(rule: Rule, migrated: Callable[..., str]) -> None:
+    text = migrated(before(rule))
+    assert "ABI-TODO" not in text
+    if rule.group == "INC":
+        legacy = set(INCLUDE.findall(before(rule)))
+        assert not legacy & set(INCLUDE.findall(text))
+        assert set(INCLUDE.findall(text)) <= set(INCLUDE.findall(after(rule)))
+    else:
+        assert body(text) == body(after(rule))
+
+
+@pytest.mark.parametrize("rule", rules.table(), ids=lambda rule: rule.code)
+def test_second_run_changes_nothing(rule: Rule, migrated: Callable[..., str]) -> None:
+    once = migrated(before(rule))
+    assert migrated(once.encode("latin-1")) == once
+
+
+@pytest.mark.parametrize("rule", [r for r in rules.table() if r.kind == "decide" and r.level == "unstable"],
+                         ids=lambda rule: rule.code)  # fmt: skip
+def test_what_a_person_decides_is_marked_and_kept(rule: Rule, migrated: Callable[..., str]) -> None:
+    text = migrated(before(rule))
+    if rule.group == "INC" or "ABI-TODO" not in text:
+        return
+    assert f"ABI-TODO({rule.code})" in text
+
+
+LEGACY = """\
+#include <torch/extension.h>
+
+// Änderungen: keep	this
+void f(at::Tensor x) {
+	TORCH_CHECK(x.dim() == 2, "rank");\x20\x20
+  float* p = x.data_ptr<float>();  /* at::Tensor */
+  p[0] = 1;
+}
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_bytes_outside_edits_stay(encoding: str, newline: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    data = LEGACY.replace("\n", newline).encode(encoding)
+    path.write_bytes(data)
+    got = migrate.run([path], Config(root=tmp_path)).files[0].after
+    want = LEGACY.replace("at::Tensor x", "torch::stable::Tensor x").replace("TORCH_CHECK", "STD_TORCH_CHECK")
+    want = want.replace("data_ptr", "mutable_data_ptr").replace("\n", newline)
+    assert got.split(b"\n")[-8:] == want.encode(encoding).split(b"\n")[-8:]
+    assert got.startswith(b"\xef\xbb\xbf") == (encoding == "utf-8-sig")
+    assert got.count(b"\r\n") == (got.count(b"\n") if newline == "\r\n" else 0)
+
+
+def test_pybind_module(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").write_text("CppExtension('pack._C', ['csrc/a.cpp'])")
+    (tmp_path / "csrc").mkdir()
+    path = tmp_path / "csrc" / "a.cpp"
+    path.write_text(
+        """#include <torch/extension.h>
+void scale(at::Tensor x, float by) { x.mul_(by); }
+at::Tensor copy(const at::Tensor& x, c10::optional<at::Tensor> y, int n) { return x.clone(); }
+bool ready() { return true; }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("scale", &scale, "doc", py::arg("x"), py::arg("by") = 2.f);
+  m.def("copy", &copy, py::arg("x"), py::arg("y") = py::none(), py::arg("n") = 1);
+  m.def("ready", &ready);
+  m.attr("LIMIT") = 3;
+}
+"""
+    )
+    result = migrate.run([path], Config(root=tmp_path))
+    text = result.files[0].after.decode()
+    assert 'm.def("scale(Tensor(a!) x, float by=2.0) -> ()");' in text
+    assert 'm.def("copy(Tensor x, Tensor? y=None, int n=1) -> Tensor");' in text
+    assert 'm.def("ready() -> bool");' in text
+    assert (
+        "static void scale_boxed(torch::stable::Tensor x, double by) {\n  scale(x, static_cast<float>(by));\n}" in text
+    )
+    assert "STABLE_TORCH_LIBRARY(pack__C, m)" in text
+    # pybind11 refused an integer that does not fit; a cast alone would cut it off.
+    assert (
+        'STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int>(n)) == n, "n: ", n, " does not fit into int");' in text
+    )
+    assert 'STABLE_TORCH_LIBRARY_IMPL(pack__C, CPU, m) {\n  m.impl("scale", TORCH_BOX(&scale_boxed));' in text
+    assert 'CompositeExplicitAutograd, m) {\n  m.impl("ready", TORCH_BOX(&ready));' in text
+    assert "PYBIND11_MODULE" not in text
+    module = result.modules[tmp_path / "pack" / "_C.py"]
+    assert "scale = torch.ops.pack__C.scale" in module
+    assert "LIMIT = 3" in module
+    compile(module, "_C.py", "exec")
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("int32_t", "  STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int32_t>(x)) == x,"),
+        ("uint64_t", "  STD_TORCH_CHECK(x >= 0,"),
+        (
+            "std::vector<int>",
+            "  for (int64_t item : x) STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int>(item)) ==",
+        ),
+        (
+            "c10::optional<int>",
+            "  if (x.has_value()) STD_TORCH_CHECK(static_cast<int64_t>(static_cast<int>(*x)) == *x,",
+        ),
+    ],
+)
+def test_narrow_integers_are_checked_as_pybind11_did(kind: str, check: str, migrated: Callable[..., str]) -> None:
+    module = 'PYBIND11_MODULE(name, m) { m.def("f", &f); }'
+    assert check in migrated(f"#include <torch/extension.h>\nvoid f({kind} x) {{}}\n{module}\n", "c.cpp")
+
+
+def test_pybind_module_with_a_condition(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(
+        """#include <torch/extension.h>
+at::Tensor f(at::Tensor x);
+at::Tensor g(at::Tensor x);
+PYBIND11_MODULE(name, m) {
+#ifdef WITH_CUDA
+  m.def("f", &f);
+#else
+  m.def("h", &g);
+#endif
+  m.def("g", &g);
+}
+"""
+    )
+    result = migrate.run([path], Config(root=tmp_path))
+    text = result.files[0].after.decode()
+    assert '#if defined(WITH_CUDA)\n  m.def("f(Tensor x) -> Tensor");\n#endif' in re.sub(r" *// ABI-TODO.*\n", "", text)
+    assert '#if !defined(WITH_CUDA)\n  m.impl("h", TORCH_BOX(&g));\n#endif\n  m.impl("g", TORCH_BOX(&g));' in text
+    module = result.modules[tmp_path / "name.py"]
+    assert 'if hasattr(torch.ops.name, "f"):\n    f = torch.ops.name.f\ng = torch.ops.name.g\nif' in module
+
+
+def test_pybind_function_that_does_not_box_stays_for_a_person(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        """#include <torch/extension.h>
+void g(at::Tensor x) {}
+void h(std::map<int, int> x) {}
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("g", &g);
+  m.def("h", &h);
+}
+""",
+        "b.cpp",
+    )
+    assert 'm.def("g(Tensor x) -> ()");' in text
+    assert "// ABI-TODO(REG008): std::map<int, int> x does not box" in text
+    assert '//   m.def("h", &h)' in text
+
+
+@pytest.mark.parametrize(
+    ("use", "member"),
+    [
+        ("const float* p = t.data_ptr<float>(); n += p[0];", "const_data_ptr"),
+        ("auto p = t.data_ptr<float>(); n += p[0];", "const_data_ptr"),
+        ("auto p = t.data_ptr<float>(); p[0] += n;", "mutable_data_ptr"),
+        ("auto p = t.data_ptr<float>() + n; auto q = p; *q = 1;", "mutable_data_ptr"),
+        ("float* p = t.data_ptr<float>(); n += p[0];", "mutable_data_ptr"),
+        ("reads(t.data_ptr<float>());", "const_data_ptr"),
+        ("writes(t.data_ptr<float>());", "mutable_data_ptr"),
+        ("elsewhere(t.data_ptr<float>());", "mutable_data_ptr"),
+    ],
+)
+def test_pointer_is_const_where_all_uses_are(use: str, member: str, migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "void reads(const float* p);\nvoid writes(float* p) { p[0] = 1; }\n"
+        f"void example(at::Tensor t, int64_t n) {{\n{use}\n}}\n"
+    )
+    assert f"t.{member}<float>()" in text
+
+
+def test_argument_checks_name_their_tensors(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        """void example(at::Tensor t, at::Tensor u, int64_t n) {
+  at::TensorArg a{t, "t", 1}, b{u, "u", 2};
+  at::CheckedFrom where = "example";
+  at::checkAllSameGPU(where, {a, b});
+  at::checkAllSameType(where, {a, b});
+}
+"""
+    )
+    assert body(text).splitlines() == [
+        'const char* where = "example";',
+        "  STD_TORCH_CHECK(t.is_cuda() && u.is_cuda() && t.get_device_index() == u.get_device_index(), where, "
+        '": expected t, u on one GPU");',
+        '  STD_TORCH_CHECK(t.scalar_type() == u.scalar_type(), where, ": expected t, u of one dtype");',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        ("torch::from_blob(p, {n, 3}, t.options())", "{n, 3}, {3, 1}, t.device(), t.scalar_type()"),
+        ("torch::from_blob(p, {2, n, 3})", "{2, n, 3}, {n * 3, 3, 1}, torch::stable::Device("),
+        ("torch::from_blob(p, t.sizes())", "torch::from_blob(p, t.sizes())"),
+    ],
+)
+def test_from_blob_gets_its_strides(call: str, wanted: str, migrated: Callable[..., str]) -> None:
+    assert wanted in migrated(f"void example(at::Tensor t, float* p, int64_t n) {{\nauto a = {call};\n}}\n")
+
+
+def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text("void f(at::Tensor a) {}\nint x = ) at::Tensor %% ;\nvoid g(at::Tensor b) {}\n")
+    file = migrate.run([path], Config(root=tmp_path)).files[0]
+    lines = file.after.decode().splitlines()
+    assert "int x = ) at::Tensor %% ;" in lines
+    assert {"void f(torch::stable::Tensor a) {}", "void g(torch::stable::Tensor b) {}"} <= set(lines)
+    assert [(t.rule, t.reason) for t in file.todos] == [("TYP001", "this did not parse, and is left alone")]
+
+
+def test_only_touches_one_rule(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(LEGACY, encoding="utf-8")
+    file = migrate.run([path], Config(root=tmp_path), only=("CHK",)).files[0]
+    assert file.after.decode() == LEGACY.replace("TORCH_CHECK", "STD_TORCH_CHECK")
+
+
+def test_write_refuses_a_file_that_changed_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text("at::Tensor a;\n")
+    result = migrate.run([path], Config(root=tmp_path))
+    path.write_text("at::Tensor b;\n")
+    with pytest.raises(UserError, match="changed meanwhile"):
+        migrate.write(result)
+    assert path.read_text() == "at::Tensor b;\n"
+
+
+def test_stages_add_up_to_the_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(LEGACY, encoding="utf-8")
+    file = migrate.run([path], Config(root=tmp_path)).files[0]
+    assert [name for name, _ in file.stages] == ["checks", "types", "data pointers", "includes"]
+    assert file.stages[-1][1] == file.after
+
+
+def test_edits_nest_in_any_order() -> None:
+    text = "abcdefghij"
+    outer = replace(1, 9, "<", Span(2, 8), ">")
+    inner = [replace(2, 4, "X"), replace(6, 8, "(", Span(6, 8), ")")]
+    edits = [*inner, outer]
+    random.Random(0).shuffle(edits)
+    kept, crossing = consistent(edits)
+    assert (render(text, kept), crossing) == ("a<Xef(gh)>j", [])
+
+
+def test_crossing_edits_are_not_applied_together() -> None:
+    kept, crossing = consistent([replace(0, 4, "x"), replace(2, 6, "y")])
+    assert (len(kept), len(crossing)) == (1, 1)
