@@ -38,7 +38,8 @@ HEADERS = (".h", ".hpp", ".hh", ".cuh", ".inl")
 # Code that a package carries and does not own, and back ends that neither g++ nor nvcc compiles.
 FOREIGN = re.compile(
     r"(^|/)(third_?party|3rd_?party|external|extern|deps|submodules?|cutlass|cub|eigen[^/]*|glm|pybind11|googletest|fmt"
-    r"|json|nanobind|dlpack|composable_kernel|hip(_[^/]*)?|rocm|amd|npu|ascend|mlu|musa|mps|metal|xpu|sycl|hpu|test|tests|node_modules)(/|$)",
+    r"|json|nanobind|dlpack|composable_kernel|hip(_[^/]*)?|rocm|amd|npu|ascend|mlu"
+    r"|musa|mps|metal|xpu|sycl|hpu|test|tests|node_modules)(/|$)",
     re.IGNORECASE,
 )
 TORCH = re.compile(r'#\s*include\s*[<"](torch/|ATen/|c10/|THC/|TH/)')

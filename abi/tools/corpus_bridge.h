@@ -60,7 +60,9 @@ struct Scalar {
 
 #define BRIDGE_FACTORY(name)                                                             \
   inline Tensor name(IntArrayRef, TensorOptions = {}, std::optional<MemoryFormat> = {}) { return {}; } \
-  inline Tensor name(std::initializer_list<int64_t>, TensorOptions = {}, std::optional<MemoryFormat> = {}) { return {}; } \
+  inline Tensor name(std::initializer_list<int64_t>, TensorOptions = {}, std::optional<MemoryFormat> = {}) { \
+    return {};                                             \
+  } \
   inline Tensor name(const std::vector<int64_t>&, TensorOptions = {}, std::optional<MemoryFormat> = {}) { return {}; }
 BRIDGE_FACTORY(empty)
 BRIDGE_FACTORY(zeros)

@@ -145,7 +145,8 @@ class Schema:
 
 
 _ARGUMENT = re.compile(
-    r"(?P<type>[A-Za-z_]\w*)(?P<alias>\(([^)]*)\)|!)?(?P<more>(?:\[\d*\]|\?)*)\s+(?P<name>\w+)\s*(?:=\s*(?P<default>.+))?"
+    r"(?P<type>[A-Za-z_]\w*)(?P<alias>\(([^)]*)\)|!)?(?P<more>(?:\[\d*\]|\?)*)\s+(?P<name>\w+)"
+    r"\s*(?:=\s*(?P<default>.+))?"
 )
 
 

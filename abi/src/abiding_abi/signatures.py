@@ -11,7 +11,8 @@ from abiding_abi.source import Source
 
 _NOISE = re.compile(
     r"\b(?:static|inline|extern|virtual|constexpr|__host__|__device__|__forceinline__|TORCH_API|C10_EXPORT|C10_API|"
-    r"TORCH_CUDA_CU_API|friend|explicit|__global__|[A-Z][A-Z0-9_]*_(?:API|EXPORT|EXPORTS|INLINE))\b|\[\[[^\]]*\]\]|\"[^\"]*\"|"
+    r"TORCH_CUDA_CU_API|friend|explicit|__global__|[A-Z][A-Z0-9_]*_(?:API|EXPORT|EXPORTS|INLINE))\b"
+    r"|\[\[[^\]]*\]\]|\"[^\"]*\"|"
     r"__attribute__\s*\(\([^)]*\)\)|\b__launch_bounds__\s*\([^)]*\)"
 )
 _TEMPLATE = re.compile(r"\btemplate\s*<")

@@ -380,4 +380,6 @@ def _bare_function(context: Context, word: str, end: int) -> bool:
     if word in context.facts.names or word in _FACTORIES or word.startswith(("getCurrent", "getStream", "device_of")):
         return True
     read = lexical.arguments(code, at)
-    return bool(read) and any(context.tensors.infer(*span) in ("tensor", "list") for span in read[0])  # type: ignore[index]
+    if not read:
+        return False
+    return any(context.tensors.infer(*span) in ("tensor", "list") for span in read[0])

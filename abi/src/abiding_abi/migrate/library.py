@@ -15,7 +15,8 @@ from abiding_abi.registrations import Block, Call, blocks
 from abiding_abi.signatures import best
 
 _KEY = re.compile(
-    r"(?:c10|torch|at)\s*::\s*(?:k(\w+)|(?:DispatchKey|DeviceType)\s*::\s*(\w+))\Z|torch::headeronly::DeviceType::(\w+)\Z"
+    r"(?:c10|torch|at)\s*::\s*(?:k(\w+)|(?:DispatchKey|DeviceType)\s*::\s*(\w+))\Z"
+    r"|torch::headeronly::DeviceType::(\w+)\Z"
 )
 GENERIC = "CompositeExplicitAutograd"
 
