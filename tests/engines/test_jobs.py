@@ -94,6 +94,8 @@ def test_probing_takes_nothing() -> None:
     assert found["good"].state == "ready"
     assert found["bad"] == engines.Status("unavailable", "odd", "mend it")
     assert engine.status(probe=True)["good"] == engines.Status("off", "not chosen", "say so")
+    unregistered = engines.Status("off", "chosen, but not registered in this process", "say so")
+    assert engine.status(chosen=["good"])["good"] == unregistered
     assert good.events == ["check"] * 2
     assert not good.is_on
     missing = Engine("no-such-engine", [good], how="say so").status(probe=True)["good"]

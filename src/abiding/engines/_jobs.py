@@ -131,18 +131,19 @@ class Engine:
 
     def status(self, *, probe: bool = False, chosen: Iterable[str] = ()) -> dict[str, Status]:
         """The status of every job; with ``probe``, those that are not active are checked, which imports the engine."""
+        chosen = set(chosen)
         if not probe:
-            return {name: self._known(name) for name in self.jobs}
+            return {name: self._known(name, name in chosen) for name in self.jobs}
         if self.version() is None:
             return dict.fromkeys(self.jobs, Status("off", f"{self.name} is not installed", f"pip install {self.name}"))
-        chosen = set(chosen)
         return {name: self._probe(job, name in chosen) for name, job in self.jobs.items()}
 
-    def _known(self, name: str) -> Status:
-        return self._status.get(name, Status("off", "not chosen", self.how))
+    def _known(self, name: str, chosen: bool) -> Status:
+        reason = "chosen, but not registered in this process" if chosen else "not chosen"
+        return self._status.get(name, Status("off", reason, self.how))
 
     def _probe(self, job: Job, chosen: bool) -> Status:
-        known = self._known(job.name)
+        known = self._known(job.name, chosen)
         if known.state == "active":
             return known
         try:

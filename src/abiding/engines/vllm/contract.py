@@ -20,7 +20,9 @@ _REMEDY = "use a vLLM that docs/engines_vllm.md lists, or a newer abiding"
 def require_hopper() -> None:
     """Raise unless Abiding's CUDA kernels are loaded and vLLM runs on Hopper GPUs."""
     if (reason := abiding.cuda_unavailable_reason()) is not None:
-        raise UnavailableError(reason, "see the binaries in `abiding doctor`")
+        raise UnavailableError(
+            reason, "a GPU needs a wheel of abiding with CUDA, a torch for CUDA 13 and a driver >= 580"
+        )
     platform = load("vllm.platforms").current_platform
     capability = platform.get_device_capability() if platform.is_cuda() else None
     if capability is None or capability.major != 9:
