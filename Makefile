@@ -29,7 +29,7 @@ engines: setup ## check our code against vLLM's and transformers' own Python, ol
 	@timeout 600 $(BIN)/python tools/engines/fetch.py build/engines; status=$$?; \
 	if [ $$status = 3 ]; then echo "skipped: the engines' packages are not to be had here"; exit 0; fi; \
 	if [ $$status != 0 ]; then exit $$status; fi; \
-	ABIDING_REQUIRE_ENGINES=1 timeout 600 $(BIN)/python -m pytest --quiet -n 2 tests/engines || exit; \
+	ABIDING_REQUIRE_ENGINES=1 timeout 600 $(BIN)/python -m pytest --quiet -n 2 tests/engines/test_vllm.py || exit; \
 	for release in build/engines/transformers-*; do \
 		PYTHONPATH=$$release:build/engines/site timeout 600 $(BIN)/python -m pytest --quiet tests/engines/test_transformers* \
 			|| exit; \
