@@ -207,6 +207,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         ("reads(t.data_ptr<float>());", "const_data_ptr"),
         ("writes(t.data_ptr<float>());", "mutable_data_ptr"),
         ("elsewhere(t.data_ptr<float>());", "mutable_data_ptr"),
+        ("elsewhere((const float*) t.data_ptr<float>());", "const_data_ptr"),
+        ("reads((float*) t.data_ptr<float>());", "mutable_data_ptr"),
     ],
 )
 def test_pointer_is_const_where_all_uses_are(use: str, member: str, migrated: Callable[..., str]) -> None:

@@ -74,6 +74,7 @@ _WRITE_FIRST = re.compile(
     r"cudaMemcpy(?:Async)?|std::iota)\Z"
 )
 _CAST = re.compile(r"\b(?:reinterpret_cast|static_cast|const_cast)\s*<([^<>]*(?:<[^<>]*>)?[^<>]*)>\s*\Z")
+_C_CAST = re.compile(r"\(\s*((?:const\s+)?[A-Za-z_][\w:<>]*(?:\s+const)?\s*\*+)\s*\)\s*\Z")
 _CALLEE = re.compile(r"((?:[A-Za-z_]\w*\s*::\s*)*[A-Za-z_]\w*)\s*(?:<[^;{}()]*>)?\s*(?:<<<[^;{}]*>>>)?\s*\Z")
 _KEYWORDS = frozenset(
     ("if", "while", "for", "switch", "return", "sizeof", "assert", "printf", "decltype", "static_assert")
@@ -170,6 +171,11 @@ class Usage:
         code = source.code
         if depth > _DEPTH:
             return Use.UNKNOWN
+        cast = _C_CAST.search(code, max(0, start - 80), start)
+        if cast:
+            if re.search(r"\bconst\b", cast[1]):
+                return Use.CONST
+            return max(Use.READ, self.consumer(source, region, cast.start(), end, depth + 1))
         left, right = _whole_sum(code, start, end)
         before = lexical.back_over_space(code, left)
         follows = lexical.skip_space(code, right)
