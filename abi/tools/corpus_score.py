@@ -59,11 +59,13 @@ def recall(half: str, names: list[str], missed_to: Path | None) -> None:
     rows: dict[str, object] = {}
     total = found = 0
     missed: list[str] = []
+    unknown: list[str] = []
     for package in packages(half, names):
         try:
             truth = sites(package)
         except FileNotFoundError:
             print(f"{package.name}: not compiled; run corpus_truth.py --half {half}")
+            unknown.append(package.name)
             continue
         covered: dict[str, dict[int, list[Finding]]] = {}
         for finding in findings(package):
@@ -87,7 +89,8 @@ def recall(half: str, names: list[str], missed_to: Path | None) -> None:
         missed_to.write_text("\n".join(missed) + "\n")
     if not names:
         share = round(found / max(total, 1), 5)
-        write(f"lint-recall-{half}", {"half": half, "sites": total, "found": found, "recall": share, "packages": rows})
+        totals = {"half": half, "sites": total, "found": found, "recall": share, "not_compiled": unknown}
+        write(f"lint-recall-{half}", {**totals, "packages": rows})
 
 
 def sample(count: int, names: list[str], salt: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,15 @@ def demo() -> None:
     """Run every kernel group at its model's real sizes and compare the results with the float64 reference."""
     if not demo_module.run():
         raise typer.Exit(1)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def abi(context: typer.Context) -> None:
+    """Move an extension to the stable ABI and keep it there: the commands of abiding-abi, where that is installed."""
+    if importlib.util.find_spec("abiding_abi") is None:
+        typer.echo("`abiding abi` needs another package: pip install abiding-abi", err=True)
+        raise typer.Exit(2)
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "abiding_abi", *context.args]))
 
 
 @app.command()
