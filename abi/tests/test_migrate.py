@@ -259,6 +259,17 @@ def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
     assert [(t.rule, t.reason) for t in file.todos] == [("TYP001", "this did not parse, and is left alone")]
 
 
+def test_second_run_keeps_the_header_of_wrappers(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(
+        "at::Tensor f(at::Tensor t) { auto a = at::cat({t, t}, 0).flip({0}); a.true_divide_(t); return a * t; }\n"
+    )
+    first = migrate.run([tmp_path], Config(root=tmp_path))
+    assert "abi_ops::flip(abi_ops::cat({t, t}, 0), {0})" in first.files[0].after.decode()
+    migrate.write(first)
+    assert migrate.write(migrate.run([tmp_path], Config(root=tmp_path))) == 0
+
+
 def test_only_touches_one_rule(tmp_path: Path) -> None:
     path = tmp_path / "a.cpp"
     path.write_text(LEGACY, encoding="utf-8")

@@ -319,7 +319,7 @@ class Tensors:
                 return "tensor"
             return "other"
         head = code[start : word.start()].replace(" ", "")
-        if head.startswith(("at::", "torch::", "::at::", "::torch::")):
+        if head.startswith(("at::", "torch::", "::at::", "::torch::", "abi_ops::")):
             return _library_result(head.lstrip(":"), name)
         if _CAST.fullmatch(head + name):
             return self.infer(open_at + 1, end - 1)

@@ -81,6 +81,8 @@ def text(path: Path, names: set[str]) -> str:
         before = path.read_text(encoding="utf-8", errors="replace")
         kept = set(re.findall(r"^inline [^(\n]*?(\w+)\(", before, re.MULTILINE)) & wrappers.NAMES
         kept |= {OPERATORS} if "operator" in before else set()
+        if names <= kept:
+            return before
     return wrappers.header(sorted(names | kept))
 
 
