@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from examples import after, before
 
 from abiding_abi import migrate, rules, versions
 from abiding_abi.explain import explain, page
 from abiding_abi.lint import Finding
 from abiding_abi.lint.checks import CHECKS
 from abiding_abi.rules import Check, Rule
+from examples import after, before
 
 ABI = Path(__file__).parent.parent
 RULES = rules.table()

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from examples import after
 
 from abiding_abi import headers, rules
 from abiding_abi.compilers import Options, compile_stable, find_cxx, find_nvcc
 from abiding_abi.rules import Rule
 from abiding_abi.versions import OLDEST, Version, dotted, parse
+from examples import after
 
 RELEASES = {h.version: h for h in headers.cached() if h.version >= OLDEST}
 NVCC = re.compile(r"__global__|gpuAtomicAdd|RestrictPtrTraits|headeronly/cuda/|<<<")
