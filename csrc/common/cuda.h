@@ -29,8 +29,6 @@ class CudaScope {
     STD_CUDA_CHECK(run_cuda(params, arguments..., stream_));
   }
 
-  static void raise_on_error(cudaError_t status) { STD_CUDA_CHECK(status); }
-
   // Synchronizes the stream, so it checks nothing while a graph is captured.
   BadIndex find_bad(const IndexRule& rule) const {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
