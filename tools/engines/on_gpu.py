@@ -42,7 +42,7 @@ import json; from abiding import engines; print(json.dumps(engines.report(probe=
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", nargs="+", help="setup, check, compare:MODEL:VARIANTS, times:MODEL:VARIANTS")
+    parser.add_argument("jobs", nargs="+", help="setup, check, {compare,times,serve}:MODEL:VARIANTS")
     parser.add_argument("--site", type=Path, default=Path("/tmp/abiding_engines"), help="where packages are unpacked")
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--limit-s", type=float, default=400, help="for one comparison")
@@ -61,7 +61,13 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", LOOK], env=environment | {"ABIDING_VLLM": "all"}, check=True)
         else:
             model, _, variants = rest.partition(":")
-            compare(model, variants.split(","), kind == "times", given.output, environment, given.limit_s)
+            if kind == "serve":
+                command = [sys.executable, "-P", HERE / "serve.py", HERE / "models" / model]
+                path = os.pathsep.join((str(HERE), environment["PYTHONPATH"]))
+                command += [given.output / f"{model}_serve", *variants.split(",")]
+                subprocess.run(command, env=environment | {"PYTHONPATH": path})
+            else:
+                compare(model, variants.split(","), kind == "times", given.output, environment, given.limit_s)
         print(f"== {job}: {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 VLLM = "0.26.0"
@@ -29,11 +30,14 @@ PACKAGES = [
     *("humming-kernels==0.1.10", "jiter", "loguru", "msgspec==0.22.0", "openai==2.25.0", "openai-harmony"),
     *("partial-json-parser", "pybase64", "pydantic==2.14.4", "pydantic-core==2.50.5", "pyelftools", "pyzmq", "sniffio"),
     *("starlette==1.0.1", "typing-inspection"),
+    # what "vllm serve" needs beside them
+    *("httptools", "jmespath", "model-hosting-container-standards", "prometheus-fastapi-instrumentator"),
+    *("python-multipart", "uvicorn", "watchfiles"),
 ]
 STUBS = ("xgrammar", "llguidance")  # guided decoding, which a comparison of kernels does not use
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_26", "_2_17", "_2_5", "2014", "1")]
 
-M2 = {
+M2: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"],
     "model_type": "minimax_m2",
     "head_dim": 128,
@@ -98,11 +102,22 @@ def main() -> None:
         (given.folder / "models" / name).mkdir()
         config = M2 | sizes | {"quantization_config": quantization}
         (given.folder / "models" / name / "config.json").write_text(json.dumps(config, indent=1))
+        write_tokenizer(given.folder / "models" / name)
     pack_additions(given.folder)
-    for name in ("engine.py", "compare.py", "on_gpu.py"):
+    for name in ("engine.py", "compare.py", "serve.py", "on_gpu.py"):
         shutil.copy(HERE / name, given.folder)
     size = sum(path.stat().st_size for path in given.folder.rglob("*") if path.is_file())
     print(f"{given.folder}: {size / 1e6:.1f} MB")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word per token, so that a server has something to decode with."""
+    words = {f"w{number}": number for number in range(M2["vocab_size"])}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w1", "eos_token": "w2", "unk_token": "w0"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def download(folder: Path, *packages: str) -> None:
