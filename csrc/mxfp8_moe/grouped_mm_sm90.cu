@@ -33,7 +33,7 @@ __device__ __forceinline__ void consume(const Cta<C>& cta) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
+__global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
     grouped_mm_kernel(const __grid_constant__ KernelParams a, const __grid_constant__ CUtensorMap weights,
                       const __grid_constant__ CUtensorMap tokens) {
   extern __shared__ uint8_t dynamic_smem[];

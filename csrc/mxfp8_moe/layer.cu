@@ -3,7 +3,7 @@
 // PDL contract of a layer, and of a GEMM of e4m3 rows (docs/mxfp8_moe.md explains it):
 //
 //   kernel      reads before pdl_wait         reads after it                 writes (after it)   triggers dependents
-//   route       nothing                       topk_ids, expert_map           offsets, pair_rows  at its start
+//   route       nothing                       topk_ids, expert_map           offsets, pair_rows  after its pdl_wait
 //   gather      nothing                       x, pair_rows                   gathered            at its end (*)
 //   gate_up     offsets; w13, s13: 2 stages   gathered; w13, s13             gate_up_out         after its pdl_wait
 //   activate    nothing                       gate_up_out, offsets[experts]  activated           at its end (*)
@@ -24,12 +24,15 @@
 // before T triggers. For gate_up T is gather, so route has completed. For down T is activate or, where that triggers at
 // its start, gate_up: gather and route have completed. GroupedMmParams::inputs_ready_before_pdl says that this holds.
 // So gather may never trigger before its pdl_wait: gate_up reads the offsets that route writes.
-// Without local experts combine follows route directly, which triggers at its start: so combine reads nothing early.
+// Without local experts combine follows route directly, which may still write pair_rows: combine reads nothing early.
 //
-// (*) The kernels in front of a GEMM trigger by exiting. A CTA of theirs that an SM still holds leaves a gap in its
-// registers. Then the SM has room for one CTA of the GEMM where it has two, as long as the GEMM runs: on an H200 a
-// layer of 11 tokens took 1.2 times as long. Grids of at most kMaxCtasToTriggerEarly CTAs trigger early, gather after
-// its pdl_wait and activate at its start, which saves 2 µs each where a layer takes 25 µs.
+// (*) Room. A GEMM of few tokens has two CTAs per SM. A CTA upstream of it that an SM still holds leaves a gap in its
+// registers, and then the SM may run one CTA of the GEMM where it has room for two; the other starts when a first one
+// ends, and the GEMM takes up to twice as long. So the kernels in front of a GEMM trigger by exiting, unless their grid
+// is small: at most one CTA of kSmallThreads threads per two SMs, for which the GEMM leaves registers
+// (Config::kSpareThreads). Such a gather triggers after its pdl_wait and such an activate at its start, so that the GEMM
+// is there and has its first weights when they end. For the same reason route does not trigger at its start: gather's
+// CTAs would settle among those of the layer before.
 #include "common/launch.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
@@ -40,17 +43,18 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
-constexpr unsigned kMaxCtasToTriggerEarly = 12;  // see (*) above
+constexpr int kSmallThreads = 128;              // of a small grid's CTA, see (*) above
+constexpr int kMinCtasPerSm = 2048 / kThreads;  // caps registers at 32 per thread
 
 // One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its
 // own, and then numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
 __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
   __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
-  pdl_launch_dependents();
   const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int begin = warp * range, end = min(begin + range, static_cast<int>(p.tokens * p.top_k));
   const void* ids = p.ids.address(begin + lane);
   pdl_wait(ids);
+  pdl_launch_dependents();
   int before = 0, mine = 0;
   for (int from = begin + lane; from < end; from += 32 * kRouteUnroll) {
     int64_t id[kRouteUnroll];
@@ -106,21 +110,22 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
 constexpr int kPairsInFlight = 8;
 
 // Grid x is the token, grid y a part of its row: a 16-byte vector of 8 elements per thread.
-LaunchConfig config_per_token(int64_t tokens, int64_t hidden) {
-  LaunchConfig config{static_cast<unsigned>(tokens), kThreads};
-  config.grid_y = static_cast<unsigned>((hidden / 8 + kThreads - 1) / kThreads);
+LaunchConfig config_per_token(int64_t tokens, int64_t hidden, int threads) {
+  LaunchConfig config{static_cast<unsigned>(tokens), static_cast<unsigned>(threads)};
+  config.grid_y = static_cast<unsigned>((hidden / 8 + threads - 1) / threads);
   return with_max_smem(config);
 }
-__device__ __forceinline__ int vector_of_thread() { return static_cast<int>(blockIdx.y * kThreads + threadIdx.x); }
+__device__ __forceinline__ int vector_of_thread() { return static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
+    gather_kernel(const __grid_constant__ GatherParams p, bool is_small) {
   const int64_t token = blockIdx.x;
   const int vector = vector_of_thread();
   const uint4* from =
       reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride) + vector;
   const int32_t* pair_rows = p.pair_rows + token * p.top_k;
   pdl_wait(from, pair_rows);
-  if (gridDim.x * gridDim.y <= kMaxCtasToTriggerEarly) pdl_launch_dependents();
+  if (is_small) pdl_launch_dependents();
   if (vector >= p.hidden / 8) return;  // whole scale blocks, and so all lanes of a shuffle
   uint4 packed = *from;
   bool is_ready = false;
@@ -155,10 +160,11 @@ __device__ __forceinline__ uint4 activate_vec8(uint4 gates, const uint4& ups, co
 
 // Grid-stride over the vectors of all rows. Row and column are stepped without a division.
 template <Activation kActivation>
-__global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constant__ ActivateParams p) {
-  if (gridDim.x <= kMaxCtasToTriggerEarly) pdl_launch_dependents();
-  const unsigned width = static_cast<unsigned>(p.intermediate / 8), step = gridDim.x * kThreads;
-  const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
+    activate_kernel(const __grid_constant__ ActivateParams p, bool is_small) {
+  if (is_small) pdl_launch_dependents();
+  const unsigned width = static_cast<unsigned>(p.intermediate / 8), step = gridDim.x * blockDim.x;
+  const unsigned step_rows = step / width, step_columns = step % width, start = blockIdx.x * blockDim.x + threadIdx.x;
   int64_t row = start / width;
   unsigned column = start % width;
   constexpr int kParts = kActivation == Activation::kNone ? 1 : 2;
@@ -228,22 +234,35 @@ cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
 }
 
 cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
-  return launch(gather_kernel, config_per_token(p.tokens, p.hidden), stream, p);
+  int sms = 0;
+  if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
+    return status;
+  LaunchConfig config = config_per_token(p.tokens, p.hidden, kSmallThreads);
+  const bool is_small = int64_t{config.grid_x} * config.grid_y <= sms / 2;
+  if (!is_small) config = config_per_token(p.tokens, p.hidden, kThreads);
+  return launch(gather_kernel, config, stream, p, is_small);
 }
 
 cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream) {
-  const int64_t ctas = (p.max_rows * (p.intermediate / 8) + kThreads - 1) / kThreads;
-  const LaunchConfig config = with_max_smem({static_cast<unsigned>(ctas < 4096 ? ctas : 4096), kThreads});
+  int sms = 0;
+  if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
+    return status;
+  const int64_t vectors = p.max_rows * (p.intermediate / 8);
+  const bool is_small = vectors <= int64_t{kSmallThreads} * (sms / 2);
+  const int threads = is_small ? kSmallThreads : kThreads;
+  const int64_t ctas = (vectors + threads - 1) / threads;
+  const LaunchConfig config =
+      with_max_smem({static_cast<unsigned>(ctas < 4096 ? ctas : 4096), static_cast<unsigned>(threads)});
   switch (p.activation) {
-    case Activation::kSilu: return launch(activate_kernel<Activation::kSilu>, config, stream, p);
-    case Activation::kSwiglu: return launch(activate_kernel<Activation::kSwiglu>, config, stream, p);
+    case Activation::kSilu: return launch(activate_kernel<Activation::kSilu>, config, stream, p, is_small);
+    case Activation::kSwiglu: return launch(activate_kernel<Activation::kSwiglu>, config, stream, p, is_small);
     case Activation::kNone: break;
   }
-  return launch(activate_kernel<Activation::kNone>, config, stream, p);
+  return launch(activate_kernel<Activation::kNone>, config, stream, p, is_small);
 }
 
 cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream) {
-  return launch(combine_kernel, config_per_token(p.tokens, p.hidden), stream, p);
+  return launch(combine_kernel, config_per_token(p.tokens, p.hidden, kThreads), stream, p);
 }
 
 }  // namespace abiding::mxfp8_moe

@@ -36,11 +36,15 @@ struct Config {
   static constexpr int kCtasPerSm = kCtasPerSm_;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
 
+  // Two CTAs of kStreamK_N16 leave registers for CTAs of the layer's other kernels beside them (layer.cu): the kernel is
+  // compiled for more threads per CTA than it has. kN64 has none to spare: ptxas would serialize wgmma (C7512).
+  static constexpr int kSpareThreads = kShape == TileShape::kStreamK_N16 ? 128 : 0;
+  static constexpr int kLaunchBound = kThreads + kSpareThreads;
   // Registers per thread: at first (a multiple of 8), and after setmaxnreg has moved some from producer to consumers.
-  static constexpr int kRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
+  static constexpr int kRegisters = 65536 / (kLaunchBound * kCtasPerSm) / 8 * 8;
   static constexpr int kProducerRegisters = kRegisters > 128 ? 40 : 32;
-  static constexpr int kConsumerRegisters = (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads;
-  static_assert(kConsumerRegisters % 8 == 0);
+  static constexpr int kConsumerRegisters =
+      (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads / 8 * 8;
 
   static constexpr int kBlockM = 64 * kConsumerWarpgroups;  // weight rows
   static_assert(kBlockM % kScaleTileRows == 0);
