@@ -22,6 +22,8 @@ import torch
 import abiding
 from abiding import _library
 
+PROGRAMS = Path(__file__).parent / "programs"
+
 
 def require_cuda(gpus: int = 1) -> torch.device:
     """The CUDA device. Without one the calling test skips, or fails if ABIDING_REQUIRE_CUDA=1."""
@@ -73,15 +75,17 @@ def seed() -> int:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs code in a fresh interpreter with the same abiding and torch; `first` is put first on its path."""
+    """Runs one of tests/programs, or a line of code, in a fresh interpreter with the same abiding and torch; `first` is
+    put first on its path."""
 
     def run(
-        code: str, *, first: Path | None = None, check: bool = True, **environ: str
+        program: Path | str, *arguments: object, first: Path | None = None, check: bool = True, **environ: str
     ) -> subprocess.CompletedProcess[str]:
         packages = Path(abiding.__file__).parent.parent
         path = [*([str(first)] if first else []), *sys.path, str(packages)]
+        start = [PROGRAMS / program] if isinstance(program, Path) else ["-c", program]
         result = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, *start, *map(str, arguments)],
             cwd=tmp_path,
             env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             capture_output=True,
