@@ -22,6 +22,8 @@ import torch
 import abiding
 from abiding import _library
 
+pytest.register_assert_rewrite("calls")  # in tests/helpers
+
 PROGRAMS = Path(__file__).parent / "programs"
 
 

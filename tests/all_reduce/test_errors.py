@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from calls import refusal
 from torch import Tensor
 
 from abiding import Communicator
@@ -58,8 +60,7 @@ def test_wrong_arguments(name: str, device: torch.device) -> None:
     make, error, text = WRONG[name]
     with virtual_ranks(2, device) as comms:
         memory = base(device)
-        with pytest.raises(error, match=text):
-            comms[0].all_reduce(*make(memory))
+        refusal(lambda: comms[0].all_reduce(*make(memory)), error, text)
         assert_bitwise_equal(memory, base(device))
         assert comms[0].state == "ready"
         comms[0].check()
@@ -76,8 +77,7 @@ def test_wrong_arguments(name: str, device: torch.device) -> None:
     ],
 )
 def test_wrong_arguments_of_the_communicator(arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text.replace(".", r"\.")):
-        Communicator(**arguments)
+    refusal(lambda: Communicator(**arguments), ValueError, text.replace(".", r"\."))
 
 
 def test_raw_operators_check_their_arguments(device: torch.device) -> None:
@@ -114,8 +114,7 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (summed, (x[::2], comm._token, fa), "all_reduce: input has .*; expected memory without gaps"),
             (summed, (x[:1].expand(2), comm._token, fa), "all_reduce: input has .*; expected memory without gaps"),
         ):
-            with pytest.raises(RuntimeError, match=text):
-                op(*arguments)
+            refusal(partial(op, *arguments), RuntimeError, text)
         assert_bitwise_equal(x, base(device))
         assert comm.state == "ready"
 
@@ -134,8 +133,7 @@ def test_stale_and_foreign_handles_are_refused(device: torch.device) -> None:
                 (raw.fault, (handle,)),
                 (raw.clear, (handle,)),
             ):
-                with pytest.raises(RuntimeError, match="expected the handle of a communicator that is open"):
-                    op(*arguments)
+                refusal(partial(op, *arguments), RuntimeError, "expected the handle of a communicator that is open")
     assert_bitwise_equal(x, base(device))
 
 
