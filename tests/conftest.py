@@ -22,7 +22,7 @@ import torch
 import abiding
 from abiding import _library
 
-pytest.register_assert_rewrite("calls")  # in tests/helpers
+pytest.register_assert_rewrite("calls", "mxfp8_rules", "prologue_rules")  # in tests/helpers
 
 PROGRAMS = Path(__file__).parent / "programs"
 
