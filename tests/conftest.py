@@ -61,12 +61,19 @@ def two_gpus() -> tuple[torch.device, torch.device]:
 
 
 @pytest.fixture
-def inductor(device: torch.device) -> None:
-    """Skips if inductor cannot generate code for the device."""
-    if device.type == "cpu" and not shutil.which("g++"):
+def inductor_on_cpu() -> None:
+    """Skips if inductor cannot generate code for the CPU."""
+    if not shutil.which("g++"):
         pytest.skip("inductor needs g++")
-    if device.type == "cpu" and " " in torch.__file__:
+    if " " in torch.__file__:
         pytest.skip("inductor does not quote a torch whose path has spaces")
+
+
+@pytest.fixture
+def inductor(device: torch.device, request: pytest.FixtureRequest) -> None:
+    """Skips if inductor cannot generate code for the device."""
+    if device.type == "cpu":
+        request.getfixturevalue("inductor_on_cpu")
 
 
 @pytest.fixture(autouse=True)

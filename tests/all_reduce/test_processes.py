@@ -377,5 +377,7 @@ def test_without_peer_memory_torch_distributed_serves_all_calls(broken: str, rea
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(backend: str) -> None:
+def test_compile(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "inductor":
+        request.getfixturevalue("inductor_on_cpu")
     run_processes(compiled, 2, backend, timeout_s=150)
