@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import ast
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,11 +147,10 @@ def test_a_communicator_of_another_device_type(cuda: torch.device) -> None:
                 comm.all_reduce(x)
 
 
-def test_memory_of_a_process_that_has_ended_is_refused() -> None:
+def test_memory_of_a_process_that_has_ended_is_refused(python: Callable[..., Any]) -> None:
     """Its handle is refused, also if another process has the same process id by now."""
-    code = "import torch, abiding; print(torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(64)[1].tolist())"
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    handle = torch.tensor(eval(made.stdout), dtype=torch.uint8)
+    made = python(Path("make_handle.py"))
+    handle = torch.tensor(ast.literal_eval(made.stdout), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"handle leads to .*; expected a running process"):
         raw.open_mem_handle(handle)
     _, own = raw.allocate_shared_memory_and_handle(64)
@@ -162,17 +161,5 @@ def test_memory_of_a_process_that_has_ended_is_refused() -> None:
 
 def test_a_communicator_that_is_not_closed_frees_its_memory(python: Callable[..., Any]) -> None:
     """When it is garbage-collected, or when the interpreter exits."""
-    result = python("""
-import gc, pathlib, torch
-from abiding import Communicator
-def maps():
-    return sum("abiding (deleted)" in line for line in pathlib.Path("/proc/self/maps").read_text().splitlines())
-assert maps() == 0
-comm = Communicator(device="cpu")
-assert maps() == 1
-del comm
-gc.collect()
-assert maps() == 0
-kept = Communicator(device="cpu")
-""")
+    result = python(Path("free_communicators.py"))
     assert result.stderr == ""
