@@ -22,6 +22,10 @@ import torch
 import abiding
 from abiding import _library
 
+pytest.register_assert_rewrite("calls", "mxfp8_rules", "prologue_rules")  # in tests/helpers
+
+PROGRAMS = Path(__file__).parent / "programs"
+
 
 def require_cuda(gpus: int = 1) -> torch.device:
     """The CUDA device. Without one the calling test skips, or fails if ABIDING_REQUIRE_CUDA=1."""
@@ -57,12 +61,19 @@ def two_gpus() -> tuple[torch.device, torch.device]:
 
 
 @pytest.fixture
-def inductor(device: torch.device) -> None:
-    """Skips if inductor cannot generate code for the device."""
-    if device.type == "cpu" and not shutil.which("g++"):
+def inductor_on_cpu() -> None:
+    """Skips if inductor cannot generate code for the CPU."""
+    if not shutil.which("g++"):
         pytest.skip("inductor needs g++")
-    if device.type == "cpu" and " " in torch.__file__:
+    if " " in torch.__file__:
         pytest.skip("inductor does not quote a torch whose path has spaces")
+
+
+@pytest.fixture
+def inductor(device: torch.device, request: pytest.FixtureRequest) -> None:
+    """Skips if inductor cannot generate code for the device."""
+    if device.type == "cpu":
+        request.getfixturevalue("inductor_on_cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +84,17 @@ def seed() -> int:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs code in a fresh interpreter with the same abiding and torch; `first` is put first on its path."""
+    """Runs one of tests/programs, or a line of code, in a fresh interpreter with the same abiding and torch; `first` is
+    put first on its path."""
 
     def run(
-        code: str, *, first: Path | None = None, check: bool = True, **environ: str
+        program: Path | str, *arguments: object, first: Path | None = None, check: bool = True, **environ: str
     ) -> subprocess.CompletedProcess[str]:
         packages = Path(abiding.__file__).parent.parent
         path = [*([str(first)] if first else []), *sys.path, str(packages)]
+        start = [PROGRAMS / program] if isinstance(program, Path) else ["-c", program]
         result = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, *start, *map(str, arguments)],
             cwd=tmp_path,
             env={**os.environ, **environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             capture_output=True,

@@ -16,38 +16,7 @@ from abiding import _library
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
-IMPORT_AND_REPORT = """
-try:
-    import abiding
-except ImportError as error:
-    print(type(error).__name__, error, sep=": ")
-else:
-    print("imported", abiding.binaries()[0])
-"""
-
-# Imports the copy of the package in the folder COPY as `abiding`, whatever else is installed.
-IMPORT_COPY = """
-import importlib.util, sys
-for name in [name for name in sys.modules if name.partition(".")[0] == "abiding"]:
-    del sys.modules[name]
-spec = importlib.util.spec_from_file_location("abiding", COPY + "/__init__.py", submodule_search_locations=[COPY])
-module = sys.modules["abiding"] = importlib.util.module_from_spec(spec)
-try:
-    spec.loader.exec_module(module)
-except ImportError as error:
-    print(type(error).__name__, error, sep=": ")
-else:
-    print("imported", module.binaries()[0])
-"""
-
-WORKS = """
-import torch
-cache = torch.zeros(1, 584, dtype=torch.uint8)
-kv, zero, table = torch.ones(1, 512, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), torch.ones(1, 64)
-torch.ops.abiding.fused_deepseek_v4_kv_rope_quant_insert(kv, cache, zero, zero, table, 1)
-assert cache.any()
-print("works")
-"""
+PROGRAM = Path("load_library.py")
 
 
 @pytest.fixture
@@ -70,7 +39,7 @@ def last_line(text: str) -> str:
 
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "2.1.0", "1.13.1"])
 def test_an_old_torch_is_named(python: Python, version: str) -> None:
-    result = python(f"import torch\ntorch.__version__ = {version!r}\n{IMPORT_AND_REPORT}")
+    result = python(PROGRAM, f"torch={version}", "report")
     (line,) = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: abiding needs torch >= 2.10"), line
     assert version in line
@@ -106,26 +75,18 @@ def test_cuda_kernels_or_a_reason() -> None:
 
 
 def test_loading_again_changes_nothing(python: Python) -> None:
-    python(f"import abiding, torch\nabiding._library.load()\ntorch.ops.load_library(abiding.binaries()[0])\n{WORKS}")
+    python(PROGRAM, "import", "again", "works")
 
 
 def test_a_link_to_the_same_file_is_the_same_library(python: Python, tmp_path: Path) -> None:
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "libabiding.so").symlink_to(abiding.binaries()[0].resolve())
-    result = python(
-        f"import torch\ntorch.ops.load_library({str(tmp_path)!r} + '/link/libabiding.so')\nimport abiding\n{WORKS}"
-    )
+    result = python(PROGRAM, f"load={tmp_path}/link/libabiding.so", "import", "works")
     assert result.stdout.strip() == "works"
 
 
 def test_only_torch_is_needed(python: Python) -> None:
-    result = python("""
-import sys, torch
-before = {name.partition(".")[0] for name in sys.modules}
-import abiding, abiding.engines.vllm.operators, abiding.reference, abiding.testing, abiding.testing.cases.mla_prologue
-after = {name.partition(".")[0] for name in sys.modules}
-print(sorted(after - before - set(sys.stdlib_module_names)))
-""")
+    result = python(PROGRAM, "packages")
     assert last_line(result.stdout) == "['abiding']"
 
 
@@ -134,7 +95,7 @@ print(sorted(after - before - set(sys.stdlib_module_names)))
 
 def test_a_missing_binary_is_named(python: Python, copy: Path) -> None:
     (copy / "libabiding.so").unlink()
-    result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}")
+    result = python(PROGRAM, f"copy={copy}")
     (line,) = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: ")
     assert "libabiding.so" in line
@@ -145,7 +106,7 @@ def test_a_missing_binary_is_named(python: Python, copy: Path) -> None:
 )
 def test_a_binary_that_cannot_load_is_named(python: Python, copy: Path, content: bytes) -> None:
     (copy / "libabiding.so").write_bytes(content)
-    result = python(f"COPY = {str(copy)!r}\n{IMPORT_COPY}", check=False)
+    result = python(PROGRAM, f"copy={copy}", check=False)
     assert result.returncode == 0, result.stderr
     (line,) = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: ")
@@ -153,10 +114,8 @@ def test_a_binary_that_cannot_load_is_named(python: Python, copy: Path, content:
 
 
 def test_a_second_package_is_refused(python: Python, copy: Path) -> None:
-    result = python(
-        f"import abiding\nfirst = abiding.binaries()[0]\nCOPY = {str(copy)!r}\n{IMPORT_COPY}\nprint(first)\n{WORKS}"
-    )
-    line, first, works = result.stdout.strip().splitlines()
+    result = python(PROGRAM, "library", f"copy={copy}", "works")
+    first, line, works = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: ")
     assert "another copy" in line
     assert str(copy / "libabiding.so") in line
@@ -169,14 +128,7 @@ def test_a_second_library_is_refused(python: Python, copy: Path, name: str) -> N
     """Loaded without the package's loader: the first library stays in use, and one line on stderr says so."""
     second = copy.parent / name
     shutil.copy(copy / "libabiding.so", second)
-    code = f"""
-import abiding, torch
-try:
-    torch.ops.load_library({str(second)!r})
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    result = python(code + WORKS, check=False)
+    result = python(PROGRAM, "import", f"load={second}", "works", check=False)
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
     output = (result.stderr + result.stdout.removesuffix("works\n")).strip()
     assert len(output.splitlines()) == 1, output
@@ -186,9 +138,7 @@ except Exception as error:
 
 
 def test_the_package_is_refused_after_another_library(python: Python, copy: Path) -> None:
-    result = python(
-        f"import torch\ntorch.ops.load_library({str(copy / 'libabiding.so')!r})\n{IMPORT_AND_REPORT}{WORKS}"
-    )
+    result = python(PROGRAM, f"load={copy / 'libabiding.so'}", "report", "works")
     line, works = result.stdout.strip().splitlines()
     assert line.startswith("ImportError: ")
     assert str(copy / "libabiding.so") in line
@@ -198,18 +148,16 @@ def test_the_package_is_refused_after_another_library(python: Python, copy: Path
 def test_two_libraries_without_the_package(python: Python, copy: Path) -> None:
     first, second = copy / "libabiding.so", copy.parent / "libabiding.so"
     shutil.copy(first, second)
-    result = python(
-        f"import torch\ntorch.ops.load_library({str(first)!r})\ntorch.ops.load_library({str(second)!r})\n{WORKS}",
-        check=False,
-    )
+    result = python(PROGRAM, f"load={first}", f"load={second}", "works", check=False)
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
     assert len(result.stderr.strip().splitlines()) == 1
     assert str(second) in result.stderr
+    assert result.stdout == "works\n"
 
 
 def test_importing_from_a_folder_with_odd_characters(python: Python, copy: Path) -> None:
     odd = copy.parent.parent / "ünï (copy) %s 'x'" / "abiding"
     odd.parent.mkdir()
     os.rename(copy, odd)
-    result = python(f"COPY = {str(odd)!r}\n{IMPORT_COPY}\n{WORKS}")
+    result = python(PROGRAM, f"copy={odd}", "works")
     assert result.stdout.strip().splitlines() == [f"imported {odd / 'libabiding.so'}", "works"]

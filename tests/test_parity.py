@@ -73,11 +73,13 @@ def missing(op: str) -> list[str]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     group, name = group_of(op), op.partition("::")[2].partition(".")[0]
     lacks = []
+    if takes_tensors(op) and not all(has_kernel(op, key) for key in ("Negative", "Conjugate")):
+        lacks.append("refusal of lazily negated and conjugated views")
     if op.startswith(LIFECYCLE):
         text = (ROOT / f"docs/{DOCS.get(group, group)}.md").read_text() if group else ""
         documented = f"`{name}`" in text or f"`abiding_custom_ar.{name}`" in text
         kernels = any(has_kernel(op, key) for key in ("CPU", "CompositeExplicitAutograd"))
-        return ["kernel"] * (not kernels) + ["entry in docs"] * (not documented)
+        return [*lacks, *["kernel"] * (not kernels), *["entry in docs"] * (not documented)]
     if not takes_tensors(op):
         return ["kernel"] * (not has_kernel(op, "CompositeExplicitAutograd")) + undocumented(group, name)
     if not has_kernel(op, "CPU"):
@@ -152,6 +154,7 @@ def test_an_operator_with_nothing_is_noticed() -> None:
     with torch.library._scoped_library("abiding", "FRAGMENT") as library:
         library.define("parity_probe(Tensor x) -> Tensor")
         assert missing("abiding::parity_probe") == [
+            "refusal of lazily negated and conjugated views",
             "CPU kernel",
             *(["CUDA kernel"] * _library.has_cuda_kernels()),
             "fake kernel",

@@ -1,4 +1,4 @@
-#include "common/registration.h"
+#include "common/schemas.h"
 
 // Upstream's schema (vLLM's custom all-reduce); csrc/peer has the other operators of that namespace.
 ABIDING_SCHEMAS(abiding_custom_ar, all_reduce, m) {

@@ -59,8 +59,8 @@ inline const std::string& other_copy() {
 using Library = torch::stable::detail::StableLibrary;
 
 // The registration is leaked on purpose: removing operators at exit would race with the interpreter's shutdown.
-inline bool register_once(Library::Kind kind, void (*init)(Library&), const char* ns, const char* key) {
-  if (other_copy().empty()) new torch::stable::detail::StableTorchLibraryInit(kind, init, ns, key, "abiding", 0);
+inline bool register_once(void (*init)(Library&), const char* ns, const char* key) {
+  if (other_copy().empty()) init(*new Library(Library::Kind::IMPL, ns, key, "abiding", 0));
   return true;
 }
 
@@ -81,14 +81,10 @@ struct Boxed<function> {
 
 }  // namespace abiding
 
-#define ABIDING_REGISTER(kind, ns, key, name, m)                                 \
-  static void name(::abiding::Library&);                                         \
-  [[maybe_unused]] static const bool name##_done =                               \
-      ::abiding::register_once(::abiding::Library::Kind::kind, &name, #ns, key); \
-  static void name(::abiding::Library& m)
-
-// `ABIDING_SCHEMAS(abiding, group, m) { m.def("..."); }` and, for a dispatch key,
-// `ABIDING_KERNELS(abiding, CPU, group, m) { m.impl("op", ABIDING_BOX(op)); }`.
-#define ABIDING_SCHEMAS(ns, group, m) ABIDING_REGISTER(FRAGMENT, ns, nullptr, ns##_##group##_schemas, m)
-#define ABIDING_KERNELS(ns, key, group, m) ABIDING_REGISTER(IMPL, ns, #key, ns##_##group##_##key##_kernels, m)
+// `ABIDING_KERNELS(abiding, CPU, group, m) { m.impl("op", ABIDING_BOX(op)); }`; schemas.h has the definitions.
+#define ABIDING_KERNELS(ns, key, group, m)                         \
+  static void ns##_##group##_##key(::abiding::Library&);           \
+  [[maybe_unused]] static const bool ns##_##group##_##key##_done = \
+      ::abiding::register_once(&ns##_##group##_##key, #ns, #key);  \
+  static void ns##_##group##_##key(::abiding::Library& m)
 #define ABIDING_BOX(function) ::abiding::Boxed<&function>::call

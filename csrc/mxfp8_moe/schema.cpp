@@ -1,4 +1,4 @@
-#include "common/registration.h"
+#include "common/schemas.h"
 
 ABIDING_SCHEMAS(abiding, mxfp8_moe, m) {
   m.def(

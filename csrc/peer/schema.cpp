@@ -1,4 +1,4 @@
-#include "common/registration.h"
+#include "common/schemas.h"
 
 // With abiding_custom_ar::all_reduce, those of upstream (vLLM's custom all-reduce) keep upstream's schemas, so that an
 // engine's own class can drive them.

@@ -1,4 +1,4 @@
-#include "common/registration.h"
+#include "common/schemas.h"
 
 ABIDING_SCHEMAS(abiding, reduce_rms, m) {
   m.def("reduce_rms(Tensor input, Tensor weight, Tensor! state, int comm, float eps) -> Tensor");

@@ -60,3 +60,13 @@ def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str
         else:
             return
     raise ValueError(f"{function}: {name} has shape {list(sizes)}; expected [{', '.join(map(str, shape))}]")
+
+
+def check_holds_its_values(function: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a lazily negated or conjugated view, as the operators do."""
+    if tensor.is_neg() or tensor.is_conj():
+        kind, method = ("negated", "neg") if tensor.is_neg() else ("conjugated", "conj")
+        raise ValueError(
+            f"{function}: {name} is a lazily {kind} view; expected a tensor that holds its values, "
+            f"as .resolve_{method}() makes it"
+        )

@@ -185,6 +185,8 @@ class Communicator:
             self.run("all_reduce", _PUBLIC_NAMES, _ops.all_reduce.out, (x,), out=out)
             return out
         self._check_open("all_reduce")
+        for name, tensor in (("x", x), ("out", x if out is None else out)):
+            _api.check_holds_its_values("all_reduce", name, tensor)
         if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
             raise ValueError(
                 f"all_reduce: out is {out.dtype}{list(out.shape)} on {out.device}; "

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abiding._api import check_shape
+from abiding._api import check_holds_its_values, check_shape
 from abiding._fakes import register_fake
 from abiding.communicator import Communicator
 
@@ -48,6 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
         return result
     check_shape("rms_norm", "x", x, ("T", "d"))
     check_shape("rms_norm", "weight", weight, (x.size(1),))
+    for name, tensor in (("x", x), ("weight", weight)):
+        check_holds_its_values("rms_norm", name, tensor)
     return _scaled("rms_norm", [x], [weight], comm, eps)[0]
 
 
@@ -75,6 +77,8 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
     check_shape("qk_norm", "wq", wq, ("q",))
     check_shape("qk_norm", "wk", wk, ("kv",))
     check_shape("qk_norm", "qkv", qkv, ("T", wq.numel() + 2 * wk.numel()))
+    for name, tensor in (("qkv", qkv), ("wq", wq), ("wk", wk)):
+        check_holds_its_values("qk_norm", name, tensor)
     q, k, _ = qkv.split([wq.numel(), wk.numel(), wk.numel()], dim=1)
     q, k = _scaled("qk_norm", [q, k], [wq, wk], comm, eps)
     return q, k

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import ast
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calls import refusal
 from torch import Tensor
 
 from abiding import Communicator
@@ -58,8 +60,7 @@ def test_wrong_arguments(name: str, device: torch.device) -> None:
     make, error, text = WRONG[name]
     with virtual_ranks(2, device) as comms:
         memory = base(device)
-        with pytest.raises(error, match=text):
-            comms[0].all_reduce(*make(memory))
+        refusal(lambda: comms[0].all_reduce(*make(memory)), error, text)
         assert_bitwise_equal(memory, base(device))
         assert comms[0].state == "ready"
         comms[0].check()
@@ -76,8 +77,7 @@ def test_wrong_arguments(name: str, device: torch.device) -> None:
     ],
 )
 def test_wrong_arguments_of_the_communicator(arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text.replace(".", r"\.")):
-        Communicator(**arguments)
+    refusal(lambda: Communicator(**arguments), ValueError, text.replace(".", r"\."))
 
 
 def test_raw_operators_check_their_arguments(device: torch.device) -> None:
@@ -114,8 +114,7 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (summed, (x[::2], comm._token, fa), "all_reduce: input has .*; expected memory without gaps"),
             (summed, (x[:1].expand(2), comm._token, fa), "all_reduce: input has .*; expected memory without gaps"),
         ):
-            with pytest.raises(RuntimeError, match=text):
-                op(*arguments)
+            refusal(partial(op, *arguments), RuntimeError, text)
         assert_bitwise_equal(x, base(device))
         assert comm.state == "ready"
 
@@ -134,8 +133,7 @@ def test_stale_and_foreign_handles_are_refused(device: torch.device) -> None:
                 (raw.fault, (handle,)),
                 (raw.clear, (handle,)),
             ):
-                with pytest.raises(RuntimeError, match="expected the handle of a communicator that is open"):
-                    op(*arguments)
+                refusal(partial(op, *arguments), RuntimeError, "expected the handle of a communicator that is open")
     assert_bitwise_equal(x, base(device))
 
 
@@ -149,11 +147,10 @@ def test_a_communicator_of_another_device_type(cuda: torch.device) -> None:
                 comm.all_reduce(x)
 
 
-def test_memory_of_a_process_that_has_ended_is_refused() -> None:
+def test_memory_of_a_process_that_has_ended_is_refused(python: Callable[..., Any]) -> None:
     """Its handle is refused, also if another process has the same process id by now."""
-    code = "import torch, abiding; print(torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(64)[1].tolist())"
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    handle = torch.tensor(eval(made.stdout), dtype=torch.uint8)
+    made = python(Path("make_handle.py"))
+    handle = torch.tensor(ast.literal_eval(made.stdout), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"handle leads to .*; expected a running process"):
         raw.open_mem_handle(handle)
     _, own = raw.allocate_shared_memory_and_handle(64)
@@ -164,17 +161,5 @@ def test_memory_of_a_process_that_has_ended_is_refused() -> None:
 
 def test_a_communicator_that_is_not_closed_frees_its_memory(python: Callable[..., Any]) -> None:
     """When it is garbage-collected, or when the interpreter exits."""
-    result = python("""
-import gc, pathlib, torch
-from abiding import Communicator
-def maps():
-    return sum("abiding (deleted)" in line for line in pathlib.Path("/proc/self/maps").read_text().splitlines())
-assert maps() == 0
-comm = Communicator(device="cpu")
-assert maps() == 1
-del comm
-gc.collect()
-assert maps() == 0
-kept = Communicator(device="cpu")
-""")
+    result = python(Path("free_communicators.py"))
     assert result.stderr == ""

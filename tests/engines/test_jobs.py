@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -122,13 +123,7 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch, value: str | None, chosen
 
 def test_register_without_vllm(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """The entry point in a process where vLLM does not import, as when its binaries do not fit."""
-    result = python("""
-import os, sys
-sys.modules["vllm"] = None
-os.environ["ABIDING_VLLM"] = "all"
-from abiding.engines import vllm
-print({name: status.state for name, status in vllm.register().items()})
-""")
+    result = python(Path("register_without_vllm.py"))
     states = dict.fromkeys(("moe", "linear", "qk_norm", "all_reduce", "prologue"), "unavailable")
     assert result.stdout.strip().splitlines()[-1] == str(states)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from calls import refusal
 from torch import Tensor
 
 from abiding import reduce_rms
@@ -54,8 +56,8 @@ def test_wrong_arguments(name: str, device: torch.device) -> None:
     assert inputs.wk is not None
     before = inputs.rows.clone()
     with virtual_ranks(2, device) as comms:
-        with pytest.raises(error, match=f"qk_norm: .*{text}"):
-            reduce_rms.qk_norm(*wrong(inputs.rows, inputs.wq, inputs.wk), comms[0])
+        arguments = wrong(inputs.rows, inputs.wq, inputs.wk)
+        refusal(lambda: reduce_rms.qk_norm(*arguments, comms[0]), error, f"qk_norm: .*{text}")
         assert comms[0].state == "ready"
     assert_bitwise_equal(inputs.rows, before)
 
@@ -63,11 +65,9 @@ def test_wrong_arguments(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
 def test_wrong_eps(eps: float, device: torch.device) -> None:
     inputs = make(device)
-    with (
-        virtual_ranks(2, device) as (comm, _),
-        pytest.raises(ValueError, match=r"rms_norm: eps is .*; expected a finite"),
-    ):
-        reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm, eps=eps)
+    with virtual_ranks(2, device) as (comm, _):
+        call = partial(reduce_rms.rms_norm, inputs.rows[:, :32], inputs.wq, comm, eps=eps)
+        refusal(call, ValueError, "rms_norm: eps is .*; expected a finite")
 
 
 def test_rms_norm_names_its_arguments(device: torch.device) -> None:
@@ -108,8 +108,7 @@ def test_vllm_operators_check_their_table(device: torch.device) -> None:
     ):
         arguments = list(usual)
         arguments[index] = value
-        with pytest.raises(RuntimeError, match=f"abiding::minimax_allreduce_rms_qk: {text}"):
-            op(*arguments)
+        refusal(partial(op, *arguments), RuntimeError, f"abiding::minimax_allreduce_rms_qk: {text}")
     rows = inputs.rows[:, :32].contiguous()
     with pytest.raises(RuntimeError, match="abiding::minimax_allreduce_rms: norm_weight"):
         torch.ops.abiding.minimax_allreduce_rms(rows, inputs.wk, table, 0, 2, 1e-6)

@@ -19,7 +19,7 @@ from packaging.version import Version
 OLDEST = {"vllm": "0.26.0", "transformers": "5.17.0"}
 UNAVAILABLE = 3
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "_2_28", "_2_17", "2014", "1")]
-# Without the packages of .venv, and without what tests/engines/pretend.py answers for.
+# Without the packages of .venv, and without what tests/helpers/pretend.py answers for.
 SITE = (
     *("huggingface-hub>=1.31,<2", "tokenizers>=0.23.1,<0.24", "safetensors>=0.8", "regex", "pyyaml", "tqdm"),
     *("accelerate", "requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops", "cachetools"),

@@ -209,6 +209,7 @@ def _install(alias: Alias) -> str:
     expected = torch._C.parse_schema(alias.schema)
     found = _registered_schema(alias.name)
     served = [device for device in ("CPU", "CUDA") if device == "CPU" or abiding.has_cuda_kernels()]
+    kept: list[str] = []
     if found is None:
         _library(alias).define(alias.schema.partition("::")[2])
         found, done = expected, f"registered: {', '.join(served)}"
@@ -220,9 +221,14 @@ def _install(alias: Alias) -> str:
         kept = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(alias.name, key)]
         done = f"implemented: {', '.join(device for device in served if device not in kept) or 'nothing'}"
         done += f"; kept: {', '.join(kept)}" if kept else ""
+    name, kernel = alias.name.partition("::")[2], _adapt(alias, expected, found)
     # CompositeExplicitAutograd yields to any kernel that is registered for a device, and it is no Meta kernel: fake
     # tensors reach the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
-    _library(alias).impl(alias.name.partition("::")[2], _adapt(alias, expected, found), "CompositeExplicitAutograd")
+    _library(alias).impl(name, kernel, "CompositeExplicitAutograd")
+    # Lazily negated and conjugated views get to Abiding's operators, which refuse them (csrc/common/schemas.h), unless a
+    # kernel of others is kept, which may take them.
+    for key in ("Negative", "Conjugate") if not kept else ():
+        _library(alias).impl(name, kernel, key)
     return done
 
 
