@@ -1,10 +1,12 @@
 // The CPU backend of an operator call. common/cuda.h has the same interface for CUDA.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "common/check.h"
+#include "common/float_environment.h"
 
 namespace abiding {
 
@@ -25,6 +27,16 @@ struct HostTypeOf<DType::kFloat32> {
 };
 template <class Tag>  // a DTypeTag
 using HostType = typename HostTypeOf<Tag::value>::type;
+
+// torch's parallel_for with the floating-point environment of an operator in each of its threads, whose own may be
+// anything.
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    const DefaultFloatEnvironment environment;
+    body(first, last);
+  });
+}
 
 class CpuScope {
  public:

@@ -12,9 +12,11 @@
 #include <cstdio>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
+#include "common/float_environment.h"
 
 namespace abiding {
 
@@ -76,7 +78,14 @@ template <class R, class... A, R (*function)(A...)>
 struct Boxed<function> {
   static_assert(is_boxable<R> && (is_boxable<std::decay_t<A>> && ...),
                 "operators take int64_t, double, bool, Tensor and containers of those");
-  static constexpr auto* call = TORCH_BOX(function);
+  // Every operator, on either backend, is entered here: its checks, which round doubles to float, and its CPU kernel.
+  // Not inlined: nothing else keeps arithmetic on arguments in registers behind the change of the environment.
+  [[gnu::noinline]] static R body(A... arguments) { return function(std::forward<A>(arguments)...); }
+  static R enter(A... arguments) {
+    const DefaultFloatEnvironment environment;
+    return body(std::forward<A>(arguments)...);
+  }
+  static constexpr auto* call = TORCH_BOX(&enter);
 };
 
 }  // namespace abiding

@@ -91,7 +91,7 @@ void query_row(const PrologueParams& p, int64_t token, int64_t head) {
 
 template <class T>
 void prologue(const PrologueParams& p) {
-  torch::stable::parallel_for(0, p.tokens, 1 + 64 / (p.heads + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.tokens, 1 + 64 / (p.heads + 1), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       insert_row<T>(p, token);
       for (int64_t head = 0; head < p.heads; ++head) query_row<T>(p, token, head);
@@ -106,7 +106,7 @@ void prologue(const PrologueParams& p) {
 
 template <class T>
 void gather(const GatherParams& p) {
-  torch::stable::parallel_for(0, p.rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* out = static_cast<T*>(p.out) + row * p.out_stride;
       const int64_t slot = p.slots[row];

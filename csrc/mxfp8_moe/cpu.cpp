@@ -13,7 +13,6 @@ namespace {
 
 using BFloat16 = HostType<DTypeTag<DType::kBfloat16>>;
 using Float16 = HostType<DTypeTag<DType::kFloat16>>;
-using torch::stable::parallel_for;
 
 constexpr int kBlockN = 16;     // weight rows that are dequantized together
 constexpr int64_t kGrain = 16;  // rows that are worth a thread

@@ -11,8 +11,8 @@
 
 namespace abiding::peer {
 
-// Conversions of 16-bit floats without branches. They use no subnormal operands, because a process may run with
-// denormals-are-zero set. Every NaN becomes the same one, so that results do not depend on which NaN a processor keeps.
+// Conversions of 16-bit floats without branches, nor subnormal operands, which are slow. Every NaN becomes the same one,
+// so that results do not depend on which NaN a processor keeps.
 struct Float16 {
   static constexpr uint32_t kNan = 0x7E00;
   static float to_float(uint32_t half) {

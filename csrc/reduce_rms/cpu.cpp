@@ -15,7 +15,7 @@ using peer::HostAccess;
 template <class T>
 std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
   std::vector<float> sums(static_cast<size_t>(p.tokens * p.part_count));
-  torch::stable::parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const T* x = static_cast<const T*>(p.input) + token * p.input_stride;
       for (int i = 0; i < p.part_count; x += p.parts[i++].width) {
@@ -33,7 +33,7 @@ std::vector<float> sums_of_squares(const ReduceRmsParams& p) {
 
 template <class T>
 void normalize(const ReduceRmsParams& p, int ranks, const std::vector<float>& sums) {
-  torch::stable::parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.tokens, 16, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const T* x = static_cast<const T*>(p.input) + token * p.input_stride;
       for (int i = 0; i < p.part_count; x += p.parts[i++].width) {
