@@ -25,18 +25,6 @@ REWRITTEN = [
 ]
 
 
-@pytest.fixture
-def migrated(tmp_path: Path) -> Callable[..., str]:
-    """Migrate one file and return its text."""
-
-    def run(text: str | bytes, name: str = "a.cu") -> str:
-        path = tmp_path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return migrate.run([path], Config(root=tmp_path)).files[0].after.decode("latin-1")
-
-    return run
-
-
 def body(text: str) -> str:
     """The function of an example, or the whole file without includes."""
     found = re.search(r"^void example\([^\n]*\n(.*)^\}$", text, re.DOTALL | re.MULTILINE)
