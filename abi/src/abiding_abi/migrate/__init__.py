@@ -169,10 +169,10 @@ class Migration:
             source = self.sources[index]
             work = Work(self.project, source, self.shared, usage)
             hits = scan(work)
-            left = [h for h in hits if h.level == "unstable" and not isinstance(h.match, Include)]
+            left = any(h.level == "unstable" and not isinstance(h.match, Include) and not _by_include(h) for h in hits)
             needs = os.path.abspath(source.path) in users
             touched = bool(self.results[index].stages)
-            edits, open_ = includes.includes(work, hits, bool(left), touched, needs)
+            edits, open_ = includes.includes(work, hits, left, touched, needs)
             if only:
                 edits = [edit for edit in edits if edit.rule.startswith(tuple(only))]
             self.sources[index] = self._apply(index, "includes", source, edits)
@@ -221,6 +221,11 @@ def _answer(work: Work, hit: Hit) -> Edit | Iterable[Edit] | str | None:
     ):
         return simple.rename(work, hit)
     return f"use {hit.rule.stable}" if hit.rule.stable != "none" else "no stable form"
+
+
+def _by_include(hit: Hit) -> bool:
+    """Whether another header is all that the place needs."""
+    return hit.rule.edit == "includes"
 
 
 _UNPARSED = "this did not parse, and is left alone"

@@ -1,6 +1,6 @@
 """Types."""
 
-from abiding_abi.rules.model import Check, Macro, Name, Rule
+from abiding_abi.rules.model import Check, Name, Rule
 
 _HERE = ("at", "c10")
 _SCALAR = "torch::headeronly::ScalarType::"
@@ -358,11 +358,14 @@ RULES = (
     Rule(
         "TYP033",
         "TORCH_VERSION_MAJOR and other macros of torch's version",
-        "none",
-        (Macro(("TORCH_VERSION_MAJOR", "TORCH_VERSION_MINOR", "TORCH_VERSION_PATCH", "TORCH_VERSION")),),
-        kind="decide",
-        before="#if TORCH_VERSION_MAJOR >= 2\n#endif",
-        after="",
+        "the same name of torch/headeronly/version.h",
+        (Check("torch_version"),),
+        edit="includes",
+        why="The header that defines the macro is unstable; without it, #if takes the name for 0 and says nothing.",
+        pitfall="It is the version of the headers, which may be newer than the torch that the binary runs on: for that "
+        "ask aoti_torch_abi_version().",
+        before="#include <torch/version.h>\n#if TORCH_VERSION_MAJOR >= 2\n#endif",
+        after="#include <torch/headeronly/version.h>\n#if TORCH_VERSION_MAJOR >= 2\n#endif",
         scope="file",
     ),
 )
