@@ -296,3 +296,30 @@ def test_edits_nest_in_any_order() -> None:
 def test_crossing_edits_are_not_applied_together() -> None:
     kept, crossing = consistent([replace(0, 4, "x"), replace(2, 6, "y")])
     assert (len(kept), len(crossing)) == (1, 1)
+
+
+def test_inferred_schema_gets_a_wrapper_for_narrow_types(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "#include <torch/library.h>\n\nat::Tensor f(const at::Tensor& x, float y) { return x; }\n\n"
+        'TORCH_LIBRARY(ns, m) {\n  m.def("f", &f);\n}\n',
+        "a.cpp",
+    )
+    wrapper = "static torch::stable::Tensor f_boxed(torch::stable::Tensor x, double y) {\n"
+    assert f"{wrapper}  return f(x, static_cast<float>(y));\n}}\n\nSTABLE_TORCH_LIBRARY(ns, m) {{\n" in text
+    assert 'm.def("f(Tensor x, float y) -> Tensor");' in text
+    assert 'm.impl("f", TORCH_BOX(&f_boxed));' in text
+
+
+def test_selective_macros_give_way_to_what_they_hold(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "#include <torch/library.h>\nat::Tensor f(const at::Tensor& x) { return x; }\n"
+        'TORCH_LIBRARY_FRAGMENT(ns, m) { m.def(TORCH_SELECTIVE_SCHEMA("ns::f(Tensor x) -> Tensor")); }\n'
+        'TORCH_LIBRARY_FRAGMENT(ns, m) { m.def(TORCH_SELECTIVE_SCHEMA("g(Tensor x) -> Tensor"), TORCH_FN(f)); }\n'
+        'TORCH_LIBRARY_IMPL(ns, CPU, m) { m.impl(TORCH_SELECTIVE_NAME("ns::f"), TORCH_FN(f)); }\n',
+        "a.cpp",
+    )
+    assert 'm.def("ns::f(Tensor x) -> Tensor");' in text
+    assert 'm.def("g(Tensor x) -> Tensor");' in text
+    assert 'm.impl("ns::f", TORCH_BOX(&f));' in text
+    assert "SELECTIVE" not in text
+    assert "ABI-TODO" not in text
