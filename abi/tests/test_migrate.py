@@ -230,11 +230,43 @@ def test_argument_checks_name_their_tensors(migrated: Callable[..., str]) -> Non
     [
         ("torch::from_blob(p, {n, 3}, t.options())", "{n, 3}, {3, 1}, t.device(), t.scalar_type()"),
         ("torch::from_blob(p, {2, n, 3})", "{2, n, 3}, {n * 3, 3, 1}, torch::stable::Device("),
-        ("torch::from_blob(p, t.sizes())", "torch::from_blob(p, t.sizes())"),
+        ("torch::from_blob(p, t.sizes())", "abi_ops::from_blob(p, t.sizes())"),
+        ("torch::from_blob(p, {n}, [](void*) {})", "torch::from_blob(p, {n}, [](void*) {})"),
     ],
 )
 def test_from_blob_gets_its_strides(call: str, wanted: str, migrated: Callable[..., str]) -> None:
     assert wanted in migrated(f"void example(at::Tensor t, float* p, int64_t n) {{\nauto a = {call};\n}}\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"),
+    [
+        ("auto a = torch::arange(0, n, t.options());", ["abi_ops::arange(0, n, abi_ops::options(t))"]),
+        ("auto a = torch::full_like(t, n, u.options());", ["abi_ops::full_like(t, n, abi_ops::options(u))"]),
+        ("auto a = t.to((t - u).options());", ["abi_ops::to(t, abi_ops::options((t - u)))"]),
+        ("auto a = torch::empty_like(t, torch::kInt);", ["abi_ops::empty_like(t, torch::headeronly::ScalarType::Int)"]),
+        (
+            "auto o = torch::dtype(torch::kInt);\nauto a = torch::zeros({n}, o);",
+            ["auto a = torch::stable::full({n}, 0, torch::headeronly::ScalarType::Int);"],
+        ),
+        (  # The second tensor has the second dtype: the declaration does not say what options are by then.
+            "auto o = torch::dtype(torch::kInt);\nauto a = torch::zeros({n}, o);\no = o.dtype(torch::kByte);\n"
+            "auto b = torch::empty({n}, o);",
+            [
+                "auto o = abi_ops::dtype(torch::headeronly::ScalarType::Int);",
+                "auto a = abi_ops::zeros({n}, o);",
+                "o = o.dtype(torch::headeronly::ScalarType::Byte);",
+                "auto b = abi_ops::empty({n}, o);",
+            ],
+        ),
+    ],
+)
+def test_options_that_stay_go_through_the_wrappers(
+    before: str, wanted: list[str], migrated: Callable[..., str]
+) -> None:
+    text = migrated(f"void example(at::Tensor t, at::Tensor u, int64_t n) {{\n{before}\n}}\n")
+    assert [line for line in wanted if line not in text] == []
+    assert "ABI-TODO" not in text
 
 
 def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:

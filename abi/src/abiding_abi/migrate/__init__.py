@@ -47,13 +47,15 @@ HANDLERS: dict[str, Handler] = {
 PASSES = frozenset((*HANDLERS, "includes", "using", "widen"))
 """Names that a rule's ``edit`` may have."""
 
+_OPTIONS = ("FUN001", "FUN002", "FUN003", "FUN004", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")
 _CODE_PASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("registration", ("REG",)),
     ("checks", ("CHK",)),
     ("types", (*(f"TYP00{n}" for n in range(1, 10)), "TYP01", "TYP029", "TYP030", "TYP031", "MET005", "MET006")),
     ("accessors", ("MET031", "MET032", "TYP021", "TYP022")),
     ("data pointers", ("MET001", "MET003")),
-    ("options", ("FUN001", "FUN002", "FUN003", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")),
+    ("options", (*_OPTIONS, "MET024")),
+    ("options kept", _OPTIONS),
     ("members", ("MET",)),
     ("functions", ("FUN", "TYP", "ABI")),
     ("dispatch", ("DIS",)),
@@ -114,6 +116,7 @@ class Migration:
     def stage(self, name: str, prefixes: tuple[str, ...], only: Sequence[str]) -> None:
         """Run one pass over every file."""
         usage = Usage(self.project, self.sources)
+        self.shared.stage = name
         changed: list[Source] = []
         for index, source in enumerate(self.sources):
             work = Work(self.project, source, self.shared, usage)

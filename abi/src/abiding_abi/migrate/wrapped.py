@@ -18,7 +18,8 @@ from abiding_abi.source import Source
 OPERATORS = "operators"
 _SIGNS = frozenset(("+", "-", "*", "/", "+=", "-=", "*=", "/=", "==", "!=", "<", ">", "<=", ">="))
 _OTHERWISE = frozenset(("detail", "operators", "contiguous_format"))
-_USED = re.compile(rf"\b{wrappers.NAMESPACE}::(\w+)")
+NAMESPACE = wrappers.NAMESPACE
+_USED = re.compile(rf"\b{NAMESPACE}::(\w+)")
 
 
 def wrapped(work: Work, hit: Hit) -> Answer:
@@ -33,7 +34,7 @@ def wrapped(work: Work, hit: Hit) -> Answer:
     if name not in wrappers.NAMES or not name[:1].islower() or name in _OTHERWISE:
         return f"{name} has neither a stable function nor a wrapper"
     if isinstance(hit.match, Name):
-        return replace(hit.start, hit.end, f"{wrappers.NAMESPACE}::{name}", rule=hit.rule.code)
+        return replace(hit.start, hit.end, f"{NAMESPACE}::{name}", rule=hit.rule.code)
     if not isinstance(hit.match, Method):
         return f"use {hit.rule.stable}"
     return member(work, hit, name)
@@ -45,7 +46,7 @@ def member(work: Work, hit: Hit, name: str) -> Answer:
     if not read or work.template(hit.end):
         return "the call is not readable"
     target, star = work.receiver(hit.start)
-    parts: list[str | Span] = [f"{wrappers.NAMESPACE}::{name}({star}", target]
+    parts: list[str | Span] = [f"{NAMESPACE}::{name}({star}", target]
     if read[0]:
         parts += [", ", Span(read[0][0].start, read[0][-1].end)]
     return replace(target.start, read[2], *parts, ")", rule=hit.rule.code)

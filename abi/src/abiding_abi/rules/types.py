@@ -272,7 +272,7 @@ RULES = (
     Rule(
         "TYP025",
         "torch::TensorOptions, torch::dtype(..), torch::device(..)",
-        "dtype and device as arguments; new_empty(t, sizes) keeps both",
+        "dtype and device as arguments; else abi_ops::TensorOptions of the wrappers",
         (
             Name(("TensorOptions",)),
             Name(
@@ -281,9 +281,9 @@ RULES = (
                 spaces=("at", "torch"),
             ),
         ),
-        kind="decide",
+        kind="context",
         edit="factories",
-        pitfall="requires_grad in options is ignored, and so is pin_memory where it is not passed.",
+        pitfall="Results get requires_grad from autograd: options that ask for it are an error at run time.",
         before="auto a = torch::empty({n}, torch::dtype(torch::kFloat));",
         after="auto a = torch::stable::empty({n}, torch::headeronly::ScalarType::Float);",
     ),
