@@ -269,6 +269,20 @@ def test_options_that_stay_go_through_the_wrappers(
     assert "ABI-TODO" not in text
 
 
+def test_indices_become_items(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "using torch::indexing::Slice;\nvoid example(at::Tensor t, at::Tensor u, int64_t n) {\n"
+        "auto a = t.index({Slice(n), 0});\nauto b = t.index({torch::indexing::None, u});\nauto c = t.index({u});\n"
+        't.index_put_({"...", 0}, 2);\n}\n'
+    )
+    assert "using abi_ops::indexing::Slice;" in text
+    assert "auto a = abi_ops::get_item(t, {Slice(n), 0});" in text
+    assert "auto b = abi_ops::get_item(t, {abi_ops::indexing::None, u});" in text
+    assert "auto c = abi_ops::index(t, {u});" in text
+    assert 'abi_ops::set_item(t, {"...", 0}, 2);' in text
+    assert "ABI-TODO" not in text
+
+
 def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
     path = tmp_path / "a.cpp"
     path.write_text("void f(at::Tensor a) {}\nint x = ) at::Tensor %% ;\nvoid g(at::Tensor b) {}\n")

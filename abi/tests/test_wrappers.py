@@ -44,7 +44,7 @@ static_assert(std::is_same_v<abi_ops::acc_type<Half, true>, float>);
 static_assert(std::is_same_v<abi_ops::acc_type<int, true>, int64_t>);
 static_assert(std::is_same_v<abi_ops::acc_type<double, true>, double>);
 """
-OPTIONS = {
+COMPOSED = {
     "zeros": "zeros({2, 3}, abi_ops::options(a))",
     "zeros_default": "zeros({2})",
     "zeros_of_one_size": "zeros(4, ScalarType::Int)",
@@ -91,6 +91,17 @@ OPTIONS = {
     "tensor_number": "tensor(7)",
     "tensor_one": "tensor(true)",
     "tensor_none": "tensor(std::vector<int64_t>{})",
+    "get_slices": "get_item(a, {Slice(None, 2), None, Slice(1)})",
+    "get_last": 'get_item(a, {"...", -1})',
+    "get_steps": "get_item(a, {-1, Slice(None, None, 2)})",
+    "get_mask": "get_item(a, {abi_ops::gt(a, 0)})",
+    "get_rows": "get_item(a, {None, Slice(), abi_ops::tensor({0, 0})})",
+    "get_all": "get_item(a, {true})",
+    "get_none": "get_item(a, {false, Ellipsis})",
+    "get_by_tensor": "get_item(a, {abi_ops::tensor(0)})",
+    "set_number": "set_item(torch::stable::clone(a), {Ellipsis, Slice(0, 1)}, 2.5)",
+    "set_row": "set_item(torch::stable::clone(a), {Ellipsis, Slice(1, 2)}, abi_ops::tensor({7}, ScalarType::Float))",
+    "set_mask": "set_item(torch::stable::clone(a), {abi_ops::gt(a, 0)}, -1)",
 }
 
 
@@ -190,8 +201,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("add", "sub"):
         add(name, "(Tensor a, Tensor b) -> Tensor", two, f"{name}(a, b)")
         add(f"{name}_", "(Tensor(a!) a, Tensor b) -> Tensor(a!)", two, f"{name}_(a, b)")
-    for name, call in OPTIONS.items():
-        add(f"options_{name}", "(Tensor a) -> Tensor", tensor, call)
+    for name, call in COMPOSED.items():
+        add(f"composed_{name}", "(Tensor a) -> Tensor", tensor, call)
     for name, sign in (("plus", "+"), ("minus", "-"), ("times", "*"), ("over", "/"), ("less", "<")):
         functions.append(f"static Tensor {name}_(Tensor a, Tensor b) {{ return (a {sign} b) {sign} 2; }}")
         schemas.append(f'm.def("{name}(Tensor a, Tensor b) -> Tensor");')
@@ -209,7 +220,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f'#include "{wrappers.HEADER_NAME}"\n#include <torch/csrc/stable/library.h>\n'
         + "using torch::headeronly::DeviceType;\nusing torch::headeronly::MemoryFormat;\n"
         + "using torch::headeronly::ScalarType;\nusing torch::stable::Device;\nusing torch::stable::Tensor;\n"
-        + "static float numbers[] = {1, 2, 3, 4, 5, 6};\n"
+        + "using namespace abi_ops::indexing;\nstatic float numbers[] = {1, 2, 3, 4, 5, 6};\n"
         + TRAITS
         + "\n".join(functions)
         + "\nSTABLE_TORCH_LIBRARY(abi_ops_test, m) {\n"

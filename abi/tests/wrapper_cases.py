@@ -75,8 +75,14 @@ NUMBERS: list[tuple[str, list[list[Any]]]] = [
 ]
 
 
+def put(a: torch.Tensor, indices: Any, value: Any) -> torch.Tensor:
+    a = a.clone()
+    a[indices] = value
+    return a
+
+
 NUMBERED = torch.arange(1.0, 7.0)
-OPTIONS: dict[str, Any] = {
+COMPOSED: dict[str, Any] = {
     "zeros": lambda a: torch.zeros(2, 3, dtype=a.dtype),
     "zeros_default": lambda a: torch.zeros(2),
     "zeros_of_one_size": lambda a: torch.zeros(4, dtype=torch.int32),
@@ -123,6 +129,17 @@ OPTIONS: dict[str, Any] = {
     "tensor_number": lambda a: torch.tensor(7),
     "tensor_one": lambda a: torch.tensor(True),
     "tensor_none": lambda a: torch.tensor([], dtype=torch.int64),
+    "get_slices": lambda a: a[:2, None, 1:],
+    "get_last": lambda a: a[..., -1],
+    "get_steps": lambda a: a[-1, ::2],
+    "get_mask": lambda a: a[a > 0],
+    "get_rows": lambda a: a[None, :, [0, 0]],
+    "get_all": lambda a: a[True],
+    "get_none": lambda a: a[False, ...],
+    "get_by_tensor": lambda a: a[torch.tensor(0)],
+    "set_number": lambda a: put(a, (..., slice(0, 1)), 2.5),
+    "set_row": lambda a: put(a, (..., slice(1, 2)), torch.tensor([7.0])),
+    "set_mask": lambda a: put(a, a > 0, -1),
 }
 
 
@@ -209,11 +226,11 @@ def main() -> None:
             problems.append(compare(name, getattr(torch.ops.abi_ops_test, name), theirs, [a, b]))
     count += 1
     problems.append(compare("mixed", torch.ops.abi_ops_test.mixed, mixed, [X]))
-    for name, theirs in OPTIONS.items():
+    for name, theirs in COMPOSED.items():
         for a in (X, X.T.double(), X[None, None]):
             count += 1
-            ours = getattr(torch.ops.abi_ops_test, f"options_{name}")
-            problems.append(compare(f"{name} with options", ours, theirs, [a], strides=True))
+            ours = getattr(torch.ops.abi_ops_test, f"composed_{name}")
+            problems.append(compare(name, ours, theirs, [a], strides=True))
     formats = [torch.rand(s).permute(p) for s in ((2, 3, 4, 5), (1, 1, 1, 1), (2, 1, 3, 3), (2, 3, 1, 1), (0, 3, 2, 2))
                for p in ((0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1))]  # fmt: skip
     formats += [torch.rand(2, 3, 4, 5, 6).permute(0, 4, 1, 2, 3), torch.rand(2, 3, 4, 5, 6), X, torch.rand(1, 4, 4, 3)]

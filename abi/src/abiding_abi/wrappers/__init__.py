@@ -1,8 +1,8 @@
 """``wrappers``: a header of functions that the stable API lacks, each a call of the dispatcher by name and schema.
 
-``schemas.tsv`` is written by ``tools/make_wrappers.py``, which asks every torch release at hand for the schemas.
-``composed.h`` and ``options.h`` hold what needs more than one call. The header that is written has the functions asked
-for, and no more: copy it into the project.
+``schemas.tsv`` is written by ``tools/make_wrappers.py``, which asks every torch release at hand for the schemas. The
+headers beside it hold what needs more than one call. The header that is written has the functions asked for, and no
+more: copy it into the project.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from abiding_abi.errors import UserError
 
 HEADER_NAME = "abi_ops.h"
 NAMESPACE = "abi_ops"
-_COMPOSED = ("composed.h", "options.h")
+_COMPOSED = ("composed.h", "options.h", "indexing.h")
 
 _TYPES = {
     "Tensor": "const Tensor&",
