@@ -25,18 +25,6 @@ REWRITTEN = [
 ]
 
 
-@pytest.fixture
-def migrated(tmp_path: Path) -> Callable[..., str]:
-    """Migrate one file and return its text."""
-
-    def run(text: str | bytes, name: str = "a.cu") -> str:
-        path = tmp_path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return migrate.run([path], Config(root=tmp_path)).files[0].after.decode("latin-1")
-
-    return run
-
-
 def body(text: str) -> str:
     """The function of an example, or the whole file without includes."""
     found = re.search(r"^void example\([^\n]*\n(.*)^\}$", text, re.DOTALL | re.MULTILINE)
@@ -242,11 +230,57 @@ def test_argument_checks_name_their_tensors(migrated: Callable[..., str]) -> Non
     [
         ("torch::from_blob(p, {n, 3}, t.options())", "{n, 3}, {3, 1}, t.device(), t.scalar_type()"),
         ("torch::from_blob(p, {2, n, 3})", "{2, n, 3}, {n * 3, 3, 1}, torch::stable::Device("),
-        ("torch::from_blob(p, t.sizes())", "torch::from_blob(p, t.sizes())"),
+        ("torch::from_blob(p, t.sizes())", "abi_ops::from_blob(p, t.sizes())"),
+        ("torch::from_blob(p, {n}, [](void*) {})", "torch::from_blob(p, {n}, [](void*) {})"),
     ],
 )
 def test_from_blob_gets_its_strides(call: str, wanted: str, migrated: Callable[..., str]) -> None:
     assert wanted in migrated(f"void example(at::Tensor t, float* p, int64_t n) {{\nauto a = {call};\n}}\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"),
+    [
+        ("auto a = torch::arange(0, n, t.options());", ["abi_ops::arange(0, n, abi_ops::options(t))"]),
+        ("auto a = torch::full_like(t, n, u.options());", ["abi_ops::full_like(t, n, abi_ops::options(u))"]),
+        ("auto a = t.to((t - u).options());", ["abi_ops::to(t, abi_ops::options((t - u)))"]),
+        ("auto a = torch::empty_like(t, torch::kInt);", ["abi_ops::empty_like(t, torch::headeronly::ScalarType::Int)"]),
+        (
+            "auto o = torch::dtype(torch::kInt);\nauto a = torch::zeros({n}, o);",
+            ["auto a = torch::stable::full({n}, 0, torch::headeronly::ScalarType::Int);"],
+        ),
+        (  # The second tensor has the second dtype: the declaration does not say what options are by then.
+            "auto o = torch::dtype(torch::kInt);\nauto a = torch::zeros({n}, o);\no = o.dtype(torch::kByte);\n"
+            "auto b = torch::empty({n}, o);",
+            [
+                "auto o = abi_ops::dtype(torch::headeronly::ScalarType::Int);",
+                "auto a = abi_ops::zeros({n}, o);",
+                "o = o.dtype(torch::headeronly::ScalarType::Byte);",
+                "auto b = abi_ops::empty({n}, o);",
+            ],
+        ),
+    ],
+)
+def test_options_that_stay_go_through_the_wrappers(
+    before: str, wanted: list[str], migrated: Callable[..., str]
+) -> None:
+    text = migrated(f"void example(at::Tensor t, at::Tensor u, int64_t n) {{\n{before}\n}}\n")
+    assert [line for line in wanted if line not in text] == []
+    assert "ABI-TODO" not in text
+
+
+def test_indices_become_items(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "using torch::indexing::Slice;\nvoid example(at::Tensor t, at::Tensor u, int64_t n) {\n"
+        "auto a = t.index({Slice(n), 0});\nauto b = t.index({torch::indexing::None, u});\nauto c = t.index({u});\n"
+        't.index_put_({"...", 0}, 2);\n}\n'
+    )
+    assert "using abi_ops::indexing::Slice;" in text
+    assert "auto a = abi_ops::get_item(t, {Slice(n), 0});" in text
+    assert "auto b = abi_ops::get_item(t, {abi_ops::indexing::None, u});" in text
+    assert "auto c = abi_ops::index(t, {u});" in text
+    assert 'abi_ops::set_item(t, {"...", 0}, 2);' in text
+    assert "ABI-TODO" not in text
 
 
 def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
@@ -308,3 +342,30 @@ def test_edits_nest_in_any_order() -> None:
 def test_crossing_edits_are_not_applied_together() -> None:
     kept, crossing = consistent([replace(0, 4, "x"), replace(2, 6, "y")])
     assert (len(kept), len(crossing)) == (1, 1)
+
+
+def test_inferred_schema_gets_a_wrapper_for_narrow_types(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "#include <torch/library.h>\n\nat::Tensor f(const at::Tensor& x, float y) { return x; }\n\n"
+        'TORCH_LIBRARY(ns, m) {\n  m.def("f", &f);\n}\n',
+        "a.cpp",
+    )
+    wrapper = "static torch::stable::Tensor f_boxed(torch::stable::Tensor x, double y) {\n"
+    assert f"{wrapper}  return f(x, static_cast<float>(y));\n}}\n\nSTABLE_TORCH_LIBRARY(ns, m) {{\n" in text
+    assert 'm.def("f(Tensor x, float y) -> Tensor");' in text
+    assert 'm.impl("f", TORCH_BOX(&f_boxed));' in text
+
+
+def test_selective_macros_give_way_to_what_they_hold(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "#include <torch/library.h>\nat::Tensor f(const at::Tensor& x) { return x; }\n"
+        'TORCH_LIBRARY_FRAGMENT(ns, m) { m.def(TORCH_SELECTIVE_SCHEMA("ns::f(Tensor x) -> Tensor")); }\n'
+        'TORCH_LIBRARY_FRAGMENT(ns, m) { m.def(TORCH_SELECTIVE_SCHEMA("g(Tensor x) -> Tensor"), TORCH_FN(f)); }\n'
+        'TORCH_LIBRARY_IMPL(ns, CPU, m) { m.impl(TORCH_SELECTIVE_NAME("ns::f"), TORCH_FN(f)); }\n',
+        "a.cpp",
+    )
+    assert 'm.def("ns::f(Tensor x) -> Tensor");' in text
+    assert 'm.def("g(Tensor x) -> Tensor");' in text
+    assert 'm.impl("ns::f", TORCH_BOX(&f));' in text
+    assert "SELECTIVE" not in text
+    assert "ABI-TODO" not in text

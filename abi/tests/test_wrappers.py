@@ -44,6 +44,65 @@ static_assert(std::is_same_v<abi_ops::acc_type<Half, true>, float>);
 static_assert(std::is_same_v<abi_ops::acc_type<int, true>, int64_t>);
 static_assert(std::is_same_v<abi_ops::acc_type<double, true>, double>);
 """
+COMPOSED = {
+    "zeros": "zeros({2, 3}, abi_ops::options(a))",
+    "zeros_default": "zeros({2})",
+    "zeros_of_one_size": "zeros(4, ScalarType::Int)",
+    "zeros_chain": "zeros({2}, abi_ops::dtype(ScalarType::Half).device(DeviceType::CPU).requires_grad(false))",
+    "zeros_typed": "zeros({2}, abi_ops::device(a.device()).dtype<int16_t>())",
+    "empty": "empty({2, 3, 4, 5}, abi_ops::options(a), MemoryFormat::ChannelsLast).zero",
+    "empty_strided": "empty_strided({2, 3}, {1, 2}, abi_ops::options(a)).zero",
+    "ones": "ones({2}, abi_ops::TensorOptions().dtype(ScalarType::Long).device(DeviceType::CPU, -1))",
+    "full": "full({2}, 2.5, abi_ops::options(a))",
+    "full_int": "full({2}, 2)",
+    "full_bool": "full({2}, true)",
+    "full_float": "full({2}, 2.f)",
+    "rand": "rand({2}, abi_ops::options(a))",
+    "randn": "randn({2})",
+    "randint": "randint(9, {20})",
+    "randint_low": "randint(-3, 3, {20}, abi_ops::options(a))",
+    "randperm": "randperm(9)",
+    "eye": "eye(3)",
+    "eye_m": "eye(2, 3, ScalarType::Long)",
+    "arange": "arange(5)",
+    "arange_none": "arange(0)",
+    "arange_from": "arange(2, 7, abi_ops::options(a))",
+    "arange_step": "arange(7, -2, -2, ScalarType::Int)",
+    "empty_like": "empty_like(a, ScalarType::Double).zero",
+    "empty_like_format": "empty_like(a, {}, MemoryFormat::Contiguous).zero",
+    "zeros_like": "zeros_like(a)",
+    "zeros_like_double": "zeros_like(a, abi_ops::options(a).dtype(ScalarType::Double))",
+    "ones_like": "ones_like(a)",
+    "full_like": "full_like(a, 3, ScalarType::Long)",
+    "rand_like": "rand_like(a)",
+    "randn_like": "randn_like(a)",
+    "new_empty": "new_empty(a, {2, 2}).zero",
+    "new_zeros": "new_zeros(a, {2}, ScalarType::Byte)",
+    "new_ones": "new_ones(a, {2}, abi_ops::TensorOptions())",
+    "new_full": "new_full(a, {2, 2}, 7.5)",
+    "to": "to(a, abi_ops::TensorOptions().dtype(ScalarType::Long))",
+    "from_blob": "from_blob(numbers, {2, 3}, ScalarType::Float)",
+    "from_blob_strided": "from_blob(numbers, {2, 2}, {1, 3})",
+    "tensor": "tensor({1, 2, 3})",
+    "tensor_float": "tensor({0.5, 0.1})",
+    "tensor_vector": "tensor(std::vector<float>{0.5f, 0.1f}, ScalarType::Double)",
+    "tensor_byte": "tensor(std::vector<uint8_t>{1, 200})",
+    "tensor_bool": "tensor({true, false})",
+    "tensor_number": "tensor(7)",
+    "tensor_one": "tensor(true)",
+    "tensor_none": "tensor(std::vector<int64_t>{})",
+    "get_slices": "get_item(a, {Slice(None, 2), None, Slice(1)})",
+    "get_last": 'get_item(a, {"...", -1})',
+    "get_steps": "get_item(a, {-1, Slice(None, None, 2)})",
+    "get_mask": "get_item(a, {abi_ops::gt(a, 0)})",
+    "get_rows": "get_item(a, {None, Slice(), abi_ops::tensor({0, 0})})",
+    "get_all": "get_item(a, {true})",
+    "get_none": "get_item(a, {false, Ellipsis})",
+    "get_by_tensor": "get_item(a, {abi_ops::tensor(0)})",
+    "set_number": "set_item(torch::stable::clone(a), {Ellipsis, Slice(0, 1)}, 2.5)",
+    "set_row": "set_item(torch::stable::clone(a), {Ellipsis, Slice(1, 2)}, abi_ops::tensor({7}, ScalarType::Float))",
+    "set_mask": "set_item(torch::stable::clone(a), {abi_ops::gt(a, 0)}, -1)",
+}
 
 
 def test_a_schema_becomes_a_function() -> None:
@@ -112,7 +171,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     functions, schemas, boxes = [], [], []
 
     def add(name: str, schema: str, declared: str, call: str) -> None:
-        functions.append(f"static auto {name}_({declared}) {{ return abi_ops::{call}; }}")
+        call = f"abi_ops::{call}"
+        if call.endswith(").zero"):  # memory that nothing has written
+            call = f"[&] {{ auto made = {call.removesuffix('.zero')}; return torch::stable::zero_(made); }}()"
+        functions.append(f"static auto {name}_({declared}) {{ return {call}; }}")
         schemas.append(f'm.def("{name}{schema}");')
         boxes.append(f'm.impl("{name}", TORCH_BOX(&{name}_));')
 
@@ -139,7 +201,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("add", "sub"):
         add(name, "(Tensor a, Tensor b) -> Tensor", two, f"{name}(a, b)")
         add(f"{name}_", "(Tensor(a!) a, Tensor b) -> Tensor(a!)", two, f"{name}_(a, b)")
-    add("arange", "(int end) -> Tensor", "int64_t end", "arange(end)")
+    for name, call in COMPOSED.items():
+        add(f"composed_{name}", "(Tensor a) -> Tensor", tensor, call)
     for name, sign in (("plus", "+"), ("minus", "-"), ("times", "*"), ("over", "/"), ("less", "<")):
         functions.append(f"static Tensor {name}_(Tensor a, Tensor b) {{ return (a {sign} b) {sign} 2; }}")
         schemas.append(f'm.def("{name}(Tensor a, Tensor b) -> Tensor");')
@@ -147,19 +210,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     functions.append("static Tensor mixed_(Tensor a) { a += a; a *= 3; return 1.5 - -a / (2 * a) + (1 - a) / 4; }")
     schemas.append('m.def("mixed(Tensor(a!) a) -> Tensor");')
     boxes.append('m.impl("mixed", TORCH_BOX(&mixed_));')
-    add("new_full", "(Tensor a, int[] size, float v) -> Tensor", f"{tensor}, std::vector<int64_t> s, double v",
-        "new_full(a, s, v)")  # fmt: skip
     add("constant_pad_nd", "(Tensor a, int[] pad, float v) -> Tensor",
         f"{tensor}, std::vector<int64_t> p, double v", "constant_pad_nd(a, p, v)")  # fmt: skip
     add("suggest_memory_format", "(Tensor a) -> int", tensor, "suggest_memory_format(a)")
     functions[-1] = functions[-1].replace("return ", "return (int64_t)")
     add("canUse32BitIndexMath", "(Tensor a) -> bool", tensor, "canUse32BitIndexMath(a)")
-    for name in ("zeros_like", "ones_like"):
-        add(name, "(Tensor a) -> Tensor", tensor, f"{name}(a)")
     source = folder / "all.cpp"
     source.write_text(
         f'#include "{wrappers.HEADER_NAME}"\n#include <torch/csrc/stable/library.h>\n'
+        + "using torch::headeronly::DeviceType;\nusing torch::headeronly::MemoryFormat;\n"
         + "using torch::headeronly::ScalarType;\nusing torch::stable::Device;\nusing torch::stable::Tensor;\n"
+        + "using namespace abi_ops::indexing;\nstatic float numbers[] = {1, 2, 3, 4, 5, 6};\n"
         + TRAITS
         + "\n".join(functions)
         + "\nSTABLE_TORCH_LIBRARY(abi_ops_test, m) {\n"

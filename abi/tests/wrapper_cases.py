@@ -58,9 +58,9 @@ ARGUMENTS: dict[str, list[list[Any]]] = {
     "prod": [[X]], "amax": [[X, [1]]], "amin": [[X, [1]]], "max.dim": [[X, 1]], "min.dim": [[X, 1]], "all.dim": [
         [MASK, 1]], "any.dim": [[MASK, 1]], "argmax": [[X], [X, 1, True]], "argmin": [[X]], "argsort": [[X, 1]],
     "tile": [[X, [2, 1]]], "transpose_": [[X, 0, 1]], "unsqueeze_": [[X, 0]], "squeeze_": [[X[None]]], "t_": [[X]],
-    "mm.out": [[X, Y.T, torch.empty(3, 3)]], "matmul.out": [[X, Y.T, torch.empty(3, 3)]], "rand": [[[2, 3]]],
+    "mm.out": [[X, Y.T, torch.empty(3, 3)]], "matmul.out": [[X, Y.T, torch.empty(3, 3)]],
     "bmm.out": [[X[None], Y.T[None].contiguous(), torch.empty(1, 3, 3)]], "cat.out": [[[X, Y], 0, torch.empty(6, 4)]],
-    "randint": [[9, [2, 3]]], "multinomial": [[P, 2]], "resize_": [[X, [2, 2]]],
+    "multinomial": [[P, 2]], "resize_": [[X, [2, 2]]],
     "sort": [[X, 1, True]], "unbind.int": [[X, 1]],
 }  # fmt: skip
 BINARY = {"div.Tensor", "div_.Tensor", "mul.Tensor", "mul_.Tensor", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor"}
@@ -73,6 +73,74 @@ NUMBERS: list[tuple[str, list[list[Any]]]] = [
     ("div", [[a, b] for a in (X, INTS, X.half()) for b in (2, 2.5, -3)]),
     ("lt", [[a, b] for a in (X, INTS) for b in (2, 2.5)]),
 ]
+
+
+def put(a: torch.Tensor, indices: Any, value: Any) -> torch.Tensor:
+    a = a.clone()
+    a[indices] = value
+    return a
+
+
+NUMBERED = torch.arange(1.0, 7.0)
+COMPOSED: dict[str, Any] = {
+    "zeros": lambda a: torch.zeros(2, 3, dtype=a.dtype),
+    "zeros_default": lambda a: torch.zeros(2),
+    "zeros_of_one_size": lambda a: torch.zeros(4, dtype=torch.int32),
+    "zeros_chain": lambda a: torch.zeros(2, dtype=torch.half),
+    "zeros_typed": lambda a: torch.zeros(2, dtype=torch.int16),
+    "empty": lambda a: torch.empty(2, 3, 4, 5, dtype=a.dtype, memory_format=torch.channels_last).zero_(),
+    "empty_strided": lambda a: torch.empty_strided((2, 3), (1, 2), dtype=a.dtype).zero_(),
+    "ones": lambda a: torch.ones(2, dtype=torch.int64),
+    "full": lambda a: torch.full((2,), 2.5, dtype=a.dtype),
+    "full_int": lambda a: torch.full((2,), 2),
+    "full_bool": lambda a: torch.full((2,), True),
+    "full_float": lambda a: torch.full((2,), 2.0),
+    "rand": lambda a: torch.rand(2, dtype=a.dtype),
+    "randn": lambda a: torch.randn(2),
+    "randint": lambda a: torch.randint(9, (20,)),
+    "randint_low": lambda a: torch.randint(-3, 3, (20,), dtype=a.dtype),
+    "randperm": lambda a: torch.randperm(9),
+    "eye": lambda a: torch.eye(3),
+    "eye_m": lambda a: torch.eye(2, 3, dtype=torch.int64),
+    "arange": lambda a: torch.arange(5),
+    "arange_none": lambda a: torch.arange(0),
+    "arange_from": lambda a: torch.arange(2, 7, dtype=a.dtype),
+    "arange_step": lambda a: torch.arange(7, -2, -2, dtype=torch.int32),
+    "empty_like": lambda a: torch.empty_like(a, dtype=torch.double).zero_(),
+    "empty_like_format": lambda a: torch.empty_like(a, memory_format=torch.contiguous_format).zero_(),
+    "zeros_like": torch.zeros_like,
+    "zeros_like_double": lambda a: torch.zeros_like(a, dtype=torch.double),
+    "ones_like": torch.ones_like,
+    "full_like": lambda a: torch.full_like(a, 3, dtype=torch.int64),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "new_empty": lambda a: a.new_empty((2, 2)).zero_(),
+    "new_zeros": lambda a: a.new_zeros((2,), dtype=torch.uint8),
+    "new_ones": lambda a: a.new_ones((2,)),
+    "new_full": lambda a: a.new_full((2, 2), 7.5),
+    "to": lambda a: a.to(torch.int64),
+    "from_blob": lambda a: NUMBERED.view(2, 3),
+    "from_blob_strided": lambda a: NUMBERED.as_strided((2, 2), (1, 3)),
+    "tensor": lambda a: torch.tensor([1, 2, 3]),
+    "tensor_float": lambda a: torch.tensor([0.5, 0.1]),
+    "tensor_vector": lambda a: torch.tensor([0.5, torch.tensor(0.1).item()], dtype=torch.double),
+    "tensor_byte": lambda a: torch.tensor([1, 200], dtype=torch.uint8),
+    "tensor_bool": lambda a: torch.tensor([True, False]),
+    "tensor_number": lambda a: torch.tensor(7),
+    "tensor_one": lambda a: torch.tensor(True),
+    "tensor_none": lambda a: torch.tensor([], dtype=torch.int64),
+    "get_slices": lambda a: a[:2, None, 1:],
+    "get_last": lambda a: a[..., -1],
+    "get_steps": lambda a: a[-1, ::2],
+    "get_mask": lambda a: a[a > 0],
+    "get_rows": lambda a: a[None, :, [0, 0]],
+    "get_all": lambda a: a[True],
+    "get_none": lambda a: a[False, ...],
+    "get_by_tensor": lambda a: a[torch.tensor(0)],
+    "set_number": lambda a: put(a, (..., slice(0, 1)), 2.5),
+    "set_row": lambda a: put(a, (..., slice(1, 2)), torch.tensor([7.0])),
+    "set_mask": lambda a: put(a, a > 0, -1),
+}
 
 
 def copies(arguments: list[Any]) -> list[Any]:
@@ -91,7 +159,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def compare(name: str, ours: Any, theirs: Any, arguments: list[Any]) -> str | None:
+def compare(name: str, ours: Any, theirs: Any, arguments: list[Any], strides: bool = False) -> str | None:
     mine, yours = copies(arguments), copies(arguments)
     out = len(arguments) - 1 if name.endswith(".out") else None
     try:
@@ -110,6 +178,8 @@ def compare(name: str, ours: Any, theirs: Any, arguments: list[Any]) -> str | No
         return f"{name}: {str(error).splitlines()[0]}"
     if not same(result, expected) or not same(mine, yours):
         return f"{name}({arguments}): {result} is not {expected}"
+    if strides and result.stride() != expected.stride():
+        return f"{name}: strides {result.stride()} are not {expected.stride()}"
     return None
 
 
@@ -156,9 +226,11 @@ def main() -> None:
             problems.append(compare(name, getattr(torch.ops.abi_ops_test, name), theirs, [a, b]))
     count += 1
     problems.append(compare("mixed", torch.ops.abi_ops_test.mixed, mixed, [X]))
-    for end in (0, 1, 5):
-        count += 1
-        problems.append(compare("arange", torch.ops.abi_ops_test.arange, torch.arange, [end]))
+    for name, theirs in COMPOSED.items():
+        for a in (X, X.T.double(), X[None, None]):
+            count += 1
+            ours = getattr(torch.ops.abi_ops_test, f"composed_{name}")
+            problems.append(compare(name, ours, theirs, [a], strides=True))
     formats = [torch.rand(s).permute(p) for s in ((2, 3, 4, 5), (1, 1, 1, 1), (2, 1, 3, 3), (2, 3, 1, 1), (0, 3, 2, 2))
                for p in ((0, 1, 2, 3), (0, 3, 1, 2), (0, 2, 3, 1))]  # fmt: skip
     formats += [torch.rand(2, 3, 4, 5, 6).permute(0, 4, 1, 2, 3), torch.rand(2, 3, 4, 5, 6), X, torch.rand(1, 4, 4, 3)]
@@ -170,21 +242,13 @@ def main() -> None:
         theirs = {torch.contiguous_format: 0, torch.channels_last: 2, torch.channels_last_3d: 3}[suggested(t)]
         if torch.ops.abi_ops_test.suggest_memory_format(t) != theirs:
             problems.append(f"suggest_memory_format: {tuple(t.shape)} {t.stride()} is {theirs}")
-    count += 4
-    problems.append(compare("new_full", torch.ops.abi_ops_test.new_full, torch.Tensor.new_full, [X, [2, 2], 7.5]))
+    count += 3
     pad = torch.nn.functional.pad
     padded = partial(lambda t, p, v: pad(t, p, "constant", v))
     problems.append(compare("constant_pad_nd", torch.ops.abi_ops_test.constant_pad_nd, padded, [X, [1, 2], 7.5]))
     for t, fits in ((X, True), (torch.empty(1, dtype=torch.uint8).expand(1 << 31), False)):
         if torch.ops.abi_ops_test.canUse32BitIndexMath(t) != fits:
             problems.append(f"canUse32BitIndexMath is not {fits}")
-    strided = X.T
-    for name in ("zeros_like", "ones_like"):
-        count += 1
-        ours = getattr(torch.ops.abi_ops_test, name)(strided)
-        theirs = getattr(torch, name)(strided)
-        if not same(ours, theirs) or ours.stride() != theirs.stride():
-            problems.append(f"{name}: {ours.stride()} is not {theirs.stride()}")
     real = [p for p in problems if p]
     print("\n".join(real))
     print(f"{count} calls, {len(real)} differ")

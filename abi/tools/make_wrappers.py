@@ -33,7 +33,7 @@ prod real reciprocal relu remainder.Tensor repeat repeat_interleave.self_Tensor 
 result_type.Tensor roll rsqrt scatter.src scatter_.src scatter_add scatter_add_ searchsorted.Tensor
 sigmoid sign sin slice.Tensor softmax.int sort split.Tensor split_with_sizes sqrt square squeeze stack std.dim
 sum sum.dim_IntList swapaxes t take tanh topk trace tril triu trunc tile transpose_ squeeze_ unsqueeze_ t_ mm.out
-matmul.out bmm.out cat.out rand randint multinomial resize_ type_as unbind.int unfold unique_dim view_as
+matmul.out bmm.out cat.out multinomial resize_ type_as unbind.int unfold unique_dim view_as
 view_as_complex view_as_real vstack where.self
 """
 ASK = """

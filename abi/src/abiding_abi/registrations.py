@@ -76,6 +76,13 @@ def blocks(source: Source) -> list[Block]:
     return found
 
 
+def _selected(code: str, span: lexical.Span) -> lexical.Span:
+    """The name or schema inside TORCH_SELECTIVE_NAME(..) or TORCH_SELECTIVE_SCHEMA(..)."""
+    macro = re.compile(r"TORCH_SELECTIVE_(?:NAME|SCHEMA)\s*(?=\()").match(code, span.start)
+    read = lexical.arguments(code, macro.end()) if macro else None
+    return read[0][0] if read and len(read[0]) == 1 else span
+
+
 def calls(source: Source, variable: str, body: lexical.Span) -> list[Call]:
     """``variable.method(...)`` in a body, chained calls included."""
     code = source.code
@@ -89,6 +96,7 @@ def calls(source: Source, variable: str, body: lexical.Span) -> list[Call]:
             if not read:
                 return found
             spans, end = read
+            spans = [_selected(code, spans[0]), *spans[1:]] if spans else spans
             literal = joined_literal(source.text[slice(*spans[0])]) if spans else None
             function = None
             if len(spans) > 1:

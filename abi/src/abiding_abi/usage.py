@@ -6,11 +6,12 @@ Pointers, accessors and tensors are followed through local names and into the pr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from abiding_abi import lexical, signatures
+from abiding_abi import fields, lexical, signatures
+from abiding_abi.expressions import callee_start, enclosing_call, is_unary, occurrences, whole_choice, whole_sum
 from abiding_abi.lexical import Span
 from abiding_abi.signatures import Function
 from abiding_abi.source import Source
@@ -31,6 +32,8 @@ class Use(IntEnum):
 
 
 _ASSIGN = re.compile(r"\s*(?:(?:[-+*/%&|^]|<<|>>)?=(?!=)|\+\+|--)")
+_CONSTANT = re.compile(r"k[A-Z]")
+_STEP = re.compile(r"\s*(?:\+\+|--|[-+]=)")
 _INPLACE = re.compile(r"\s*(?:\.|->)\s*((?!requires_grad_|__)[a-z]\w*_)\s*(?=[(<])")
 _POINTER = re.compile(
     r"\s*(?:\.|->)\s*(?:template\s+)?(data_ptr|mutable_data_ptr|data|accessor|packed_accessor(?:32|64)?)\b"
@@ -73,9 +76,10 @@ _WRITE_FIRST = re.compile(
     r"(?:(?:gpu|fast)?[aA]tomic\w*|memset|memcpy|memmove|std::(?:fill|fill_n|memset|memcpy)|fill|cudaMemset(?:Async)?|"
     r"cudaMemcpy(?:Async)?|std::iota)\Z"
 )
+_READ_FIRST = re.compile(r"__ldg|__ldc[agsv]|__ldlu")
+_CUB = re.compile(r"(?:\w+::)*cub::Device(?:Segmented)?(RadixSort|Scan|Reduce|Histogram)::")
 _CAST = re.compile(r"\b(?:reinterpret_cast|static_cast|const_cast)\s*<([^<>]*(?:<[^<>]*>)?[^<>]*)>\s*\Z")
 _C_CAST = re.compile(r"\(\s*((?:const\s+)?[A-Za-z_][\w:<>]*(?:\s+const)?\s*\*+)\s*\)\s*\Z")
-_CALLEE = re.compile(r"((?:[A-Za-z_]\w*\s*::\s*)*[A-Za-z_]\w*)\s*(?:<[^;{}()]*>)?\s*(?:<<<[^;{}]*>>>)?\s*\Z")
 _KEYWORDS = frozenset(
     ("if", "while", "for", "switch", "return", "sizeof", "assert", "printf", "decltype", "static_assert")
 )
@@ -92,6 +96,7 @@ class Usage:
         self.sources = list(sources)
         self._functions: dict[str, list[Function]] = {}
         self._parameters: dict[tuple[str, int, int, bool], Use] = {}
+        self._fields = fields.Fields(self)
 
     def functions(self, name: str) -> list[Function]:
         """Every declaration and definition of a function in the run."""
@@ -130,13 +135,14 @@ class Usage:
     def pointer(self, source: Source, region: Span, name: str, depth: int = 0) -> Use:
         """What a region does with a pointer or accessor of that name."""
         use = Use.CONST
-        for start, end in _occurrences(source.code, region, name):
-            use = max(use, self._pointer_use(source, region, start, end, depth))
+        for start, end in occurrences(source.code, region, name):
+            use = max(use, self.pointer_use(source, region, start, end, depth))
             if use == Use.WRITTEN:
                 break
         return use
 
-    def _pointer_use(self, source: Source, region: Span, start: int, end: int, depth: int) -> Use:
+    def pointer_use(self, source: Source, region: Span, start: int, end: int, depth: int = 0) -> Use:
+        """What one use of a pointer or accessor, an expression from ``start`` to ``end``, does with it."""
         code = source.code
         before = lexical.back_over_space(code, start)
         at = end
@@ -146,7 +152,7 @@ class Usage:
             if close < 0:
                 return Use.UNKNOWN
             at, indexed = close + 1, True
-        star = code[before - 1 : before] == "*" and _is_unary(code, before - 1)
+        star = code[before - 1 : before] == "*" and is_unary(code, before - 1)
         if indexed or star:
             member = re.compile(r"(?:\s*\.\s*\w+)+(?!\s*\()").match(code, at)
             at = member.end() if member else at
@@ -159,6 +165,8 @@ class Usage:
             if indexed and self._bound(code, before, at):
                 return self.consumer(source, region, start, at, depth)
             return Use.CONST
+        if _STEP.match(code, end) or code[before - 2 : before] in ("++", "--"):
+            return Use.CONST  # it moves the pointer, and touches nothing
         return self.consumer(source, region, start, end, depth)
 
     def _bound(self, code: str, before: int, at: int) -> bool:
@@ -176,28 +184,34 @@ class Usage:
             if re.search(r"\bconst\b", cast[1]):
                 return Use.CONST
             return max(Use.READ, self.consumer(source, region, cast.start(), end, depth + 1))
-        left, right = _whole_sum(code, start, end)
-        before = lexical.back_over_space(code, left)
+        left, right = whole_sum(code, start, end)
         follows = lexical.skip_space(code, right)
-        char = code[before - 1 : before]
         if re.compile(r"(?:\.|->)\s*(?:size|stride)s?\b").match(code, follows):
             return Use.CONST
         if code[follows : follows + 1] == "[":
-            return self._pointer_use(source, region, left, right, depth + 1)
+            return self.pointer_use(source, region, left, right, depth + 1)
+        if code[follows : follows + 2] in ("==", "!=", "&&", "||") or code[follows : follows + 1] == "?":
+            return Use.CONST
+        choice = whole_choice(code, left, right)
+        if choice != (left, right):
+            return min(Use.UNKNOWN, self.consumer(source, region, *choice, depth + 1))  # only one of the two is taken
+        before = lexical.back_over_space(code, left)
+        follows = lexical.skip_space(code, right)
+        char = code[before - 1 : before]
         if char == "=" and code[before - 2 : before - 1] not in "=!<>+-*/":
             return self._assigned(source, region, before - 1, right, depth)
         if char in "(," or (char == "{" and code[follows : follows + 1] in ",}"):
             return self._passed(source, region, left, right, depth)
         if code[max(0, before - 6) : before].endswith("return"):
             return Use.UNKNOWN
-        if code[follows : follows + 2] in ("==", "!=", "&&", "||") or code[before - 2 : before] in ("==", "!=", "&&"):
-            return Use.CONST
-        return Use.CONST if code[follows : follows + 1] in "?" else Use.UNKNOWN
+        return Use.CONST if code[before - 2 : before] in ("==", "!=", "&&") else Use.UNKNOWN
 
     def _assigned(self, source: Source, region: Span, equals: int, end: int, depth: int) -> Use:
         declared = _DECLARED.search(source.code, max(0, equals - 300), equals + 1)
         if not declared:
-            return Use.UNKNOWN
+            member = fields.TARGET.search(source.code, max(0, equals - 120), equals + 1)
+            found = self._fields.use(member[1]) if member else None
+            return Use.UNKNOWN if found is None else max(Use.READ, found)
         kind, name = declared[1] or "", declared[2]
         if re.search(r"\bconst\b[^*]*\*", kind) or re.search(r"\bconst\s+auto\s*\*", kind):
             return Use.CONST
@@ -218,21 +232,27 @@ class Usage:
                 return Use.CONST
             return max(Use.READ, self.consumer(source, region, cast.start(), close + 1, depth + 1))
         if callee in _KEYWORDS or not callee:
-            if callee or source.code[lexical.back_over_space(source.code, paren) - 1] in "=(,*":
+            if callee or source.code[lexical.back_over_space(source.code, paren) - 1] in "=(,*&?:+-;{":
                 return self.consumer(source, region, paren, close + 1, depth + 1) if not callee else Use.CONST
             return Use.UNKNOWN
         if _WRITE_FIRST.fullmatch(callee):
             return Use.WRITTEN if index == 0 else Use.READ
+        if _READ_FIRST.fullmatch(callee):
+            return Use.CONST
+        if callee in ("Load", "Store") and index == 0:  # members of cub::BlockLoad and its kin
+            return Use.CONST if callee == "Load" else Use.WRITTEN
+        if cub := _CUB.match(callee):
+            return _cub(cub[1], index)
         if callee in ("std::copy", "std::move") and index < 2:
             return Use.CONST
         if "ccessor" in callee:
-            return max(Use.READ, self.consumer(source, region, _callee_start(source.code, paren), close + 1, depth + 1))
+            return max(Use.READ, self.consumer(source, region, callee_start(source.code, paren), close + 1, depth + 1))
         return self.parameter(callee, index, count, tensor=False)
 
     def tensor(self, source: Source, region: Span, name: str, depth: int = 0) -> Use:
         """What a region does with a tensor of that name."""
         use = Use.READ
-        for start, end in _occurrences(source.code, region, name):
+        for start, end in occurrences(source.code, region, name):
             use = max(use, self._tensor_use(source, region, start, end, depth))
             if use == Use.WRITTEN:
                 break
@@ -266,6 +286,9 @@ class Usage:
             return self._tensor_use(source, region, start, close + 1, depth + 1) if close > 0 else Use.UNKNOWN
         if re.compile(r"\s*[-+*/]=").match(code, end):
             return Use.WRITTEN
+        choice = whole_choice(code, start, end)
+        if choice != (start, end):
+            return min(Use.UNKNOWN, self._tensor_use(source, region, *choice, depth + 1))
         before = lexical.back_over_space(code, start)
         char = code[before - 1 : before]
         if char == "=" and code[before - 2 : before - 1] not in "=!<>":
@@ -274,16 +297,18 @@ class Usage:
                 return self.tensor(source, Span(end, region.end), declared[2], depth + 1)
             return Use.READ
         if char in "(,{" and code[at : at + 1] in ",)}":
-            return self._tensor_passed(source, start, depth)
+            return self._tensor_passed(source, region, start, depth)
         return Use.READ
 
-    def _tensor_passed(self, source: Source, start: int, depth: int) -> Use:
+    def _tensor_passed(self, source: Source, region: Span, start: int, depth: int) -> Use:
         call = enclosing_call(source.code, start)
         if call is None:
             return Use.READ
-        callee, index, count, _, _ = call
+        callee, index, count, paren, close = call
+        if not callee and count == 1 and source.code[lexical.back_over_space(source.code, paren) - 1] in "=(,;{?:":
+            return self._tensor_use(source, region, paren, close + 1, depth + 1)
         last = callee.rpartition("::")[2]
-        if not callee or callee in _KEYWORDS or last in _ASKS or last.isupper() or last[:1] == "k":
+        if not callee or callee in _KEYWORDS or last in _ASKS or last.isupper() or _CONSTANT.match(last):
             return Use.READ
         if callee.startswith(("at::", "torch::", "std::", "c10::")):
             if last in ("zero_", "fill_", "copy_") and index == 0:
@@ -295,67 +320,10 @@ class Usage:
         return self.parameter(callee, index, count, tensor=True)
 
 
-def _occurrences(code: str, region: Span, name: str) -> Iterator[tuple[int, int]]:
-    for match in re.compile(rf"(?<![\w.]){re.escape(name)}\b").finditer(code, region.start, region.end):
-        before = lexical.back_over_space(code, match.start())
-        if code[before - 2 : before] not in ("->", "::"):
-            yield match.start(), match.end()
-
-
-def _is_unary(code: str, star: int) -> bool:
-    """Whether a ``*`` dereferences, rather than multiplies or declares."""
-    before = lexical.back_over_space(code, star)
-    char = code[before - 1 : before]
-    return not (char.isalnum() or char in "_)]>") or code[max(0, before - 6) : before].endswith("return")
-
-
-def _whole_sum(code: str, start: int, end: int) -> tuple[int, int]:
-    """An expression with what is added to it: ``p + i * n``."""
-    at = lexical.skip_space(code, end)
-    if code[at : at + 1] in "+-" and code[at : at + 1] and code[at + 1 : at + 2] not in "=>+-":
-        depth = 0
-        for match in re.compile(r"[()\[\]{},;?<>=]").finditer(code, at, min(len(code), at + 400)):
-            char = match.group()
-            if char in "([{":
-                depth += 1
-            elif char in ")]}" and depth:
-                depth -= 1
-            elif not depth:
-                return start, lexical.back_over_space(code, match.start())
-    return start, end
-
-
-def enclosing_call(code: str, at: int) -> tuple[str, int, int, int, int] | None:
-    """The call in whose arguments an offset stands: callee, index, number of arguments, its two parentheses."""
-    depth = 0
-    low = max(0, at - 4000)
-    position = at - 1
-    while position >= low:
-        char = code[position]
-        if char in ")]}":
-            opened = lexical.opening(code, position)
-            if opened < 0:
-                return None
-            position = opened
-        elif char in "([{":
-            break
-        elif char == ";" and depth == 0:
-            return None
-        position -= 1
-    else:
-        return None
-    if code[position] != "(":
-        return None
-    close = lexical.closing(code, position)
-    if close < 0:
-        return None
-    spans = lexical.split(code, position + 1, close)
-    index = next((i for i, span in enumerate(spans) if span.start <= at < span.end), -1)
-    callee = _CALLEE.search(code, max(0, position - 400), position)
-    name = re.sub(r"\s", "", callee[1]) if callee else ""
-    return name, index, len(spans), position, close
-
-
-def _callee_start(code: str, paren: int) -> int:
-    callee = _CALLEE.search(code, max(0, paren - 400), paren)
-    return callee.start() if callee else paren
+def _cub(algorithm: str, index: int) -> Use:
+    """What ``cub::Device...`` does with its argument: scratch memory and its size come first, then data."""
+    if index < 2:
+        return Use.WRITTEN
+    if algorithm == "RadixSort":
+        return Use.CONST if index % 2 == 0 else Use.WRITTEN
+    return Use.CONST if index == 2 else Use.WRITTEN

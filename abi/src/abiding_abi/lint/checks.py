@@ -79,6 +79,8 @@ _SECOND_INDEX = re.compile(r"[\])]\s*(\[)")
 _OPERAND = re.compile(r"[\w)\]]\s*([-+*/])\s*((?:(?:at|torch)::)?[A-Za-z_]\w*)\s*(?=[.(])")
 _DEVICE = re.compile(r"device\s*\(\s*\)\s*\.\s*(is_(?!cuda\b|cpu\b)\w+|str|has_index|supports_\w+)\s*(?=\()")
 _INDEX = re.compile(r"\b([A-Za-z_]\w*)\s*(\[)")
+_VERSION = re.compile(r"\bTORCH_VERSION(?:_MAJOR|_MINOR|_PATCH)?\b")
+_DEFINES_VERSION = {"torch/headeronly/version.h", *(f"torch/csrc/stable/{n}.h" for n in ("library", "ops", "tensor"))}
 _ATOMIC = re.compile(
     r"(?<!::)\bgpuAtomic(?:Add|AddNoReturn|Max|Min|Mul)\b|\bfastAtomicAdd\b|\bfastSpecializedAtomicAdd\b"
 )
@@ -265,6 +267,17 @@ def atomic_add(context: Context) -> Iterator[Hit]:
             yield match.start(), match.end(), ""
 
 
+def torch_version(context: Context) -> Iterator[Hit]:
+    """Macros of torch's version, unless a header of the stable API defines them here."""
+    if "TORCH_VERSION" not in context.code:
+        return
+    included = {line.path for source in context.project.closure(context.source) for line in source.includes}
+    if included & _DEFINES_VERSION:
+        return
+    for match in _VERSION.finditer(context.code):
+        yield match.start(), match.end(), ""
+
+
 def kernel_loop(context: Context) -> Iterator[Hit]:
     """ATen's loop macro, unless the project defines its own."""
     for match in _LOOP.finditer(context.code):
@@ -347,6 +360,7 @@ CHECKS: dict[str, Checker] = {
     "tensor_arithmetic": tensor_arithmetic,
     "zeros_like_strides": zeros_like_strides,
     "atomic_add": atomic_add,
+    "torch_version": torch_version,
     "kernel_loop": kernel_loop,
     "pybind_name": pybind_name,
     "streamed": streamed,

@@ -47,13 +47,15 @@ HANDLERS: dict[str, Handler] = {
 PASSES = frozenset((*HANDLERS, "includes", "using", "widen"))
 """Names that a rule's ``edit`` may have."""
 
+_OPTIONS = ("FUN001", "FUN002", "FUN003", "FUN004", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")
 _CODE_PASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("registration", ("REG",)),
     ("checks", ("CHK",)),
     ("types", (*(f"TYP00{n}" for n in range(1, 10)), "TYP01", "TYP029", "TYP030", "TYP031", "MET005", "MET006")),
     ("accessors", ("MET031", "MET032", "TYP021", "TYP022")),
     ("data pointers", ("MET001", "MET003")),
-    ("options", ("FUN001", "FUN002", "FUN003", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")),
+    ("options", (*_OPTIONS, "MET024")),
+    ("options kept", _OPTIONS),
     ("members", ("MET",)),
     ("functions", ("FUN", "TYP", "ABI")),
     ("dispatch", ("DIS",)),
@@ -114,6 +116,7 @@ class Migration:
     def stage(self, name: str, prefixes: tuple[str, ...], only: Sequence[str]) -> None:
         """Run one pass over every file."""
         usage = Usage(self.project, self.sources)
+        self.shared.stage = name
         changed: list[Source] = []
         for index, source in enumerate(self.sources):
             work = Work(self.project, source, self.shared, usage)
@@ -169,10 +172,10 @@ class Migration:
             source = self.sources[index]
             work = Work(self.project, source, self.shared, usage)
             hits = scan(work)
-            left = [h for h in hits if h.level == "unstable" and not isinstance(h.match, Include)]
+            left = any(h.level == "unstable" and not isinstance(h.match, Include) and not _by_include(h) for h in hits)
             needs = os.path.abspath(source.path) in users
             touched = bool(self.results[index].stages)
-            edits, open_ = includes.includes(work, hits, bool(left), touched, needs)
+            edits, open_ = includes.includes(work, hits, left, touched, needs)
             if only:
                 edits = [edit for edit in edits if edit.rule.startswith(tuple(only))]
             self.sources[index] = self._apply(index, "includes", source, edits)
@@ -221,6 +224,11 @@ def _answer(work: Work, hit: Hit) -> Edit | Iterable[Edit] | str | None:
     ):
         return simple.rename(work, hit)
     return f"use {hit.rule.stable}" if hit.rule.stable != "none" else "no stable form"
+
+
+def _by_include(hit: Hit) -> bool:
+    """Whether another header is all that the place needs."""
+    return hit.rule.edit == "includes"
 
 
 _UNPARSED = "this did not parse, and is left alone"

@@ -13,6 +13,8 @@ from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.simple import named, rename, whole_line
 from abiding_abi.migrate.work import Answer, Handler, Work
+from abiding_abi.rules import Method
+from abiding_abi.wrappers import NAMES
 
 _STABLE = "torch::stable::"
 _DTYPE = re.compile(r"torch::headeronly::ScalarType|(?:\.|->)(?:scalar_type|dtype)\(\)\Z|\bCppTypeToScalarType\b")
@@ -96,7 +98,7 @@ def _device(work: Work, spans: list[Span]) -> tuple[str | Span, ...]:
 def _variable(work: Work, name: str, at: int, depth: int) -> Options | None:
     """A variable that holds options, a dtype or a tensor's options."""
     region = work.tensors.function_at(at)
-    if region is None:
+    if region is None or _assigned_again(work, name, Span(*region)):
         return None
     found: re.Match[str] | None = None
     for match in _DECLARATION.finditer(work.code, region[0], at):
@@ -116,8 +118,16 @@ def _variable(work: Work, name: str, at: int, depth: int) -> Options | None:
     return changed(inner, variable=name, declared=found.start()) if inner else None
 
 
+def _assigned_again(work: Work, name: str, region: Span) -> bool:
+    """Whether a variable of options gets other ones later, so that its declaration does not say what it holds."""
+    assigned = re.compile(rf"(?:^|[;{{}}])\s*{re.escape(name)}\s*=(?!=)").search(work.code, *region)
+    return bool(assigned)
+
+
 def factory(work: Work, hit: Hit) -> Answer:
     """empty, zeros, ones, full, the _like ones and the new_ members."""
+    if work.shared.stage == "options kept":
+        return kept(work, hit)
     name = hit.name.rpartition("::")[2]
     member = name.startswith("new_")
     if name in ("options", "TensorOptions", "dtype", "device", "layout", "requires_grad", "pinned_memory"):
@@ -223,14 +233,57 @@ def declarations(work: Work) -> list[Edit]:
         end = work.code.find(";", declared)
         if region is None or end < 0:
             continue
-        uses = len(re.findall(rf"\b{re.escape(name)}\b", work.code[end : region[1]]))
-        if uses == count:
+        pattern = rf"\b{re.escape(name)}\b"
+        uses = len(re.findall(pattern, work.code[end : region[1]]))
+        in_macro = any(re.search(pattern, work.code[start:stop]) for _, start, stop in work.source.defines)
+        if uses == count and not in_macro:
             edits.append(replace(*whole_line(work, declared, end + 1), rule="TYP025"))
     return edits
 
 
+def kept(work: Work, hit: Hit) -> Answer:
+    """Options that stay a value of their own, and the calls that get it: through the header of wrappers."""
+    name = hit.name.rpartition("::")[2]
+    if name == "options":
+        return wrapped.member(work, hit, name)
+    if name == "__dtype" or name not in NAMES | {"layout", "requires_grad", "pinned_memory"}:
+        return f"{name} has no wrapper"
+    if name in ("layout", "requires_grad", "pinned_memory"):
+        return replace(hit.start, hit.end, f"{wrapped.NAMESPACE}::TensorOptions().{name}", rule=hit.rule.code)
+    if name in ("TensorOptions", "dtype", "device"):
+        return replace(hit.start, hit.end, f"{wrapped.NAMESPACE}::{name}", rule=hit.rule.code)
+    read = work.call(hit.end)
+    if not read or len(read[0]) > (4 if name in ("full", "new_full", "full_like", "from_blob") else 3):
+        return "more arguments than sizes and options"
+    if name == "from_blob" and any(re.match(r"\[|.*(?:delete|free)", work.plain(span)) for span in read[0][2:]):
+        return "a deleter needs torch 2.11: torch::stable::from_blob"
+    if any(re.match(r"(?:std::)?nullopt\b", work.plain(span)) for span in read[0]):
+        return "write dtype and device as options"
+    if isinstance(hit.match, Method):
+        return wrapped.member(work, hit, name)
+    return replace(hit.start, hit.end, f"{wrapped.NAMESPACE}::{name}", rule=hit.rule.code)
+
+
+_KEPT = re.compile(rf"\b{wrapped.NAMESPACE}\s*::\s*(?:TensorOptions|options|dtype|device)\b")
+
+
+def _is_kept(work: Work, span: Span) -> bool:
+    """Whether an argument is options that stayed a value."""
+    text = work.plain(span)
+    if _KEPT.search(text):
+        return True
+    region = work.tensors.function_at(span.start)
+    name = re.escape(text)
+    typed, deduced = rf"TensorOptions\s*(?:const\s*)?&?\s*{name}\b", rf"\bauto\s*&?\s*{name}\s*=[^;]*{_KEPT.pattern}"
+    return (
+        text.isidentifier() and region is not None and bool(re.compile(f"{typed}|{deduced}").search(work.code, *region))
+    )
+
+
 def zeros_like(work: Work, hit: Hit) -> Answer:
     """``zeros_like(t)``: empty_like, then zero_, which keeps the strides."""
+    if work.shared.stage == "options kept":
+        return kept(work, hit)
     read = work.call(hit.end)
     if not read or len(read[0]) != 1:
         return "zeros_like with options changes the dtype: say whether the strides matter"
@@ -251,6 +304,8 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
 
 def from_blob(work: Work, hit: Hit) -> Answer:
     """``from_blob(pointer, {sizes}, options)``: the strides of a contiguous tensor are written out."""
+    if work.shared.stage == "options kept":
+        return kept(work, hit)
     read = work.call(hit.end)
     if not read or not 2 <= len(read[0]) <= 3:
         return "strides, device and dtype have to be said; a deleter needs torch 2.11"
@@ -288,6 +343,10 @@ def converted(work: Work, hit: Hit) -> Answer:
             _remember(work, options)
             parts = [f"{_STABLE}to({star}", target, ", ", *dtype, ", std::nullopt, ", *device, ")"]
             return replace(target.start, read[2], *parts, rule=hit.rule.code)
+    if work.shared.stage == "options":
+        return None
+    if read and read[0] and hit.name == "to" and _is_kept(work, read[0][0]):
+        return wrapped.member(work, hit, "to")
     return rename(work, hit)
 
 

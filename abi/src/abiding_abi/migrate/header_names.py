@@ -28,6 +28,7 @@ _TORCH = {
     "torch/headeronly/util/HeaderOnlyArrayRef.h": r"\b(?:Int)?HeaderOnlyArrayRef\b",
     "torch/headeronly/util/Exception.h": r"\bSTD_TORCH_CHECK\b",
     "torch/headeronly/macros/Macros.h": r"\bC10_(?!CUDA)\w+|\bCUDA_KERNEL_ASSERT\b",
+    "torch/headeronly/version.h": r"\bTORCH_VERSION(?:_MAJOR|_MINOR|_PATCH)?\b",
     "torch/headeronly/util/irange.h": r"torch::headeronly::irange\b",
     "torch/headeronly/cuda/Atomic.h": r"\bgpuAtomic\w+|\bfastAtomicAdd\b",
     "cuda_runtime.h": r"\bcuda(?:Stream_t|Get|Set|Mem|Malloc|Free|Device|Event|Func|Error|Success|Launch|Stream)\w*"

@@ -39,7 +39,10 @@ def library(work: Work, hit: Hit) -> Answer:
         return replace(hit.start, hit.end, "STABLE_TORCH_LIBRARY_IMPL", rule=hit.rule.code)
     if hit.name == "library_def":
         return _call(work, hit)
-    if hit.name in ("TORCH_FN", "TORCH_SELECTIVE_NAME", "TORCH_EXTENSION_NAME"):
+    if hit.name in ("TORCH_SELECTIVE_NAME", "TORCH_SELECTIVE_SCHEMA"):
+        read = work.call(hit.end)
+        return replace(hit.start, read[2], read[0][0], rule=hit.rule.code) if read and read[0] else "not a call"
+    if hit.name in ("TORCH_FN", "TORCH_EXTENSION_NAME"):
         inside = any(b.start <= hit.start < b.end for b in blocks(work.source))
         name = "TORCH_EXTENSION_NAME"
         return None if inside and hit.name != name else f"{hit.name} has no counterpart"
@@ -95,11 +98,13 @@ def _definition(work: Work, hit: Hit, block: Block, call: Call) -> Answer:
         made = operator(call.literal, found, work.usage, callee=function, pybind=False)
         if isinstance(made, str):
             return made
-        if made.notes or made.wrapper:
-            return made.notes[0] if made.notes else f"{function} needs a wrapper that widens its types"
+        if made.wrapper:
+            work.scratch.setdefault("widening", {}).setdefault(block.start, []).extend([*made.wrapper, ""])
+            function = made.function
         head = f'{block.variable}.def("{made.schema}")'
     else:
-        head = work.text[call.start : call.arguments[0].end] + ")"
+        opened = work.code.index("(", call.start)
+        head = work.text[call.start : opened + 1] + work.text[slice(*call.arguments[0])] + ")"
     return _move(work, hit, block, call, GENERIC, f'"{name.rpartition("::")[2]}"', function, head)
 
 
@@ -130,9 +135,15 @@ def moved_blocks(work: Work) -> list[Edit]:
             by_end[end].append(f"{head} {lines[0]} }}")
         else:
             by_end[end].append(work.newline.join([head, *(f"  {line}" for line in lines), "}"]))
-    return [
+    behind = [
         replace(end, end, *(2 * work.newline + text for text in texts), rule=rules[end])
         for end, texts in by_end.items()
+    ]
+    # In front of the line end before the block, whose own name another edit replaces.
+    wrappers = work.scratch.get("widening", {}).items()
+    return behind + [
+        replace(start - 1, start - 1, *(work.newline + line for line in lines[:-1]), work.newline, rule="REG004")
+        for start, lines in wrappers
     ]
 
 

@@ -91,6 +91,7 @@ def operator(
     needs_wrapper = wrap
     notes: list[str] = []
     letters: dict[str, str] = {}
+    open_: list[str] = []
     for index, parameter in enumerate(parameters):
         boxed = boxing.box(parameter.type)
         if boxed is None:
@@ -118,8 +119,13 @@ def operator(
                 letters[parameter.name] = marks[len(letters)]
                 kind = f"Tensor({letters[parameter.name]}!)" + kind[len("Tensor") :]
             elif use == Use.UNKNOWN and pybind:
-                notes.append(f"BOX005: does {function.name} write {parameter.name or label}? if so, mark it (a!)")
+                open_.append(parameter.name or label)
         parts.append(f"{kind} {label}" + (f"={default}" if default else ""))
+    if open_:
+        names = open_[0] if len(open_) == 1 else f"{', '.join(open_[:-1])} or {open_[-1]}"
+        notes.append(
+            f"BOX005: does {function.name} write {names}? mark each that it writes, ({marks[len(letters)]}!) on"
+        )
     result = boxing.box(function.result)
     if result is None:
         return f"the result {function.result} does not box"

@@ -31,6 +31,8 @@ class Shared:
     notes: list[str] = field(default_factory=list)
     """What a person has to do outside the sources, such as the build script."""
     namespace: str | None = None
+    stage: str = ""
+    """The kind of change that is being made."""
 
 
 class Work(Context):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from abiding_abi import wrappers
+from abiding_abi import lexical, wrappers
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import replace
@@ -17,8 +17,9 @@ from abiding_abi.source import Source
 
 OPERATORS = "operators"
 _SIGNS = frozenset(("+", "-", "*", "/", "+=", "-=", "*=", "/=", "==", "!=", "<", ">", "<=", ">="))
-_OTHERWISE = frozenset(("detail", "operators", "contiguous_format"))
-_USED = re.compile(rf"\b{wrappers.NAMESPACE}::(\w+)")
+_OTHERWISE = frozenset(("detail", "operators", "contiguous_format", "indexing"))
+NAMESPACE = wrappers.NAMESPACE
+_USED = re.compile(rf"\b{NAMESPACE}::(\w+)")
 
 
 def wrapped(work: Work, hit: Hit) -> Answer:
@@ -33,10 +34,30 @@ def wrapped(work: Work, hit: Hit) -> Answer:
     if name not in wrappers.NAMES or not name[:1].islower() or name in _OTHERWISE:
         return f"{name} has neither a stable function nor a wrapper"
     if isinstance(hit.match, Name):
-        return replace(hit.start, hit.end, f"{wrappers.NAMESPACE}::{name}", rule=hit.rule.code)
+        return replace(hit.start, hit.end, f"{NAMESPACE}::{name}", rule=hit.rule.code)
     if not isinstance(hit.match, Method):
         return f"use {hit.rule.stable}"
     return member(work, hit, name)
+
+
+def indexing(work: Work, hit: Hit) -> Answer:
+    """Names of torch::indexing; those that a using-declaration brought stay as they are."""
+    text = work.code[hit.start : hit.end]
+    if "::" not in text:
+        return None
+    path = "".join(text.split()).partition("indexing")[2]
+    return replace(hit.start, hit.end, f"{NAMESPACE}::indexing{path}", rule=hit.rule.code)
+
+
+_ITEMS = {"index": "get_item", "index_put_": "set_item"}
+
+
+def _by_item(work: Work, indices: Span) -> bool:
+    """Whether indices are more than a list of tensors, in which nothing stands for a whole dimension."""
+    if work.code[indices.start] != "{":
+        return "TensorIndex" in work.code and not work.plain(indices).endswith(")")
+    inner = lexical.split(work.code, indices.start + 1, indices.end - 1)
+    return any(work.tensors.infer(*span) != "tensor" for span in inner)
 
 
 def member(work: Work, hit: Hit, name: str) -> Answer:
@@ -44,8 +65,10 @@ def member(work: Work, hit: Hit, name: str) -> Answer:
     read = work.call(hit.end)
     if not read or work.template(hit.end):
         return "the call is not readable"
+    if name in _ITEMS and read[0] and _by_item(work, read[0][0]):
+        name = _ITEMS[name]
     target, star = work.receiver(hit.start)
-    parts: list[str | Span] = [f"{wrappers.NAMESPACE}::{name}({star}", target]
+    parts: list[str | Span] = [f"{NAMESPACE}::{name}({star}", target]
     if read[0]:
         parts += [", ", Span(read[0][0].start, read[0][-1].end)]
     return replace(target.start, read[2], *parts, ")", rule=hit.rule.code)
@@ -86,4 +109,4 @@ def text(path: Path, names: set[str]) -> str:
     return wrappers.header(sorted(names | kept))
 
 
-HANDLERS: dict[str, Handler] = {"wrappers": wrapped}
+HANDLERS: dict[str, Handler] = {"wrappers": wrapped, "indexing": indexing}

@@ -125,6 +125,16 @@ RULES = (
         after="auto a = torch::stable::matmul(t, u);\nauto b = torch::stable::empty_like(t);",
     ),
     Rule(
+        "FUN005",
+        "torch::indexing::Slice, None, Ellipsis, TensorIndex",
+        "abi_ops::indexing of the wrappers, with get_item and set_item",
+        (Name(("indexing", "indexing::*")),),
+        kind="context",
+        edit="indexing",
+        before="auto a = t.index({torch::indexing::Slice(), 0});",
+        after="",
+    ),
+    Rule(
         "FUN010",
         "at::elementSize(dtype)",
         "aoti_torch_dtype_element_size(to<int32_t>(from(dtype)))",

@@ -203,10 +203,9 @@ RULES = (
     Rule(
         "INC016",
         "<torch/version.h>, TORCH_VERSION_MAJOR",
-        "TORCH_FEATURE_VERSION >= TORCH_VERSION_2_xx_0, or aoti_torch_abi_version() at run time",
-        (Include(("torch/version.h", "torch/csrc/api/include/torch/version.h")),),
+        "<torch/headeronly/version.h>; at run time, aoti_torch_abi_version()",
+        (Include(("torch/version.h", "torch/csrc/api/include/torch/version.h"), ("torch/headeronly/version.h",)),),
         headers="2.9",
-        kind="decide",
         pitfall="What was chosen by the version of the build must now be right for every later release.",
         before=_include("torch/version.h"),
         after=_include("torch/headeronly/version.h"),

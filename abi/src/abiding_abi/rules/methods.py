@@ -327,7 +327,7 @@ RULES = (
     Rule(
         "MET044",
         "t.options()",
-        "explicit dtype and device, or new_empty(t, sizes)",
+        "dtype and device as arguments, or new_empty(t, sizes); else abi_ops::options(t)",
         (Method(("options",), distinct=True),),
         kind="context",
         edit="factories",

@@ -112,8 +112,8 @@ RULES = (
     ),
     Rule(
         "REG015",
-        "TORCH_FN, TORCH_SELECTIVE_NAME",
-        "TORCH_BOX(&f)",
+        "TORCH_FN, TORCH_SELECTIVE_NAME, TORCH_SELECTIVE_SCHEMA",
+        "TORCH_BOX(&f); the name or schema itself",
         (Macro(("TORCH_FN", "TORCH_SELECTIVE_NAME", "TORCH_SELECTIVE_SCHEMA", "TORCH_FN_TYPE")),),
         kind="context",
         edit="library",

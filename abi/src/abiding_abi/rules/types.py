@@ -1,6 +1,6 @@
 """Types."""
 
-from abiding_abi.rules.model import Check, Macro, Name, Rule
+from abiding_abi.rules.model import Check, Name, Rule
 
 _HERE = ("at", "c10")
 _SCALAR = "torch::headeronly::ScalarType::"
@@ -272,7 +272,7 @@ RULES = (
     Rule(
         "TYP025",
         "torch::TensorOptions, torch::dtype(..), torch::device(..)",
-        "dtype and device as arguments; new_empty(t, sizes) keeps both",
+        "dtype and device as arguments; else abi_ops::TensorOptions of the wrappers",
         (
             Name(("TensorOptions",)),
             Name(
@@ -281,9 +281,9 @@ RULES = (
                 spaces=("at", "torch"),
             ),
         ),
-        kind="decide",
+        kind="context",
         edit="factories",
-        pitfall="requires_grad in options is ignored, and so is pin_memory where it is not passed.",
+        pitfall="Results get requires_grad from autograd: options that ask for it are an error at run time.",
         before="auto a = torch::empty({n}, torch::dtype(torch::kFloat));",
         after="auto a = torch::stable::empty({n}, torch::headeronly::ScalarType::Float);",
     ),
@@ -358,11 +358,14 @@ RULES = (
     Rule(
         "TYP033",
         "TORCH_VERSION_MAJOR and other macros of torch's version",
-        "none",
-        (Macro(("TORCH_VERSION_MAJOR", "TORCH_VERSION_MINOR", "TORCH_VERSION_PATCH", "TORCH_VERSION")),),
-        kind="decide",
-        before="#if TORCH_VERSION_MAJOR >= 2\n#endif",
-        after="",
+        "the same name of torch/headeronly/version.h",
+        (Check("torch_version"),),
+        edit="includes",
+        why="The header that defines the macro is unstable; without it, #if takes the name for 0 and says nothing.",
+        pitfall="It is the version of the headers, which may be newer than the torch that the binary runs on: for that "
+        "ask aoti_torch_abi_version().",
+        before="#include <torch/version.h>\n#if TORCH_VERSION_MAJOR >= 2\n#endif",
+        after="#include <torch/headeronly/version.h>\n#if TORCH_VERSION_MAJOR >= 2\n#endif",
         scope="file",
     ),
 )

@@ -1,7 +1,7 @@
 """``wrappers``: a header of functions that the stable API lacks, each a call of the dispatcher by name and schema.
 
-``schemas.tsv`` is written by ``tools/make_wrappers.py``, which asks every torch release at hand for the schemas.
-``composed.h`` holds what needs more than one call. The header that is written has the functions asked for, and no
+``schemas.tsv`` is written by ``tools/make_wrappers.py``, which asks every torch release at hand for the schemas. The
+headers beside it hold what needs more than one call. The header that is written has the functions asked for, and no
 more: copy it into the project.
 """
 
@@ -18,6 +18,7 @@ from abiding_abi.errors import UserError
 
 HEADER_NAME = "abi_ops.h"
 NAMESPACE = "abi_ops"
+_COMPOSED = ("composed.h", "options.h", "indexing.h")
 
 _TYPES = {
     "Tensor": "const Tensor&",
@@ -205,7 +206,7 @@ def operators() -> tuple[Operator, ...]:
 @cache
 def composed() -> dict[str, tuple[tuple[str, ...], str]]:
     """Functions of composed.h: what they use, and their code."""
-    text = files(__package__).joinpath("composed.h").read_text(encoding="utf-8")
+    text = "".join(files(__package__).joinpath(name).read_text(encoding="utf-8") for name in _COMPOSED)
     found: dict[str, tuple[tuple[str, ...], str]] = {}
     for name, uses, code in re.findall(r"// function (\w+):(.*)\n((?:(?!// function ).*\n)*)", text):
         found[name] = (tuple(u.strip() for u in uses.split(",") if u.strip()), code.strip())

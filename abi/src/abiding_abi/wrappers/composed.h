@@ -116,48 +116,6 @@ inline Tensor sub_(const Tensor& self, Scalar other, Scalar alpha = 1) {
   return detail::store_(self, abi_ops::sub(self, other, alpha));
 }
 
-// function arange: cumsum
-/// 0, 1, ... end - 1 as int64, or as another dtype
-inline Tensor arange(
-    int64_t end, std::optional<ScalarType> dtype = std::nullopt, std::optional<Device> device = std::nullopt) {
-  STD_TORCH_CHECK(end >= 0, "arange: end is ", end, ", and must not be negative");
-  Tensor steps = torch::stable::full({end}, 1, ScalarType::Long, std::nullopt, device);
-  if (end > 0) {
-    Tensor first = torch::stable::narrow(steps, 0, 0, 1);
-    torch::stable::zero_(first);
-  }
-  Tensor counted = abi_ops::cumsum(steps, 0, ScalarType::Long);
-  return dtype && *dtype != ScalarType::Long ? torch::stable::to(counted, *dtype) : counted;
-}
-
-// function zeros_like:
-/// Zeros with the strides that empty_like gives: those of a dense self are kept.
-inline Tensor zeros_like(const Tensor& self) {
-  Tensor made = torch::stable::empty_like(self);
-  return torch::stable::zero_(made);
-}
-
-// function ones_like:
-/// Ones with the strides that empty_like gives.
-inline Tensor ones_like(const Tensor& self) {
-  Tensor made = torch::stable::empty_like(self);
-  return torch::stable::fill_(made, 1);
-}
-
-// function full_like:
-/// The number, with the strides that empty_like gives. An int64 beyond 2^53 loses bits.
-inline Tensor full_like(const Tensor& self, double value) {
-  Tensor made = torch::stable::empty_like(self);
-  return torch::stable::fill_(made, value);
-}
-
-// function new_full:
-/// A tensor of this size full of a number, with self's dtype and device.
-inline Tensor new_full(const Tensor& self, IntArray size, double value) {
-  Tensor made = torch::stable::new_empty(self, size);
-  return torch::stable::fill_(made, value);
-}
-
 // function constant_pad_nd:
 /// aten::constant_pad_nd(Tensor self, SymInt[] pad, Scalar value=0) -> Tensor
 inline Tensor constant_pad_nd(const Tensor& self, IntArray pad, double value = 0) {
