@@ -30,9 +30,9 @@
 // registers, and then the SM may run one CTA of the GEMM where it has room for two; the other starts when a first one
 // ends, and the GEMM takes up to twice as long. So the kernels in front of a GEMM trigger by exiting, unless their grid
 // is small: at most one CTA of kSmallThreads threads per two SMs, for which the GEMM leaves registers
-// (Config::kSpareThreads). Such a gather triggers after its pdl_wait and such an activate at its start, so that the GEMM
-// is there and has its first weights when they end. For the same reason route does not trigger at its start: gather's
-// CTAs would settle among those of the layer before.
+// (Config::kSpareThreads). Such a gather triggers after its pdl_wait and such an activate at its start, so that the
+// GEMM is there and has its first weights when they end. For the same reason route does not trigger at its start:
+// gather's CTAs would settle among those of the layer before.
 #include "common/launch.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
