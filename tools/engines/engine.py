@@ -29,6 +29,7 @@ VARIANTS = {
     "spoilt": {"ABIDING_VLLM": "moe", "SEEDED_SPOIL": "1"},
 }
 BATCHES, LENGTHS = (1, 8, 64, 256), (2048, 8192)
+MOST_TOKENS = 8192  # of one step
 ROUNDS = 3
 
 
@@ -152,7 +153,7 @@ def main(arguments: argparse.Namespace) -> None:
         skip_tokenizer_init=True,
         seed=0,
         max_model_len=8704 if arguments.times else 2048,
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=MOST_TOKENS,
         max_num_seqs=max(BATCHES),
         gpu_memory_utilization=0.05,
         kv_cache_memory_bytes=(4 if arguments.times else 1) << 30,
@@ -208,7 +209,8 @@ def main(arguments: argparse.Namespace) -> None:
     save()
 
     def decode(batch: int, steps: int) -> dict[str, Any]:
-        times, wall = recorder.forwards_ms(lambda: generate(prompts(batch, 128), steps))
+        length = min(128, MOST_TOKENS // batch)  # all prompts in one step, so that all sequences end in the same one
+        times, wall = recorder.forwards_ms(lambda: generate(prompts(batch, length), steps))
         steady = sorted(times[1:])  # without the prefill
         row = {"forward_ms": steady[len(steady) // 2], "wall_ms_per_step": wall / steps, "replays": recorder.replays}
         if recorder.graph is not None:
