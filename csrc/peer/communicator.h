@@ -63,7 +63,8 @@ struct Communicator {
 using Handle = int64_t;
 
 // Each binary has both; the registry is the CPU binary's. acquire() returns null for a handle that is stale, was
-// never given out, or belongs to a process that this one was forked from; release() frees the communicator when the last reference to it goes, and then may raise.
+// never given out, or belongs to a process that this one was forked from; release() frees the communicator when the
+// last reference to it goes, and then may raise.
 Communicator* acquire(Handle handle);
 void release(Communicator* communicator);
 

@@ -1,5 +1,5 @@
-// Ctrl-C and other signals while a call waits. A call runs without the GIL, and Python runs the handlers of signals only
-// in its main thread and between two of its own instructions: without this, not before the wait has ended.
+// Ctrl-C and other signals while a call waits. A call runs without the GIL, and Python runs the handlers of signals
+// only in its main thread and between two of its own instructions: without this, not before the wait has ended.
 #pragma once
 
 #include <sys/syscall.h>

@@ -6,7 +6,7 @@
 
 namespace abiding::peer {
 
-// Guards all tables. fork() takes it, so that a child never inherits it locked by a thread that the child does not have.
+// Guards all tables. fork() takes it, so that a child never inherits it locked by a thread that it does not have.
 std::mutex& tables_mutex();
 
 // How many forks lie between this process and the one that loaded the binary. What was made at another count belongs to
