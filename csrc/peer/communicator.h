@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "peer/interrupt.h"
 #include "peer/protocol.h"
 
 namespace abiding::peer {
@@ -20,13 +21,15 @@ struct MemoryBackend {
   bool is_cuda;
   // Zeroed, on the current device. Writes kMemoryHandleBytes to `memory_handle`.
   void* (*allocate)(int64_t bytes, uint8_t* memory_handle);
-  void* (*open)(const uint8_t* memory_handle);
+  void* (*open)(const uint8_t* memory_handle, int64_t* bytes);  // leaves `bytes` as it is where it cannot be known
   void (*close)(void* opened);
   void (*free)(void* allocated);
   void (*clear)(void* at, int64_t bytes);  // zeroes; synchronous
   FaultRecord* (*new_record)();            // zeroed host memory that kernels can write
   void (*free_record)(FaultRecord*);
-  void (*send_probes)(const struct Communicator&);          // writes rank + 1 to its probe word on every rank
+  void (*send_probes)(const struct Communicator&);  // writes rank + 1 to its probe word on every rank
+  // Tells the other ranks that this one has closed (kClosed) or stopped waiting (kInterrupted).
+  void (*announce)(const struct Communicator&, Fault fault);
   void (*read)(void* to, const void* from, int64_t bytes);  // from a workspace, after queued work; synchronous
 };
 
@@ -39,6 +42,7 @@ struct Communicator {
   int max_ctas = kMaxCtas;
   int64_t one_shot_bytes = -1;  // up to this size an all-reduce is one-shot, the same on all ranks; -1: the default
   std::vector<std::shared_ptr<void>> buffers;  // keeps the workspaces mapped
+  uint32_t forks = 0;                          // of the process that it belongs to; see peer/tables.h
   std::atomic<int> references{1};              // the registry's and those of calls; see CommunicatorRef
 
   Peers peers() const {
@@ -58,13 +62,15 @@ struct Communicator {
 // A communicator's index and generation, never an address, so that a stale handle is refused.
 using Handle = int64_t;
 
-// Each binary has both; the registry is the CPU binary's. acquire() returns null for a handle that is stale or was
-// never given out; release() frees the communicator when the last reference to it goes, and then may raise.
+// Each binary has both; the registry is the CPU binary's. acquire() returns null for a handle that is stale, was
+// never given out, or belongs to a process that this one was forked from; release() frees the communicator when the
+// last reference to it goes, and then may raise.
 Communicator* acquire(Handle handle);
 void release(Communicator* communicator);
 
 [[noreturn]] inline void refuse(const char* op, const char* argument, Handle handle) {
-  fail(op, argument, " is ", handle, "; expected the handle of a communicator that is open in this process");
+  fail(op, argument, " is ", handle,
+       "; expected the handle of a communicator that is open in this process (a fork needs its own)");
 }
 
 // A call's reference to its communicator. Invariant: while one exists, the communicator, its record and its workspaces
@@ -98,10 +104,11 @@ const MemoryBackend* cuda_memory_backend();  // null: the CUDA binary is not loa
 
 }  // namespace abiding::peer
 
-// Exported by the CPU binary. The Python loader hands the first two to the CUDA binary, and the CUDA binary's
-// MemoryBackend to the third.
+// Exported by the CPU binary. The Python loader hands the first two to the CUDA binary, the CUDA binary's MemoryBackend
+// to the third, and Python's functions to the last.
 extern "C" {
 __attribute__((visibility("default"))) abiding::peer::Communicator* abiding_peer_acquire(abiding::peer::Handle handle);
 __attribute__((visibility("default"))) void abiding_peer_release(abiding::peer::Communicator* communicator);
 __attribute__((visibility("default"))) void abiding_peer_use_cuda(const abiding::peer::MemoryBackend* memory);
+__attribute__((visibility("default"))) void abiding_peer_use_python(const abiding::peer::Python* python);
 }

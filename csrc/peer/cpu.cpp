@@ -8,11 +8,11 @@
 #include <cerrno>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "peer/communicator.h"
+#include "peer/tables.h"
 
 namespace abiding::peer {
 namespace {
@@ -38,14 +38,9 @@ struct Mapping {
   int file;  // -1: memory of another process, or one that was opened
 };
 
-struct Mappings {
-  std::mutex mutex;
-  std::map<void*, Mapping> all;
-};
-
-// Never destroyed, as the registry.
-Mappings& mappings() {
-  static auto* const one = new Mappings;
+// By address. Never destroyed, as the registry; tables_mutex() must be held.
+std::map<void*, Mapping>& mappings() {
+  static auto* const one = new std::map<void*, Mapping>;
   return *one;
 }
 
@@ -58,24 +53,37 @@ struct File {
   int release() { return std::exchange(number, -1); }
 };
 
+// What an error of the operating system asks for.
+const char* remedy(int error) {
+  switch (error) {
+    case EMFILE: return "a free descriptor of this process: raise `ulimit -n`, or close some";
+    case ENFILE: return "a free descriptor of this host: raise fs.file-max";
+    case EPERM:
+    case EACCES:
+      return "processes of one user, and a sandbox (seccomp, LSM) that permits memfd_create and /proc/<pid>/fd";
+    case ENOSYS: return "a kernel and a sandbox that have memfd_create";
+    default: return "less, or more memory and address space for this process";
+  }
+}
+
 void* map(int file, int64_t bytes, bool own) {
   void* at = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, 0);
   check(at != MAP_FAILED, "peer", "size is ", bytes, " bytes, which cannot be mapped: ", std::strerror(errno),
-        "; expected that much address space");
-  std::lock_guard lock(mappings().mutex);
-  mappings().all[at] = {bytes, own ? file : -1};
+        "; expected ", remedy(errno));
+  std::lock_guard lock(tables_mutex());
+  mappings()[at] = {bytes, own ? file : -1};
   return at;
 }
 
 void unmap(void* at, bool own) {
   Mapping mapping;
   {
-    std::lock_guard lock(mappings().mutex);
-    const auto found = mappings().all.find(at);
-    check(found != mappings().all.end() && (found->second.file >= 0) == own, "peer", "pointer ", at,
+    std::lock_guard lock(tables_mutex());
+    const auto found = mappings().find(at);
+    check(found != mappings().end() && (found->second.file >= 0) == own, "peer", "pointer ", at,
           " is unknown; expected one that was ", own ? "allocated" : "opened", " here and not given back since");
     mapping = found->second;
-    mappings().all.erase(found);
+    mappings().erase(found);
   }
   munmap(at, static_cast<size_t>(mapping.bytes));
   if (own) ::close(mapping.file);
@@ -94,7 +102,8 @@ void* allocate(int64_t bytes, uint8_t* memory_handle) {
   const bool made = file.number >= 0 && ftruncate(file.number, bytes) == 0 &&
                     fcntl(file.number, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0 &&
                     fstat(file.number, &status) == 0;
-  check(made, "peer", "size is ", bytes, " bytes, which cannot be shared: ", std::strerror(errno), "; expected less");
+  check(made, "peer", "size is ", bytes, " bytes, which cannot be shared: ", std::strerror(errno), "; expected ",
+        remedy(errno));
   void* at = map(file.number, bytes, true);
   write_owner_pid(at, bytes);
   FileHandle name{};
@@ -107,7 +116,7 @@ void* allocate(int64_t bytes, uint8_t* memory_handle) {
   return at;
 }
 
-void* open(const uint8_t* memory_handle) {
+void* open(const uint8_t* memory_handle, int64_t* bytes) {
   FileHandle name;
   std::memcpy(&name, memory_handle, sizeof name);
   check(is_cpu_memory_handle(memory_handle), "peer",
@@ -117,9 +126,15 @@ void* open(const uint8_t* memory_handle) {
   const int error = errno;
   struct stat status{};
   check(file.number >= 0, "peer", "handle leads to ", path, ", which does not open: ", std::strerror(error),
-        "; expected a running process of this user and container");
+        "; expected ",
+        error == ENOENT ? "a running process of this container that has not freed the memory" : remedy(error));
   check(fstat(file.number, &status) == 0 && status.st_ino == name.inode && status.st_size == name.bytes, "peer",
         "handle leads to ", path, ", which is now another file; expected memory that its owner has not freed");
+  // Of any other file the owner could take pages away, which would end this process at its next access.
+  const int seals = fcntl(file.number, F_GET_SEALS);
+  check(seals >= 0 && (seals & F_SEAL_SHRINK), "peer", "handle leads to ", path,
+        ", which is not sealed; expected memory that was allocated here");
+  *bytes = name.bytes;
   return map(file.number, name.bytes, false);
 }
 
@@ -128,10 +143,10 @@ void free(void* allocated) { unmap(allocated, true); }
 
 void clear(void* at, int64_t bytes) {
   {
-    std::lock_guard lock(mappings().mutex);
-    const auto found = mappings().all.find(at);
+    std::lock_guard lock(tables_mutex());
+    const auto found = mappings().find(at);
     // MADV_REMOVE drops the pages, where memset would allocate those that were never touched.
-    if (found != mappings().all.end() && found->second.bytes == bytes &&
+    if (found != mappings().end() && found->second.bytes == bytes &&
         madvise(at, static_cast<size_t>(bytes), MADV_REMOVE) == 0) {
       if (found->second.file >= 0) write_owner_pid(at, bytes);
       return;
@@ -147,6 +162,18 @@ void send_probes(const Communicator& c) {
   for (int r = 0; r < c.ranks; ++r)
     __atomic_store_n(&reinterpret_cast<Header*>(c.workspaces[r])->probes[c.rank], static_cast<uint32_t>(c.rank) + 1,
                      __ATOMIC_RELAXED);
+}
+
+void announce(const Communicator& c, Fault fault) {
+  const auto header = [&](int rank) { return reinterpret_cast<Header*>(c.workspaces[rank]); };
+  // Not poison: a rank may close as soon as it has sent its words, which others have yet to read. They look here while
+  // they wait for this rank's words, and then once more for the words.
+  if (fault == Fault::kClosed) return __atomic_store_n(&header(c.rank)->departed, 1, __ATOMIC_RELEASE);
+  for (int r = 0; r < c.ranks; ++r) {
+    uint32_t none = 0;
+    __atomic_compare_exchange_n(&header(r)->poison, &none, poison_word(fault, c.rank, c.rank), false, __ATOMIC_RELAXED,
+                                __ATOMIC_RELAXED);
+  }
 }
 
 void read(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
@@ -165,6 +192,7 @@ const MemoryBackend& cpu_memory_backend() {
     m.new_record = new_record;
     m.free_record = free_record;
     m.send_probes = send_probes;
+    m.announce = announce;
     m.read = read;
     return m;
   }();

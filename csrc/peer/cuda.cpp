@@ -32,14 +32,19 @@ void* allocate(int64_t bytes, uint8_t* memory_handle) {
   const RelaxedCapture relaxed;
   void* memory = nullptr;
   STD_CUDA_CHECK(cudaMalloc(&memory, static_cast<size_t>(bytes)));
-  clear(memory, bytes);
-  cudaIpcMemHandle_t ipc;
-  STD_CUDA_CHECK(cudaIpcGetMemHandle(&ipc, memory));
-  std::memcpy(memory_handle, &ipc, sizeof ipc);
+  try {
+    clear(memory, bytes);
+    cudaIpcMemHandle_t ipc;
+    STD_CUDA_CHECK(cudaIpcGetMemHandle(&ipc, memory));
+    std::memcpy(memory_handle, &ipc, sizeof ipc);
+  } catch (...) {
+    cudaFree(memory);
+    throw;
+  }
   return memory;
 }
 
-void* open(const uint8_t* memory_handle) {
+void* open(const uint8_t* memory_handle, int64_t*) {
   cudaIpcMemHandle_t ipc;
   std::memcpy(&ipc, memory_handle, sizeof ipc);
   void* memory = nullptr;
@@ -71,6 +76,20 @@ void send_probes(const Communicator& communicator) {
   STD_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
+// On a stream of its own: other streams hold kernels that wait for ranks.
+void announce(const Communicator& communicator, Fault fault) {
+  const RelaxedCapture relaxed;
+  cudaStream_t stream = nullptr;
+  STD_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const uint32_t poison = poison_word(fault, communicator.rank, communicator.rank);
+  cudaError_t error = cudaSuccess;
+  for (int r = 0; r < communicator.ranks && error == cudaSuccess; ++r)
+    error = cudaMemcpyAsync(&header(communicator, r)->poison, &poison, sizeof poison, cudaMemcpyDefault, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  STD_CUDA_CHECK(error);
+}
+
 void read(void* to, const void* from, int64_t bytes) {
   STD_CUDA_CHECK(cudaDeviceSynchronize());
   STD_CUDA_CHECK(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault));
@@ -96,6 +115,7 @@ const MemoryBackend* cuda_memory_backend() {
     m.new_record = new_record;
     m.free_record = free_record;
     m.send_probes = send_probes;
+    m.announce = announce;
     m.read = read;
     return m;
   }();

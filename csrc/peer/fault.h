@@ -21,6 +21,8 @@ inline const char* fault_words(uint32_t fault) {
     case Fault::kTimeout: return " did not send in time";
     case Fault::kConcurrent: return " made two calls at once";
     case Fault::kGone: return " is gone";
+    case Fault::kClosed: return " has closed";
+    case Fault::kInterrupted: return " was interrupted";
     case Fault::kNone: break;
   }
   return " stopped";
@@ -45,7 +47,9 @@ inline std::string describe(uint32_t poison, const FaultRecord* record) {
   if (record)
     text << " in " << op_name(record->op) << ", epoch " << record->epoch << ", after "
          << static_cast<double>(record->waited_ns) * 1e-9 << " s";
-  text << "); reset() it on every rank";
+  const auto fault = static_cast<Fault>(fault_of(poison));
+  const bool left = fault == Fault::kGone || fault == Fault::kClosed;
+  text << "); " << (left ? "close it, and make one of the ranks that are left" : "reset() it on every rank");
   return text.str();
 }
 

@@ -2,37 +2,20 @@
 // ranks share goes through an `Access`, so that tests can put another one in.
 #pragma once
 
-#include <fcntl.h>
 #include <sched.h>
 #include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstdio>
 #include <cstring>
 
 #include "common/dtypes.h"
 #include "peer/host_sum.h"
+#include "peer/interrupt.h"
+#include "peer/process.h"
 #include "peer/protocol.h"
 
 namespace abiding::peer {
-
-// Whether a process has ended. Until its parent waits for it, a process that has ended is still listed, as a zombie.
-inline bool has_ended(uint32_t pid) {
-  if (pid == 0) return false;
-  char path[32], text[512];
-  std::snprintf(path, sizeof path, "/proc/%u/stat", pid);
-  const int file = open(path, O_RDONLY | O_CLOEXEC);
-  if (file < 0) return errno == ENOENT;
-  const ssize_t size = read(file, text, sizeof text - 1);
-  close(file);
-  if (size <= 0) return true;
-  text[size] = 0;
-  const char* name_end = std::strrchr(text, ')');  // the last one: the name may hold any character
-  return name_end && name_end[1] && (name_end[2] == 'Z' || name_end[2] == 'X');
-}
 
 // Host memory. No aligned word is torn, which is all that the protocol needs.
 struct HostAccess {
@@ -71,7 +54,9 @@ struct HostAccess {
       if (waited_ns() > timeout_ns) return Fault::kTimeout;
       if (now - checked_ > 10'000'000) {
         checked_ = now;
+        if (load(&source.departed)) return Fault::kClosed;
         if (has_ended(load(&source.pid))) return Fault::kGone;
+        if (poll_interrupt()) return Fault::kInterrupted;
       }
       if (now - since_ < 2'000'000) {
         sched_yield();
@@ -173,7 +158,8 @@ class HostCallScope {
       uint32_t poison = Access::load(&header(0)->poison);
       // The words are read once more before `source` is blamed: its process may have ended after it had sent them, or
       // this one may have been suspended.
-      if (poison == 0 && fault != Fault::kNone) poison = poison_word(fault, source, peers_.rank);
+      if (poison == 0 && fault != Fault::kNone)
+        poison = poison_word(fault, fault == Fault::kInterrupted ? peers_.rank : source, peers_.rank);
       if (poison != 0) return report_fault(poison, wait.waited_ns());
       fault = wait.pause(*sender, peers_.timeout_ns);
     } while (!read(from, words, count));

@@ -1,11 +1,11 @@
 // The operators that make, steer and end a communicator, which every collective takes by its handle.
 #include <map>
-#include <mutex>
 #include <tuple>
 #include <utility>
 
 #include "common/registration.h"
 #include "peer/fault.h"
+#include "peer/tables.h"
 
 namespace abiding::peer {
 namespace {
@@ -20,9 +20,12 @@ const MemoryBackend& require_cuda_memory_backend(const char* op) {
 struct Buffer {
   const MemoryBackend* memory;
   void* address;
+  int64_t bytes;  // -1: unknown, as that of CUDA memory of another process
   bool opened;
+  uint32_t forks = peer::forks();
 
-  Buffer(const MemoryBackend* memory, void* address, bool opened) : memory(memory), address(address), opened(opened) {}
+  Buffer(const MemoryBackend* memory, void* address, int64_t bytes, bool opened)
+      : memory(memory), address(address), bytes(bytes), opened(opened) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() {
@@ -33,6 +36,7 @@ struct Buffer {
   }
   void give_back() {
     void* at = std::exchange(address, nullptr);
+    if (memory->is_cuda && forks != peer::forks()) return;  // the memory of the process that this one was forked from
     if (at) opened ? memory->close(at) : memory->free(at);
   }
 };
@@ -40,17 +44,17 @@ struct Buffer {
 // The buffers that callers hold, by address.
 class Buffers {
  public:
-  int64_t add(const MemoryBackend& memory, void* address, bool opened) {
+  int64_t add(const MemoryBackend& memory, void* address, int64_t bytes, bool opened) {
     const auto key = reinterpret_cast<int64_t>(address);
-    auto buffer = std::make_shared<Buffer>(&memory, address, opened);
-    std::lock_guard lock(mutex_);
+    auto buffer = std::make_shared<Buffer>(&memory, address, bytes, opened);
+    std::lock_guard lock(tables_mutex());
     all_[key].swap(buffer);
     return key;
   }
 
-  // Null: an address of the caller's own.
+  // Null: not the address of memory that was allocated or opened here, and not given back since.
   std::shared_ptr<Buffer> find(int64_t ptr) {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(tables_mutex());
     const auto found = all_.find(ptr);
     return found == all_.end() ? nullptr : found->second;
   }
@@ -59,7 +63,7 @@ class Buffers {
   void remove(const char* op, int64_t ptr, bool opened) {
     std::shared_ptr<Buffer> buffer;
     {
-      std::lock_guard lock(mutex_);
+      std::lock_guard lock(tables_mutex());
       const auto found = all_.find(ptr);
       check(found != all_.end() && found->second->opened == opened, op, "ptr is ", ptr, "; expected what ",
             opened ? "open_mem_handle" : "allocate_shared_buffer_and_handle", " returned, once");
@@ -70,7 +74,6 @@ class Buffers {
   }
 
  private:
-  std::mutex mutex_;
   std::map<int64_t, std::shared_ptr<Buffer>> all_;
 };
 
@@ -86,7 +89,7 @@ std::tuple<int64_t, Tensor> allocate(const char* op, const MemoryBackend& memory
   check(size > 0, op, "size is ", size, "; expected a number of bytes, 1 or more");
   Tensor handle = torch::stable::empty({kMemoryHandleBytes}, torch::headeronly::ScalarType::Byte);
   void* allocated = memory.allocate(size, static_cast<uint8_t*>(handle.mutable_data_ptr()));
-  return {buffers().add(memory, allocated, false), handle};
+  return {buffers().add(memory, allocated, size, false), handle};
 }
 
 std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
@@ -105,7 +108,9 @@ int64_t open_mem_handle(const Tensor& mem_handle) {
         kMemoryHandleBytes, "]");
   const auto* bytes = static_cast<const uint8_t*>(mem_handle.const_data_ptr());
   const MemoryBackend& memory = is_cpu_memory_handle(bytes) ? cpu_memory_backend() : require_cuda_memory_backend(op);
-  return buffers().add(memory, memory.open(bytes), true);
+  int64_t size = -1;
+  void* const opened = memory.open(bytes, &size);
+  return buffers().add(memory, opened, size, true);
 }
 
 void close_mem_handle(int64_t ptr) { buffers().remove("close_mem_handle", ptr, true); }
@@ -124,20 +129,40 @@ int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& ra
   auto communicator = std::make_unique<Communicator>();
   communicator->rank = static_cast<int>(rank);
   communicator->ranks = static_cast<int>(ranks);
-  for (int64_t r = 0; r < ranks; ++r) {
-    check(ipc_tensors[r] != 0, op, "ipc_tensors[", r, "] is 0; expected the address of a workspace");
-    communicator->workspaces[r] = reinterpret_cast<uint8_t*>(ipc_tensors[r]);
-    communicator->buffers.push_back(buffers().find(ipc_tensors[r]));
-  }
   communicator->memory = rank_data.is_cuda() ? &require_cuda_memory_backend(op) : &cpu_memory_backend();
+  for (int64_t r = 0; r < ranks; ++r) {
+    const auto buffer = buffers().find(ipc_tensors[r]);
+    check(buffer && buffer->memory == communicator->memory, op, "ipc_tensors[", r, "] is ", ipc_tensors[r],
+          "; expected the address of ", rank_data.is_cuda() ? "CUDA" : "host",
+          " memory, as rank_data is on, that was allocated or opened here");
+    check(buffer->bytes < 0 || buffer->bytes >= kWorkspaceBytes, op, "ipc_tensors[", r, "] has ", buffer->bytes,
+          " bytes; expected meta_size() or more, ", kWorkspaceBytes);
+    communicator->workspaces[r] = reinterpret_cast<uint8_t*>(ipc_tensors[r]);
+    communicator->buffers.push_back(buffer);
+  }
   // The workspace may have served another communicator.
   auto* own = reinterpret_cast<Header*>(communicator->workspaces[rank]);
-  communicator->memory->clear(&own->reporting, sizeof own->reporting);
+  communicator->memory->clear(&own->departed, sizeof own->departed + sizeof own->reporting);
   communicator->record = communicator->memory->new_record();
   return add(std::move(communicator));
 }
 
-void dispose(int64_t fa) { remove("dispose", "fa", fa); }
+void announce_closed(int64_t fa) {
+  const CommunicatorRef communicator("announce_closed", "fa", fa);
+  communicator->memory->announce(*communicator, Fault::kClosed);
+}
+void announce_interrupted(int64_t fa) {
+  const CommunicatorRef communicator("announce_interrupted", "fa", fa);
+  communicator->memory->announce(*communicator, Fault::kInterrupted);
+}
+
+void dispose(int64_t fa) {
+  if (Communicator* communicator = acquire(fa)) {
+    if (!communicator->memory->is_cuda) communicator->memory->announce(*communicator, Fault::kClosed);
+    release(communicator);
+  }
+  remove("dispose", "fa", fa);
+}
 
 // Messages are never sent from a caller's own memory, so there is nothing to register. Engines call these all the same.
 void register_buffer(int64_t fa, const std::vector<int64_t>& ipc_tensors) {
@@ -234,6 +259,8 @@ ABIDING_KERNELS(abiding_custom_ar, CPU, peer, m) {
 // Its kernels run on the host on behalf of a tensor on the GPU, so the CUDA binary need not have it.
 ABIDING_KERNELS(abiding_custom_ar, CUDA, peer, m) { m.impl("init_custom_ar", ABIDING_BOX(init_custom_ar)); }
 ABIDING_KERNELS(abiding_custom_ar, CompositeExplicitAutograd, peer, m) {
+  m.impl("announce_closed", ABIDING_BOX(announce_closed));
+  m.impl("announce_interrupted", ABIDING_BOX(announce_interrupted));
   m.impl("dispose", ABIDING_BOX(dispose));
   m.impl("meta_size", ABIDING_BOX(meta_size));
   m.impl("register_buffer", ABIDING_BOX(register_buffer));

@@ -70,7 +70,9 @@ enum class Fault : uint32_t {
   kNone,
   kTimeout,     // `rank` did not send in time
   kConcurrent,  // `rank` made two calls at once on one communicator
-  kGone         // the process of `rank` has ended
+  kGone,        // the process of `rank` has ended
+  kClosed,      // `rank` has closed its communicator
+  kInterrupted  // a signal's handler raised while `rank` waited
 };
 
 // What a rank that stops writes to all ranks; never 0. It packs the fault, the culprit and the rank that found it.
@@ -98,6 +100,7 @@ constexpr uint32_t kClaimed = ~0u;  // a claim, while a call holds it
 struct Header {
   uint32_t poison;             // a poison_word from any rank; 0: none
   uint32_t pid;                // the owner's process, where the workspace is host memory; 0: unknown
+  uint32_t departed;           // not 0 once the owner has closed, where the workspace is host memory
   uint32_t reporting;          // not 0 once a thread of the owner's kernels writes its record
   uint32_t probes[kMaxRanks];  // rank r shows here that its writes arrive
   // Per channel and CTA, written by the owner alone: the current epoch; and a claim, which is equal to the epoch

@@ -1,8 +1,10 @@
 // The registry of communicators, which both binaries share.
-#include <mutex>
+#include <pthread.h>
+
 #include <utility>
 
 #include "peer/communicator.h"
+#include "peer/tables.h"
 
 namespace abiding::peer {
 namespace {
@@ -14,10 +16,9 @@ struct Entry {
 };
 
 struct Registry {
-  std::mutex mutex;
   std::vector<Entry> entries;
 
-  // Null: no open communicator has this handle. The mutex must be held.
+  // Null: no open communicator has this handle. tables_mutex() must be held.
   Entry* find(Handle handle) {
     const uint64_t index = static_cast<uint64_t>(handle) & 0xFFFFFFFF, generation = static_cast<uint64_t>(handle) >> 32;
     if (index >= entries.size() || entries[index].generation != generation) return nullptr;
@@ -31,12 +32,29 @@ Registry& registry() {
   return *one;
 }
 
+uint32_t fork_count = 0;
+
 }  // namespace
 
+std::mutex& tables_mutex() {
+  static auto* const mutex = [] {
+    static auto* const made = new std::mutex;
+    pthread_atfork([] { made->lock(); }, [] { made->unlock(); },
+                   [] {
+                     ++fork_count;
+                     made->unlock();
+                   });
+    return made;
+  }();
+  return *mutex;
+}
+
+uint32_t forks() { return fork_count; }
+
 Communicator* acquire(Handle handle) {
-  std::lock_guard lock(registry().mutex);
+  std::lock_guard lock(tables_mutex());
   const Entry* entry = registry().find(handle);
-  if (!entry) return nullptr;
+  if (!entry || entry->communicator->forks != forks()) return nullptr;
   entry->communicator->references.fetch_add(1, std::memory_order_relaxed);
   return entry->communicator;
 }
@@ -44,16 +62,18 @@ Communicator* acquire(Handle handle) {
 void release(Communicator* communicator) {
   if (communicator->references.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   const std::unique_ptr<Communicator> last(communicator);
-  last->memory->free_record(last->record);
+  // A forked process has no CUDA context to free the copy of a record in.
+  if (last->forks == forks() || !last->memory->is_cuda) last->memory->free_record(last->record);
 }
 
 Handle add(std::unique_ptr<Communicator> communicator) {
-  std::lock_guard lock(registry().mutex);
+  std::lock_guard lock(tables_mutex());
   std::vector<Entry>& entries = registry().entries;
   size_t index = 0;
   while (index < entries.size() && entries[index].communicator) ++index;
   if (index == entries.size()) entries.emplace_back();
   Entry& entry = entries[index];
+  communicator->forks = forks();
   entry.communicator = communicator.release();
   entry.generation = (entry.generation + 1) & 0x7FFFFFFF;
   if (entry.generation == 0) entry.generation = 1;  // so that no handle is a small number
@@ -63,7 +83,7 @@ Handle add(std::unique_ptr<Communicator> communicator) {
 void remove(const char* op, const char* argument, Handle handle) {
   Communicator* communicator = nullptr;
   {
-    std::lock_guard lock(registry().mutex);
+    std::lock_guard lock(tables_mutex());
     Entry* entry = registry().find(handle);
     if (!entry) refuse(op, argument, handle);
     communicator = std::exchange(entry->communicator, nullptr);
@@ -77,3 +97,4 @@ abiding::peer::Communicator* abiding_peer_acquire(abiding::peer::Handle handle) 
   return abiding::peer::acquire(handle);
 }
 void abiding_peer_release(abiding::peer::Communicator* communicator) { abiding::peer::release(communicator); }
+void abiding_peer_use_python(const abiding::peer::Python* python) { abiding::peer::python.store(python); }

@@ -16,6 +16,8 @@ ABIDING_SCHEMAS(abiding_custom_ar, peer, m) {
   // Ours.
   m.def("allocate_shared_memory_and_handle(int size) -> (int, Tensor)");
   m.def("close_mem_handle(int ptr) -> ()");
+  m.def("announce_closed(int fa) -> ()");
+  m.def("announce_interrupted(int fa) -> ()");
   m.def("configure(int fa, float timeout_s, int max_blocks, int one_shot_bytes=-1) -> ()");
   m.def("fault(int fa, bool look=False) -> int[]");
   m.def("fault_text(int fa, bool look=False) -> str");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Sequence
 from enum import IntEnum
@@ -44,9 +45,20 @@ class HostBarrier:
         Ranks may bring different numbers if some of them have timed out at this step before.
 
         Raises:
-            RuntimeError: a rank did not arrive in time, or its process has ended. The rank that raises also withdraws
-                its own arrival, so that no other rank proceeds as if it were still there.
+            RuntimeError: a rank did not arrive in time, has closed, or its process has ended. A rank that raises, by
+                Ctrl-C too, also withdraws its own arrival, so that no other rank proceeds as if it were still there.
         """
+        try:
+            return self._wait(step, number, timeout_s)
+        except BaseException:
+            self._write(step, -max(number, *self._read(step)))
+            raise
+
+    def leave(self) -> None:
+        """Arrive at ``CLOSING`` without a wait."""
+        self._write(Step.CLOSING, 1)
+
+    def _wait(self, step: Step, number: int, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
         next_process_poll = time.monotonic() + _PROCESS_POLL_S
         while True:
@@ -57,13 +69,16 @@ class HostBarrier:
                 return number
             now = time.monotonic()
             late = [rank for rank, theirs in enumerate(numbers) if theirs != number]
-            gone = [rank for rank in late if now > next_process_poll and has_ended(self._pids[rank])]
-            if gone or now > deadline:
-                self._write(step, -number)
+            closed = [rank for rank in late if self._read(Step.CLOSING)[rank] != 0]
+            # A rank that has ended is blamed first: others may have closed because of it.
+            if gone := [rank for rank in late if (closed or now > next_process_poll) and has_ended(self._pids[rank])]:
+                raise RuntimeError(f"{_named(gone)} gone")
+            if closed:
+                raise RuntimeError(f"{_named(closed, 'has', 'have')} closed")
+            if now > deadline:
                 # A rank that arrived and timed out earlier is blamed only if no other rank is missing.
                 missing = [rank for rank in late if -numbers[rank] < number] or late
-                blamed = f"{_named(gone)} gone" if gone else f"{_named(missing)} missing after {timeout_s:g} s"
-                raise RuntimeError(blamed)
+                raise RuntimeError(f"{_named(missing)} missing after {timeout_s:g} s")
             if now > next_process_poll:
                 next_process_poll = now + _PROCESS_POLL_S
             time.sleep(0.001)
@@ -76,13 +91,16 @@ class HostBarrier:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has ended, reaped by its parent or still a zombie."""
+    """Whether a process has ended, reaped by its parent or still a zombie. False where that cannot be looked up."""
     try:
+        os.kill(pid, 0)
         status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    except ProcessLookupError:
         return True
+    except OSError:
+        return False
     return status.rpartition(")")[2].split()[0] in "ZX"
 
 
-def _named(ranks: list[int]) -> str:
-    return f"ranks {', '.join(map(str, ranks))} are" if len(ranks) > 1 else f"rank {ranks[0]} is"
+def _named(ranks: list[int], one: str = "is", several: str = "are") -> str:
+    return f"ranks {', '.join(map(str, ranks))} {several}" if len(ranks) > 1 else f"rank {ranks[0]} {one}"

@@ -11,6 +11,19 @@ import torch
 
 OLDEST_TORCH = (2, 10)
 
+# What waits call to run the handlers of signals, in the order of csrc/peer/interrupt.h.
+_PYTHON_FUNCTIONS = (
+    "PyGILState_Ensure",
+    "PyGILState_Release",
+    "PyErr_CheckSignals",
+    "PyErr_Fetch",
+    "PyErr_Restore",
+    "Py_AddPendingCall",
+)
+_python_functions = (ctypes.c_void_p * len(_PYTHON_FUNCTIONS))(
+    *(ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value for name in _PYTHON_FUNCTIONS)
+)
+
 _cuda_reason: str | None = "abiding's binaries are not loaded."
 
 
@@ -52,6 +65,7 @@ def load() -> None:
         _load_once(cpu)
     except OSError as error:
         raise ImportError(f"abiding's binary {cpu} does not load here: {error}") from None
+    ctypes.CDLL(str(cpu)).abiding_peer_use_python(_python_functions)
     _cuda_reason = _load_cuda()
 
 

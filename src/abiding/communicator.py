@@ -12,10 +12,14 @@ number.
 from __future__ import annotations
 
 import contextlib
-import math
+import numbers
+import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal
 
@@ -26,13 +30,14 @@ from torch import Tensor
 from abiding import _api, _library
 from abiding._fakes import register_fake, writes_in_place
 from abiding._host_barrier import Step
-from abiding._peer_memory import PeerMemory, connect
+from abiding._peer_memory import PeerMemory, connect, own_tensors, refuse_to_copy
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _ops = torch.ops.abiding
 _PUBLIC_NAMES = {"input": "x"}
 _CLOSE_TIMEOUT_S = 10.0
+_MAX_TIMEOUT_S = 1e9  # of the operator configure()
 
 
 @dataclass(frozen=True)
@@ -97,16 +102,21 @@ class Communicator:
     After a fault (a timeout, or two concurrent calls) every call raises a RuntimeError that names the operator and the
     rank, until all ranks have called :meth:`reset`. Captured graphs stay valid across a reset.
 
+    A communicator belongs to the process that made it. In a fork every call raises, and closing it is local. Ctrl-C
+    (any signal's handler that raises) ends a wait within about a second, and stops the communicator on all ranks.
+    A rank that closes, or leaves ``with`` by an exception, ends the waits of the others: "rank 0 has closed".
+
     Args:
         group: the ranks, at most 16 for peer memory. Default: the default group, or this process alone where
             ``torch.distributed`` is not initialized.
         device: the device of the messages. Default: the current CUDA device if the group has an NCCL backend, or if
             the group has one rank and CUDA kernels are available; otherwise the CPU.
         max_bytes: larger messages go through ``torch.distributed``. Must be the same on all ranks.
-        timeout_s: how long a rank waits for another before the call is aborted with a fault.
+        timeout_s: how long a rank waits for another before the call is aborted with a fault; seconds, or a timedelta.
 
     Raises:
         ValueError: an argument is out of range or differs between ranks, or this process is not in the group.
+        TypeError: an argument is of another type; also later, if the communicator is copied, pickled or saved.
     """
 
     def __init__(
@@ -115,16 +125,24 @@ class Communicator:
         *,
         device: torch.device | str | None = None,
         max_bytes: int = 8 << 20,
-        timeout_s: float = 300.0,
+        timeout_s: float | timedelta = 300.0,
     ) -> None:
         alone = group is None and not (dist.is_available() and dist.is_initialized())
+        _check_group(group)
         self.group = group
         self.rank = 0 if alone else dist.get_rank(group)
         self.ranks = 1 if alone else dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("Communicator: this process is not in group; expected a group that it is a member of")
         self._start(_default_device(group, self.ranks) if device is None else device, max_bytes, timeout_s)
-        self._set_peer_memory(*connect(group, self.rank, self.ranks, self.device, max_bytes))
+        memory = PeerMemory(self.device)
+        try:
+            with own_tensors():
+                unavailable = connect(memory, group, self.rank, self.ranks, self.max_bytes, self.timeout_s)
+            self._set_peer_memory(memory if unavailable is None else None, unavailable)
+        except BaseException:  # Ctrl-C, say, or a rank that died
+            memory.release()
+            raise
 
     @classmethod
     def of_peer_memory(
@@ -134,30 +152,25 @@ class Communicator:
         self = cls.__new__(cls)
         self.group, self.rank, self.ranks = None, rank, ranks
         self._start(memory.device, max_bytes, timeout_s)
+        memory.configure(self.timeout_s)
         self._set_peer_memory(memory, None)
         return self
 
-    def _start(self, device: torch.device | str, max_bytes: int, timeout_s: float) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"Communicator: max_bytes is {max_bytes}; expected at least 0")
-        if not 0 < timeout_s < math.inf:
-            raise ValueError(f"Communicator: timeout_s is {timeout_s}; expected a positive number of seconds")
-        device = torch.device(device)
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"Communicator: device is {device}; expected cpu or cuda")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device, self.max_bytes, self.timeout_s = device, max_bytes, timeout_s
+    __reduce_ex__ = refuse_to_copy
+
+    def _start(self, device: torch.device | str, max_bytes: int, timeout_s: float | timedelta) -> None:
+        self.device = _checked_device(device)
+        self.max_bytes, self.timeout_s = _checked_max_bytes(max_bytes), _checked_timeout_s(timeout_s)
         self._closed, self._resets = False, 0
+        self._pid, self._forks = os.getpid(), _forks
         self._interrupted: str | None = None  # the error of a reset that not all ranks have finished
 
     def _set_peer_memory(self, memory: PeerMemory | None, unavailable: str | None) -> None:
         self._memory, self._unavailable = memory, unavailable
         self._handle = -1 if memory is None else memory.handle
-        with torch.inference_mode(False):
+        with own_tensors():
             self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
         if memory is not None:
-            memory.configure(self.timeout_s)
             self._finalizer = weakref.finalize(self, memory.release)
 
     # --- all-reduce ---------------------------------------------------------------------------------------------------
@@ -254,13 +267,17 @@ class Communicator:
 
     @property
     def state(self) -> Literal["ready", "stopped", "closed"]:
-        """``stopped`` after a fault, until :meth:`reset`. Does not wait for work that is still queued on the GPU."""
-        return "closed" if self._closed else "ready" if self.fault is None else "stopped"
+        """``stopped`` after a fault, until :meth:`reset`; ``closed`` in a fork, too. Does not wait for the GPU."""
+        if self._closed or self._is_fork():
+            return "closed"
+        return "ready" if self.fault is None else "stopped"
 
     @property
     def fault(self) -> str | None:
         """The text of the first fault, which names the operator and the rank; None if there was none."""
-        return None if self._closed or self._memory is None else self._memory.fault() or self._interrupted
+        if self._closed or self._memory is None or self._is_fork():
+            return None
+        return self._memory.fault() or self._interrupted
 
     def check(self) -> None:
         """Synchronize the device, which may take up to the timeout, and raise if any rank has reported a fault.
@@ -276,7 +293,8 @@ class Communicator:
         """Bring a stopped communicator back to ``ready``. Collective; harmless if there was no fault.
 
         Raises:
-            RuntimeError: a rank did not arrive within the timeout; the message names it. The call can be repeated.
+            RuntimeError: a rank did not arrive within twice the timeout, as long as two ranks' errors may lie apart, or
+                has closed or ended; the message names it. The call can be repeated.
         """
         self._check_open("reset")
         if self._memory is None:
@@ -284,7 +302,7 @@ class Communicator:
         self._synchronize()
         self._resets += 1
         try:
-            self._resets = self._memory.wait_at_barrier(Step.STOPPED, self._resets, self.timeout_s)
+            self._resets = self._memory.wait_at_barrier(Step.STOPPED, self._resets, 2 * self.timeout_s)
             self._memory.clear()
             self._interrupted = "abiding::reset: not all ranks have finished it; reset() on every rank again"
             self._memory.wait_at_barrier(Step.CLEARED, self._resets, self.timeout_s)
@@ -293,15 +311,34 @@ class Communicator:
             raise RuntimeError(f"abiding::reset: {error}; expected all {self.ranks} ranks to call it") from None
 
     def close(self) -> None:
-        """Free the peer memory once all ranks have called it, or after min(timeout_s, 10 s)."""
+        """Free the peer memory once all ranks have called it, or after min(timeout_s, 10 s). In a fork: at once."""
+        self._close(wait=True)
+
+    def _close(self, *, wait: bool) -> None:
         if self._closed:
             return
         self._closed = True
-        if self._memory is not None:
-            with contextlib.suppress(RuntimeError):
-                self._synchronize()
-                self._memory.wait_at_barrier(Step.CLOSING, 1, min(self.timeout_s, _CLOSE_TIMEOUT_S))
+        memory, limit = self._memory, min(self.timeout_s, _CLOSE_TIMEOUT_S)
+        if memory is None:
+            return
+        if self._is_fork():
             self._finalizer()
+        elif self.device.type == "cpu":
+            try:
+                memory.announce_closed()
+                if wait:
+                    with contextlib.suppress(RuntimeError):
+                        memory.wait_at_barrier(Step.CLOSING, 1, limit)
+            finally:
+                self._finalizer()
+        elif wait:
+            self._finalizer.detach()
+            memory.release_after_the_others(limit)
+        else:
+            self._finalizer.detach()
+            with contextlib.suppress(RuntimeError):
+                memory.announce_closed()
+            threading.Thread(target=memory.release_after_the_others, args=(limit,), daemon=True).start()
 
     def __enter__(self) -> Communicator:
         return self
@@ -309,7 +346,8 @@ class Communicator:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        """Close; without a wait for the other ranks if an exception leaves the block."""
+        self._close(wait=kind is None)
 
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.ranks}, {self.device}, {self.state})"
@@ -317,10 +355,100 @@ class Communicator:
     def _check_open(self, function: str) -> None:
         if self._closed:
             raise RuntimeError(f"abiding::{function}: communicator is closed; expected an open one")
+        if self._is_fork():
+            raise RuntimeError(
+                f"abiding::{function}: communicator belongs to rank {self.rank}'s process {self._pid}, of which this "
+                f"one, {os.getpid()}, is a fork; expected a Communicator that was made in this process"
+            )
+
+    def _is_fork(self) -> bool:
+        return self._forks != _forks
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type == "cpu":
+            return
+        # In a thread of its own: Ctrl-C would not end the wait of this one. The kernels end when they are told.
+        with ThreadPoolExecutor(1) as pool:
+            finished = pool.submit(torch.cuda.synchronize, self.device)
+            try:
+                finished.result()
+            except (KeyboardInterrupt, SystemExit):
+                if self._memory is not None:
+                    self._memory.announce_interrupted()
+                raise
+
+
+_forks = 0  # between this process and the one that imported this module; a compiled function can compare it
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def checked(function: str, comm: object) -> Communicator:
+    """Return a public function's argument ``comm``; TypeError unless it is a Communicator."""
+    if not isinstance(comm, Communicator):
+        raise TypeError(f"{function}: comm is a {type(comm).__name__}; expected a Communicator")
+    return comm
+
+
+def _check_group(group: object) -> None:
+    if group is None or (
+        dist.is_available() and (isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER)
+    ):
+        return
+    raise TypeError(
+        f"Communicator: group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, or None for the "
+        "default group"
+    )
+
+
+def _checked_timeout_s(timeout_s: object) -> float:
+    if isinstance(timeout_s, timedelta):
+        timeout_s = timeout_s.total_seconds()
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, numbers.Real):
+        raise TypeError(
+            f"Communicator: timeout_s is a {type(timeout_s).__name__}; expected a number of seconds, or a timedelta"
+        )
+    seconds = float(timeout_s)
+    if not 0 < seconds < _MAX_TIMEOUT_S:
+        raise ValueError(
+            f"Communicator: timeout_s is {seconds}; expected a positive number of seconds, less than {_MAX_TIMEOUT_S:g}"
+        )
+    return seconds
+
+
+def _checked_max_bytes(max_bytes: object) -> int:
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, numbers.Integral):
+        raise TypeError(
+            f"Communicator: max_bytes is a {type(max_bytes).__name__}; expected a number of bytes, such as 8 << 20"
+        )
+    if max_bytes < 0:
+        raise ValueError(f"Communicator: max_bytes is {max_bytes}; expected at least 0")
+    return int(max_bytes)
+
+
+def _checked_device(device: object) -> torch.device:
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        kind = ValueError if isinstance(device, (str, torch.device)) else TypeError
+        raise kind(f"Communicator: device is {device}; expected cpu or cuda")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        reason = _library.cuda_unavailable_reason() or "torch sees no GPU"
+        raise ValueError(f"Communicator: device is {found}; expected cpu, since {reason}")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"Communicator: device is {found}; expected one of {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
 
 
 def _without_grad(tensor: Tensor) -> Tensor:
@@ -329,8 +457,9 @@ def _without_grad(tensor: Tensor) -> Tensor:
 
 
 def _default_device(group: dist.ProcessGroup | None, ranks: int) -> torch.device:
-    has_nccl = ranks > 1 and "nccl" in dist.get_backend(group)
-    on_gpu = has_nccl or (ranks == 1 and _library.has_cuda_kernels() and torch.cuda.is_available())
+    # Not the backend's name: that of a group that was made without one is "undefined".
+    has_nccl = ranks > 1 and "cuda:nccl" in dist.get_backend_config(group).split(",")
+    on_gpu = (has_nccl or (ranks == 1 and _library.has_cuda_kernels())) and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from abiding._api import check_holds_its_values, check_shape
 from abiding._fakes import register_fake
-from abiding.communicator import Communicator
+from abiding.communicator import Communicator, checked
 
 _ops = torch.ops.abiding
 _PUBLIC_NAMES = {"input": "x", "weight_q": "wq", "weight_k": "wk"}
@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
         RuntimeError: the communicator has stopped or is closed; the message names the operator and the rank.
         TypeError, ValueError: an argument's dtype, device, shape or strides are not accepted.
     """
-    comm.check_device("rms_norm", "x", x)
+    checked("rms_norm", comm).check_device("rms_norm", "x", x)
     if comm.unavailable_reason is None:
         result: Tensor = comm.run("rms_norm", _PUBLIC_NAMES, _ops.reduce_rms.default, (x, weight), eps)
         return result
@@ -69,7 +69,7 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rms_norm`.
     """
-    comm.check_device("qk_norm", "qkv", qkv)
+    checked("qk_norm", comm).check_device("qk_norm", "qkv", qkv)
     if comm.unavailable_reason is None:
         op = _ops.reduce_rms_qk.default
         result: tuple[Tensor, Tensor] = comm.run("qk_norm", _PUBLIC_NAMES, op, (qkv, wq, wk), eps)

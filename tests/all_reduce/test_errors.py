@@ -88,7 +88,7 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
         for op, arguments, text in (
             (raw.init_custom_ar, ([], data, 0, True), "ipc_tensors has 0 entries; expected one for each of 1 to 16"),
             (raw.init_custom_ar, ([1] * 17, data, 0, True), "ipc_tensors has 17 entries"),
-            (raw.init_custom_ar, ([4096, 0], data, 0, True), r"ipc_tensors\[1\] is 0; expected the address"),
+            (raw.init_custom_ar, ([4096, 0], data, 0, True), r"ipc_tensors\[0\] is 4096; expected the address"),
             (raw.init_custom_ar, ([4096, 4096], data, 2, True), "rank is 2; expected 0 or more and less than 2"),
             (raw.init_custom_ar, ([4096, 4096], data, -1, True), "rank is -1"),
             (raw.register_buffer, (fa, [1]), "ipc_tensors has 1 entries; expected one for each of 2 ranks"),
