@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abiding_abi.migrate.cuda import HELPER, HELPER_LINES
+from abiding_abi.migrate.cuda import HELPERS
 from abiding_abi.rules import Rule
 
 LEGACY = "#include <torch/extension.h>\n"
@@ -18,7 +18,11 @@ STABLE = """#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <array>
 #include <stdexcept>
 """
-CUDA = "#include <torch/csrc/stable/c/shim.h>\n#include <torch/csrc/stable/macros.h>\n#include <cuda_runtime.h>\n"
+CUDA = """#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <cuda_runtime.h>
+#include <mutex>
+"""
 
 
 def before(rule: Rule) -> str:
@@ -33,8 +37,10 @@ def before(rule: Rule) -> str:
 def after(rule: Rule) -> str:
     """The same on the stable ABI."""
     head = STABLE + (CUDA if rule.cuda else "")
-    if HELPER in rule.after:
-        head += "\n".join(line for line in HELPER_LINES if not line.startswith("#")) + "\n"
+    for name, lines in HELPERS.items():
+        head += "".join(f"{line}\n" for line in lines) if name in rule.after else ""
+    if "abi_blas_handle" in rule.after:  # as cublas_v2.h has it, which not every toolkit brings
+        head = "typedef struct cublasContext* cublasHandle_t;\n" + head
     if rule.scope == "file":
         return head + rule.after + "\n"
     kind = "torch::stable::Tensor"

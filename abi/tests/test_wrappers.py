@@ -207,6 +207,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         functions.append(f"static Tensor {name}_(Tensor a, Tensor b) {{ return (a {sign} b) {sign} 2; }}")
         schemas.append(f'm.def("{name}(Tensor a, Tensor b) -> Tensor");')
         boxes.append(f'm.impl("{name}", TORCH_BOX(&{name}_));')
+    functions.append(
+        "static Tensor bits_(Tensor a, Tensor b) { a &= 6; a |= b; a ^= 1; return (~a & 7) | (b ^ a) ^ (a | 8); }"
+    )
+    schemas.append('m.def("bits(Tensor(a!) a, Tensor b) -> Tensor");')
+    boxes.append('m.impl("bits", TORCH_BOX(&bits_));')
     functions.append("static Tensor mixed_(Tensor a) { a += a; a *= 3; return 1.5 - -a / (2 * a) + (1 - a) / 4; }")
     schemas.append('m.def("mixed(Tensor(a!) a) -> Tensor");')
     boxes.append('m.impl("mixed", TORCH_BOX(&mixed_));')

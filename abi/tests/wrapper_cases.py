@@ -189,6 +189,13 @@ def mixed(a: torch.Tensor) -> torch.Tensor:
     return 1.5 - -a / (2 * a) + (1 - a) / 4
 
 
+def bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a &= 6
+    a |= b
+    a ^= 1
+    return (~a & 7) | (b ^ a) ^ (a | 8)
+
+
 def main() -> None:
     torch.ops.load_library(sys.argv[1])
     schemas: list[str] = json.loads(sys.argv[2])
@@ -226,6 +233,9 @@ def main() -> None:
             problems.append(compare(name, getattr(torch.ops.abi_ops_test, name), theirs, [a, b]))
     count += 1
     problems.append(compare("mixed", torch.ops.abi_ops_test.mixed, mixed, [X]))
+    for a, b in ((INTS, INTS.flip(0)), (INTS.byte(), INTS.flip(0).byte()), (MASK.int(), INTS.int())):
+        count += 1
+        problems.append(compare("bits", torch.ops.abi_ops_test.bits, bits, [a, b]))
     for name, theirs in COMPOSED.items():
         for a in (X, X.T.double(), X[None, None]):
             count += 1

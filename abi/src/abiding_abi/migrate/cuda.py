@@ -10,19 +10,48 @@ from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.work import Answer, Handler, Work
 
-HELPER = "abi_current_stream"
-HELPER_LINES = (
-    "#ifndef ABI_CURRENT_STREAM",
-    "#define ABI_CURRENT_STREAM",
-    "// torch's current stream of a device, by default of the current one, as at::cuda::getCurrentCUDAStream gives it.",
-    "static inline cudaStream_t abi_current_stream(int32_t device = -1) {",
-    "  if (device < 0) device = torch::stable::accelerator::getCurrentDeviceIndex();",
-    "  void* stream = nullptr;",
-    "  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));",
-    "  return static_cast<cudaStream_t>(stream);",
-    "}",
-    "#endif",
-)
+_STREAM, _BLAS, _PROPERTIES = "abi_current_stream", "abi_blas_handle", "abi_device_properties"
+HELPERS: dict[str, tuple[str, ...]] = {
+    _STREAM: (
+        "// torch's current stream of a device, by default of the current one.",
+        "static inline cudaStream_t abi_current_stream(int32_t device = -1) {",
+        "  if (device < 0) device = torch::stable::accelerator::getCurrentDeviceIndex();",
+        "  void* stream = nullptr;",
+        "  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));",
+        "  return static_cast<cudaStream_t>(stream);",
+        "}",
+    ),
+    _BLAS: (
+        "// torch's cuBLAS handle, with its workspace, for the current device and stream.",
+        "static inline cublasHandle_t abi_blas_handle() {",
+        "  void* handle = nullptr;",
+        "  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));",
+        "  return static_cast<cublasHandle_t>(handle);",
+        "}",
+    ),
+    _PROPERTIES: (
+        "// A device's properties, by default of the current one; asked for once, since that takes a millisecond.",
+        "static inline cudaDeviceProp* abi_device_properties(int32_t device = -1) {",
+        "  static cudaDeviceProp properties[64];",
+        "  static std::once_flag known[64];",
+        "  if (device < 0) device = torch::stable::accelerator::getCurrentDeviceIndex();",
+        '  STD_TORCH_CHECK(device < 64, "device ", device, " is beyond the 64 whose properties are kept");',
+        "  std::call_once(known[device], [device] {",
+        "    STD_CUDA_CHECK(cudaGetDeviceProperties(&properties[device], device));",
+        "  });",
+        "  return &properties[device];",
+        "}",
+    ),
+}
+"""Functions that a file gets where its code calls them, by name."""
+
+
+def helper_lines(name: str) -> list[str]:
+    """A helper's lines, which several headers may bring into one unit."""
+    guard = name.upper()
+    return [f"#ifndef {guard}", f"#define {guard}", *HELPERS[name], "#endif"]
+
+
 _GUARD = "torch::stable::accelerator::DeviceGuard"
 _STREAM_MEMBER = re.compile(r"\s*\.\s*(stream|synchronize)\s*\(\s*\)")
 
@@ -46,7 +75,7 @@ def streams(work: Work, hit: Hit) -> Answer:
         return "wait with cudaStreamSynchronize"
     else:
         edits += _members(work, hit, end)
-    edits.append(replace(hit.start, end, f"{HELPER}(", *argument, ")", rule=hit.rule.code))
+    edits.append(replace(hit.start, end, f"{_STREAM}(", *argument, ")", rule=hit.rule.code))
     return edits
 
 
@@ -142,6 +171,8 @@ def _index(work: Work, span: Span) -> list[str | Span] | None:
         target = lexical.receiver(code, member.start(1))
         if target == span.start:
             return [Span(span.start, member.start()), f"{member[1]}get_device_index()"]
+    if re.search(r"\bdevice_index\(\)\Z", text):
+        return [span]
     if re.fullmatch(r"\w+", text) and not re.search(rf"\bDevice\s+(?:const\s*)?&?\s*{text}\b", code):
         return [span]
     if re.fullmatch(r"\w+", text):
@@ -149,4 +180,28 @@ def _index(work: Work, span: Span) -> list[str | Span] | None:
     return None
 
 
-HANDLERS: dict[str, Handler] = {"streams": streams, "guards": guards}
+def blas_handle(work: Work, hit: Hit) -> Answer:
+    """The current cuBLAS handle."""
+    read = work.call(hit.end)
+    if not hit.name.endswith("BlasHandle") or not read or read[0]:
+        return "only the cuBLAS handle has a shim"
+    return replace(hit.start, read[2], f"{_BLAS}()", rule=hit.rule.code)
+
+
+def device_properties(work: Work, hit: Hit) -> Answer:
+    """A device's properties, or what is read of them."""
+    name = hit.name.rpartition("::")[2]
+    read = work.call(hit.end)
+    if not read or name not in ("getCurrentDeviceProperties", "getDeviceProperties", "warp_size"):
+        return "ask CUDA's runtime; without a driver it fails where torch answers 0"
+    argument: list[str | Span] = [read[0][0]] if read[0] else []
+    tail = ")->warpSize" if name == "warp_size" else ")"
+    return replace(hit.start, read[2], f"{_PROPERTIES}(", *argument, tail, rule=hit.rule.code)
+
+
+HANDLERS: dict[str, Handler] = {
+    "streams": streams,
+    "guards": guards,
+    "blas_handle": blas_handle,
+    "device_properties": device_properties,
+}

@@ -6,7 +6,7 @@ import os
 import re
 
 from abiding_abi.lint.engine import Hit
-from abiding_abi.migrate.cuda import HELPER, HELPER_LINES
+from abiding_abi.migrate.cuda import HELPERS, helper_lines
 from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.header_names import C_NAMES, needed
 from abiding_abi.migrate.simple import whole_line
@@ -31,12 +31,13 @@ def includes(
             open_.append((hit, "the file still uses pybind11"))
         else:
             legacy.append(hit)
-    helper = f"{HELPER}(" in work.code and "ABI_CURRENT_STREAM" not in work.code
+    helpers = [name for name in HELPERS if f"{name}(" in work.code and name.upper() not in work.code]
+    added = [line for name in helpers for line in helper_lines(name)]
     sources = work.project.closure(work.source)
     own_header = _wrapper_header(work) if wrappers else ""
-    if not legacy and not helper and not own_header and not (touched and _migrated(work)):
+    if not legacy and not added and not own_header and not (touched and _migrated(work)):
         return [], open_
-    code = work.code + ("\n".join(HELPER_LINES) if helper else "")
+    code = "\n".join([work.code, *added])
     kept = [header for hit in legacy for header in _same(hit)]
     present = {line.path for source in sources for line in source.includes}
     own = {line.path for line in work.source.includes}
@@ -49,7 +50,7 @@ def includes(
     ]
     if not legacy:
         wanted = [header for header in wanted if header not in present and header.startswith(("torch/", "cuda"))]
-    return [*_edits(work, legacy, wanted, helper, own_header)], open_
+    return [*_edits(work, legacy, wanted, added, own_header)], open_
 
 
 def _wrapper_header(work: Work) -> str:
@@ -83,7 +84,7 @@ def _migrated(work: Work) -> bool:
     )
 
 
-def _edits(work: Work, legacy: list[Hit], wanted: list[str], helper: bool, own: str) -> list[Edit]:
+def _edits(work: Work, legacy: list[Hit], wanted: list[str], added: list[str], own: str) -> list[Edit]:
     newline = work.newline
     written = [f"#include <{header}>" for header in wanted] + ([f'#include "{own}"'] if own else [])
     lines = newline.join(written)
@@ -101,9 +102,9 @@ def _edits(work: Work, legacy: list[Hit], wanted: list[str], helper: bool, own: 
     if not placed:
         at = _first_place(work)
         edits.append(replace(at, at, lines + newline, rule=legacy[0].rule.code if legacy else "INC001"))
-    if helper:
+    if added:
         at = _last_include(work)
-        edits.append(replace(at, at, newline + newline.join(HELPER_LINES) + newline, rule="CUD001"))
+        edits.append(replace(at, at, newline + newline.join(added) + newline, rule="CUD001"))
     return edits
 
 

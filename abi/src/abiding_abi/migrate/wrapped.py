@@ -16,7 +16,12 @@ from abiding_abi.rules import Method, Name
 from abiding_abi.source import Source
 
 OPERATORS = "operators"
-_SIGNS = frozenset(("+", "-", "*", "/", "+=", "-=", "*=", "/=", "==", "!=", "<", ">", "<=", ">="))
+_SIGNS = frozenset(
+    [
+        *("+", "-", "*", "/", "&", "|", "^", "~", "+=", "-=", "*=", "/=", "&=", "|=", "^="),
+        *("==", "!=", "<", ">", "<=", ">="),
+    ]
+)
 _OTHERWISE = frozenset(("detail", "operators", "contiguous_format", "indexing"))
 NAMESPACE = wrappers.NAMESPACE
 _USED = re.compile(rf"\b{NAMESPACE}::(\w+)")

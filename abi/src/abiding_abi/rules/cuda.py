@@ -56,16 +56,17 @@ RULES = (
         "at::cuda::getCurrentCUDABlasHandle()",
         "torch_get_current_cuda_blas_handle(&handle)",
         (Name(("cuda::getCurrentCUDABlasHandle", "cuda::getCurrentCUDABlasLtHandle")),),
-        kind="decide",
+        kind="context",
+        edit="blas_handle",
         cuda=True,
         pitfall="Workspace, stream and math mode are torch's.",
         before="auto a = at::cuda::getCurrentCUDABlasHandle();",
-        after="void* a = nullptr;\nTORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&a));",
+        after="auto a = abi_blas_handle();",
     ),
     Rule(
         "CUD005",
         "at::cuda::getCurrentDeviceProperties(), getDeviceProperties(i), warp_size",
-        "cudaDeviceGetAttribute, or a cached cudaGetDeviceProperties",
+        "cudaGetDeviceProperties, asked once: abi_device_properties(i)",
         (
             Name(
                 (
@@ -74,13 +75,14 @@ RULES = (
                 )
             ),
         ),
-        headers="2.9",
-        kind="decide",
+        headers="2.10",
+        kind="context",
+        edit="device_properties",
         cuda=True,
         pitfall="cudaGetDeviceProperties takes about a millisecond a call, and its struct differs between CUDA 12 "
         "and 13.",
         before="auto a = at::cuda::getCurrentDeviceProperties();",
-        after="int a = 0;\nSTD_CUDA_CHECK(cudaDeviceGetAttribute(&a, cudaDevAttrMultiProcessorCount, 0));",
+        after="auto a = abi_device_properties();",
     ),
     Rule(
         "CUD006",

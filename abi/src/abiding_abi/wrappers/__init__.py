@@ -47,7 +47,7 @@ _DEFAULTS = {"None": "std::nullopt", "True": "true", "False": "false", "[]": "{}
 _SCALARS = frozenset(
     [
         *("mul", "mul_", "div", "div_", "eq", "ne", "lt", "le", "gt", "ge", "pow", "remainder", "floor_divide"),
-        *("masked_fill", "masked_fill_", "where", "maximum", "minimum"),
+        *("masked_fill", "masked_fill_", "where", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"),
     ]
 )
 """Functions that also take a number in place of the last tensor."""

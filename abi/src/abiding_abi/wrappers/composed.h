@@ -122,6 +122,33 @@ inline Tensor constant_pad_nd(const Tensor& self, IntArray pad, double value = 0
   return torch::stable::pad(self, pad, "constant", value);
 }
 
+// function bitwise_and_: bitwise_and, store_
+/// self &= other
+inline Tensor bitwise_and_(const Tensor& self, const Tensor& other) {
+  return detail::store_(self, abi_ops::bitwise_and(self, other));
+}
+inline Tensor bitwise_and_(const Tensor& self, Scalar other) {
+  return detail::store_(self, abi_ops::bitwise_and(self, other));
+}
+
+// function bitwise_or_: bitwise_or, store_
+/// self |= other
+inline Tensor bitwise_or_(const Tensor& self, const Tensor& other) {
+  return detail::store_(self, abi_ops::bitwise_or(self, other));
+}
+inline Tensor bitwise_or_(const Tensor& self, Scalar other) {
+  return detail::store_(self, abi_ops::bitwise_or(self, other));
+}
+
+// function bitwise_xor_: bitwise_xor, store_
+/// self ^= other
+inline Tensor bitwise_xor_(const Tensor& self, const Tensor& other) {
+  return detail::store_(self, abi_ops::bitwise_xor(self, other));
+}
+inline Tensor bitwise_xor_(const Tensor& self, Scalar other) {
+  return detail::store_(self, abi_ops::bitwise_xor(self, other));
+}
+
 // function suggest_memory_format:
 /// The memory format that self's strides are in; contiguous where they would allow several.
 inline torch::headeronly::MemoryFormat suggest_memory_format(const Tensor& self) {
@@ -176,7 +203,7 @@ template <class T, bool OnCuda> struct Accumulate {
 /// The type in which many T are summed: on the CPU, double for float.
 template <class T, bool OnCuda> using acc_type = typename detail::Accumulate<T, OnCuda>::type;
 
-// function operators: add, sub, mul, div, neg, add_, sub_, mul_, div_, eq, ne, lt, le, gt, ge
+// function operators: add, sub, mul, div, neg, add_, sub_, mul_, div_, eq, ne, lt, le, gt, ge, bitwise_and, bitwise_or, bitwise_xor, bitwise_not, bitwise_and_, bitwise_or_, bitwise_xor_
 // In torch::stable, so that argument-dependent lookup finds them wherever a tensor is. A torch that declares its own
 // makes these ambiguous, at compile time: then leave them out.
 namespace torch::stable {
@@ -187,6 +214,9 @@ ABI_OPS_OPERATOR(+, add)
 ABI_OPS_OPERATOR(-, sub)
 ABI_OPS_OPERATOR(*, mul)
 ABI_OPS_OPERATOR(/, div)
+ABI_OPS_OPERATOR(&, bitwise_and)
+ABI_OPS_OPERATOR(|, bitwise_or)
+ABI_OPS_OPERATOR(^, bitwise_xor)
 ABI_OPS_OPERATOR(==, eq)
 ABI_OPS_OPERATOR(!=, ne)
 ABI_OPS_OPERATOR(<, lt)
@@ -199,6 +229,7 @@ inline Tensor operator-(abi_ops::Scalar a, const Tensor& b) { return abi_ops::su
 inline Tensor operator*(abi_ops::Scalar a, const Tensor& b) { return abi_ops::mul(a, b); }
 inline Tensor operator/(abi_ops::Scalar a, const Tensor& b) { return abi_ops::div(a, b); }
 inline Tensor operator-(const Tensor& a) { return abi_ops::neg(a); }
+inline Tensor operator~(const Tensor& a) { return abi_ops::bitwise_not(a); }
 
 #define ABI_OPS_ASSIGNMENT(sign, function)                                                                      \
   template <class T> const Tensor& operator sign(const Tensor& a, const T& b) {                                 \
@@ -209,5 +240,8 @@ ABI_OPS_ASSIGNMENT(+=, add_)
 ABI_OPS_ASSIGNMENT(-=, sub_)
 ABI_OPS_ASSIGNMENT(*=, mul_)
 ABI_OPS_ASSIGNMENT(/=, div_)
+ABI_OPS_ASSIGNMENT(&=, bitwise_and_)
+ABI_OPS_ASSIGNMENT(|=, bitwise_or_)
+ABI_OPS_ASSIGNMENT(^=, bitwise_xor_)
 #undef ABI_OPS_ASSIGNMENT
 } // namespace torch::stable
