@@ -63,6 +63,7 @@ endif
 
 docs: setup ## rewrite the README's tables and the plots from benchmarks/results
 	$(BIN)/abiding report
+	$(BIN)/python tools/engines/report.py docs
 
 clean: ## remove whatever was built, .venv too
 	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

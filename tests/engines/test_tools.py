@@ -72,6 +72,20 @@ def test_the_gate(
     assert "graph_ms: 8: 2.000 (1.00x)" in output
 
 
+def test_condensed_results_and_their_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools" / "engines")
+    report = tool("report")
+    for name, ours in (("stock", False), ("w8a16", True)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(name, 0.002, ours=ours)))
+    condensed = report.condense([tmp_path], "0123456789abcdef", skipped=["prefill 2048"])
+    row = condensed["models"][0]["variants"]["w8a16"]
+    assert row["decode"] == {"8": 2.0}
+    assert row["prefill"] == {}
+    assert row["kernels"] == {"decode 8": {"ours": 2, "all": 5}}
+    assert "| **abiding**, w8a16 | 2 (1.00)  |" in report.times_table(condensed)
+    assert "2 of 5" in report.equality_table(condensed)
+
+
 def fatbin(*entries: tuple[int, int, bytes]) -> bytes:
     body = b""
     for kind, architecture, payload in entries:
