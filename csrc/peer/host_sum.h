@@ -11,7 +11,7 @@
 
 namespace abiding::peer {
 
-// Conversions of 16-bit floats without branches, nor subnormal operands, which are slow. Every NaN becomes the same one,
+// Conversions of 16-bit floats without branches or subnormal operands, which are slow. Every NaN becomes the same one,
 // so that results do not depend on which NaN a processor keeps.
 struct Float16 {
   static constexpr uint32_t kNan = 0x7E00;

@@ -208,8 +208,8 @@ def composed() -> dict[str, tuple[tuple[str, ...], str]]:
     """Functions of composed.h: what they use, and their code."""
     text = "".join(files(__package__).joinpath(name).read_text(encoding="utf-8") for name in _COMPOSED)
     found: dict[str, tuple[tuple[str, ...], str]] = {}
-    for name, uses, code in re.findall(r"// function (\w+):(.*)\n((?:(?!// function ).*\n)*)", text):
-        found[name] = (tuple(u.strip() for u in uses.split(",") if u.strip()), code.strip())
+    for name, uses, code in re.findall(r"// function (\w+):((?:.*,\n//)*.*)\n((?:(?!// function ).*\n)*)", text):
+        found[name] = (tuple(use for u in uses.split(",") if (use := u.strip(" /\n"))), code.strip())
     return found
 
 

@@ -203,7 +203,8 @@ template <class T, bool OnCuda> struct Accumulate {
 /// The type in which many T are summed: on the CPU, double for float.
 template <class T, bool OnCuda> using acc_type = typename detail::Accumulate<T, OnCuda>::type;
 
-// function operators: add, sub, mul, div, neg, add_, sub_, mul_, div_, eq, ne, lt, le, gt, ge, bitwise_and, bitwise_or, bitwise_xor, bitwise_not, bitwise_and_, bitwise_or_, bitwise_xor_
+// function operators: add, sub, mul, div, neg, add_, sub_, mul_, div_, eq, ne, lt, le, gt, ge, bitwise_and,
+//   bitwise_or, bitwise_xor, bitwise_not, bitwise_and_, bitwise_or_, bitwise_xor_
 // In torch::stable, so that argument-dependent lookup finds them wherever a tensor is. A torch that declares its own
 // makes these ambiguous, at compile time: then leave them out.
 namespace torch::stable {

@@ -58,7 +58,8 @@ inline Tensor made(
   return to<Tensor>(stack[0]);
 }
 inline Tensor filled(Tensor made, Scalar value) {
-  return torch::stable::fill_(made, value.kind == Scalar::Kind::Float ? value.real : static_cast<double>(value.integer));
+  const double fill = value.kind == Scalar::Kind::Float ? value.real : static_cast<double>(value.integer);
+  return torch::stable::fill_(made, fill);
 }
 } // namespace detail
 
@@ -274,7 +275,8 @@ inline Tensor from_blob(void* data, IntArray sizes, const TensorOptions& options
 
 // function tensor: from_blob
 namespace detail {
-template <class T> inline Tensor of_values(const T* values, size_t count, IntArray sizes, const TensorOptions& options) {
+template <class T>
+inline Tensor of_values(const T* values, size_t count, IntArray sizes, const TensorOptions& options) {
   using Wide =
       std::conditional_t<std::is_same_v<T, bool>, bool, std::conditional_t<std::is_integral_v<T>, int64_t, double>>;
   ScalarType dtype = torch::headeronly::CppTypeToScalarType<T>::value;
