@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from abiding.testing.benchmarks import GROUPS, run
-from abiding.testing.benchmarks.report import full_table, of_op, plot, rewrite, summary
+from abiding.testing.benchmarks.report import full_table, headline, of_op, plot, plot_ratios, rewrite, summary
 from abiding.testing.results import CaseResult, Param, Results, validate
 from abiding.testing.timing import Roofline
 
@@ -172,6 +172,18 @@ def test_the_same_results_plot_to_the_same_file(suffix: str, results: Results, t
     plot(results, BENCHMARK, first)
     plot(results, BENCHMARK, second)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_headline_names_the_best_peer_of_each_card(results: Results, tmp_path: Path) -> None:
+    chosen = replace(results, cases=[*results.cases, case(256, 10.0, vllm=20.0, other=16.0)])
+    cells = [cell.strip() for cell in headline([chosen]).splitlines()[-1].split("|")[1:-1]]
+    job = "DeepSeek V4 MLA prologue, 64 heads, 256 tokens"
+    assert cells == [job, "10.0", "16.0", "other", "**0.62**", "NVIDIA H100 80GB HBM3"]
+    assert len(headline([results]).splitlines()) == 2, "no row without a peer's time"
+    paths = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for path in paths:
+        plot_ratios([chosen], path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.parametrize("overlaid", [False, True])

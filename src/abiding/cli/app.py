@@ -96,6 +96,10 @@ def report(
             typer.echo(f"Wrote {plot}")
         if members:
             _rewrite(targets, partial(reports.rewrite, group=group, results=members, benchmark=benchmark))
+    _rewrite(targets, lambda text: reports.fill(text, "results:headline", [reports.headline(found)]))
+    ratios = plots / "ratios.svg"
+    reports.plot_ratios(found, ratios)
+    typer.echo(f"Wrote {ratios}")
     profiled = [limits.to_markdown(one) for one in found if one.group == limits.GROUP]
     if profiled:
         _rewrite(targets, lambda text: reports.fill(text, limits.MARKER, profiled))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -106,6 +107,52 @@ def rewrite(text: str, group: str, results: Iterable[Results], benchmark: Benchm
     return text
 
 
+@dataclass(frozen=True)
+class Headline:
+    """A row of the README's table: one case of a job, chosen by its parameters."""
+
+    job: str
+    group: str
+    op: str
+    params: Mapping[str, object]
+
+    def at(self, size: str, **params: object) -> Headline:
+        return replace(self, job=f"{self.job}, {size}", params={**self.params, **params})
+
+    def cases(self, found: Iterable[Results]) -> Iterator[tuple[Results, CaseResult]]:
+        """The matching cases of all GPUs, L2-cold ones where there are both."""
+        for results in found:
+            if results.group == self.group:
+                cases = [case for case in results.cases if case.op == self.op and case.peers]
+                cases = [case for case in cases if self.params.items() <= case.params.items()]
+                cold = [case for case in cases if not case.l2_warm]
+                yield from ((results, case) for case in cold or cases)
+
+
+PROLOGUE = Headline("DeepSeek V4 MLA prologue, 64 heads", "mla_prologue", "qnorm_rope_kv_insert", {"heads": 64})
+ALL_REDUCE = Headline("all-reduce, CUDA graph", "multi_gpu", "graph", {})
+QK_NORM = Headline("MiniMax M2 QK norm, CUDA graph", "multi_gpu", "qk_norm graph", {})
+MOE = {"routing": "uniform"}
+MOE_M2 = Headline("MXFP8 MoE layer, MiniMax M2", "mxfp8_moe", "moe_w8a16", MOE | {"shape": "minimax-m2"})
+HEADLINES = (
+    PROLOGUE.at("256 tokens", tokens=256),
+    ALL_REDUCE.at("64 KiB", bytes=65536),
+    QK_NORM.at("64 tokens", tokens=64),
+    *(MOE_M2.at("1 token" if tokens == 1 else f"{tokens} tokens", tokens=tokens) for tokens in (1, 8, 100, 512, 8192)),
+)
+
+
+def headline(found: Iterable[Results]) -> str:
+    """The README's table: a row per job and card, with the best peer's time and the ratio to it."""
+    every, rows = list(found), []
+    for one in HEADLINES:
+        for results, case in one.cases(every):
+            best = min(case.peers, key=lambda name: case.peers[name])
+            ratio = f"**{case.us / case.peers[best]:.2f}**"
+            rows.append([one.job, _us(case.us), _us(case.peers[best]), best, ratio, results.gpu])
+    return table(["job", "Abiding, µs", "best peer, µs", "which", "ratio", "card"], rows)
+
+
 def fill(text: str, marker: str, parts: Iterable[str]) -> str:
     """`text` with the non-empty parts between `<!-- MARKER -->` and `<!-- /MARKER -->`."""
     body = "\n\n".join(filter(None, parts))
@@ -138,6 +185,37 @@ def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
     figure = pyplot.figure(layout="constrained")
     (_plot_overlaid if benchmark.overlaid else _plot_panels)(figure, rows, benchmark.axis)
     figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, {cases[0].cache_state}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def plot_ratios(found: Iterable[Results], path: Path) -> None:
+    """The README's plot: our time by the best peer's over size, a panel per job and a line per card or model."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "ratios"
+    from matplotlib import pyplot
+
+    every = list(found)
+    moe = Headline("MXFP8 MoE layer, w8a16", "mxfp8_moe", "moe_w8a16", MOE)
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
+    for panel, job, axis, name in zip(
+        panels, (PROLOGUE, ALL_REDUCE, moe), ("tokens", "bytes", "tokens"), ("", "", "shape"), strict=True
+    ):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for results, case in job.cases(every):
+            line = lines.setdefault(" ".join(filter(None, (str(case.params.get(name, "")), results.gpu))), [])
+            line.append((float(case.params[axis]), case.us / min(case.peers.values())))
+        for (label, points), style in zip(lines.items(), ("o-", "s--", "^-.", "v:", "D-"), strict=False):
+            panel.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        panel.axhline(1, color="gray")
+        panel.set(title=job.job, xscale="log", xlabel=axis, ylim=(0, 1.3))
+        panel.grid(alpha=0.3)
+        if lines:
+            panel.legend(fontsize="small")
+    panels[0].set_ylabel("our time / the best peer's")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
