@@ -57,6 +57,13 @@ def test_a_file_is_named_after_group_and_gpu_and_reads_back_equal(results: Resul
     ]
 
 
+def test_a_file_may_be_named(results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.json"
+    assert results.write(path) == path
+    assert Results.read(path) == results
+    assert results.write(tmp_path / "folder") == tmp_path / "folder" / results.file_name
+
+
 def test_cases_that_were_timed_again_have_their_commit(results: Results, tmp_path: Path) -> None:
     newer = replace(results, commit="d" * 40, date="2026-02-03", cases=[case(1, 1.2, op="other")])
     once = results.replaced(newer)

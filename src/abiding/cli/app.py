@@ -51,7 +51,9 @@ def bench(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help=f"Folder for the JSON file; of whole runs on a GPU {benchmarks.DEFAULT_OUTPUT} by default."),
+        typer.Option(
+            help=f"A .json file, or a folder for one; of whole runs on a GPU {benchmarks.DEFAULT_OUTPUT} by default."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes only.")] = False,
     op: Annotated[list[str] | None, typer.Option(help="Only this operator; repeatable.")] = None,

@@ -104,11 +104,15 @@ class Results:
         """`<group>-<gpu>.json`, with the GPU's name in lower case and without its vendor."""
         return f"{self.group}-{re.sub(r'[^a-z0-9]+', '-', self.gpu.lower().removeprefix('nvidia ')).strip('-')}.json"
 
-    def write(self, directory: Path) -> Path:
-        """Write the file into `directory`, which is created if missing; returns the path."""
+    def path_in(self, place: Path) -> Path:
+        """`place`, if that is a JSON file by its name; else the file of :attr:`file_name` in the folder `place`."""
+        return place if place.suffix == ".json" else place / self.file_name
+
+    def write(self, place: Path) -> Path:
+        """Write to :meth:`path_in` of `place`, whose folder is created if missing; returns the path."""
         validate(asdict(self))
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / self.file_name
+        path = self.path_in(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
         head = {key: value for key, value in asdict(self).items() if key != "cases"}
         cases = ",\n".join("    " + json.dumps(_written(case)) for case in self.cases)
         path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "cases": [\n{cases}\n  ]\n}}\n')

@@ -37,7 +37,7 @@ def run(
     Args:
         group: one of `GROUPS`.
         peers: the files that hold the peers' kernels, timed in the same run: shared libraries, for some groups wheels.
-        output: the folder to write the results to. By default a whole run on a GPU writes to `benchmarks/results` and
+        output: the folder, or the .json file, to write the results to. By default a whole run on a GPU writes to `benchmarks/results` and
             any other run writes nothing. If it holds results of this GPU, a run of some `ops` replaces only those.
         quick: time a few sizes only. On a CPU this is always so.
         ops: the operators to time, all by default.
@@ -58,7 +58,7 @@ def run(
     roofline = Roofline.measure(device)
     results = Results.begin(group, device, roofline, commit)
     say(f"{results.gpu}: copy {roofline.copy_gbps:.0f} GB/s, bf16 GEMM {roofline.matmul_tflops:.0f} TFLOP/s")
-    path = output / results.file_name if output is not None else None
+    path = results.path_in(output) if output is not None else None
     older = Results.read(path) if ops and path is not None and path.exists() else None
     settings = Settings(device, roofline, tuple(peers), quick or device.type == "cpu", tuple(ops) or benchmark.ops)
     for case in benchmark.measure(settings):
