@@ -37,8 +37,9 @@ def run(
     Args:
         group: one of `GROUPS`.
         peers: the files that hold the peers' kernels, timed in the same run: shared libraries, for some groups wheels.
-        output: the folder, or the .json file, to write the results to. By default a whole run on a GPU writes to `benchmarks/results` and
-            any other run writes nothing. If it holds results of this GPU, a run of some `ops` replaces only those.
+        output: the folder, or the .json file, to write the results to. By default a whole run on a GPU writes to
+            `benchmarks/results` and any other run writes nothing. If it holds results of this GPU, a run of some `ops`
+            replaces only those.
         quick: time a few sizes only. On a CPU this is always so.
         ops: the operators to time, all by default.
         commit: recorded in the results; that of the source tree by default.
