@@ -209,6 +209,7 @@ def _install(alias: Alias) -> str:
     expected = torch._C.parse_schema(alias.schema)
     found = _registered_schema(alias.name)
     served = [device for device in ("CPU", "CUDA") if device == "CPU" or abiding.has_cuda_kernels()]
+    kept: list[str] = []
     if found is None:
         _library(alias).define(alias.schema.partition("::")[2])
         found, done = expected, f"registered: {', '.join(served)}"
@@ -224,10 +225,10 @@ def _install(alias: Alias) -> str:
     # CompositeExplicitAutograd yields to any kernel that is registered for a device, and it is no Meta kernel: fake
     # tensors reach the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
     _library(alias).impl(name, kernel, "CompositeExplicitAutograd")
-    if "kept" not in done:
-        # Lazily negated and conjugated views get to Abiding's operators, which refuse them (csrc/common/schemas.h).
-        for key in ("Negative", "Conjugate"):
-            _library(alias).impl(name, kernel, key)
+    # Lazily negated and conjugated views get to Abiding's operators, which refuse them (csrc/common/schemas.h); but
+    # where a kernel of others is kept, it may take them.
+    for key in ("Negative", "Conjugate") if not kept else ():
+        _library(alias).impl(name, kernel, key)
     return done
 
 
