@@ -225,8 +225,8 @@ def _install(alias: Alias) -> str:
     # CompositeExplicitAutograd yields to any kernel that is registered for a device, and it is no Meta kernel: fake
     # tensors reach the fakes of Abiding's own operators, and vLLM can still register a fake of its own.
     _library(alias).impl(name, kernel, "CompositeExplicitAutograd")
-    # Lazily negated and conjugated views get to Abiding's operators, which refuse them (csrc/common/schemas.h), unless
-    # a kernel of others is kept, which may take them.
+    # Lazily negated and conjugated views get to Abiding's operators, which refuse them (csrc/common/schemas.h); but
+    # where a kernel of others is kept, it may take them.
     for key in ("Negative", "Conjugate") if not kept else ():
         _library(alias).impl(name, kernel, key)
     return done
