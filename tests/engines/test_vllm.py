@@ -36,3 +36,9 @@ def test_contracts_selection_and_undo(scenario: Callable[..., str]) -> None:
 def test_layers_through_vllm(scenario: Callable[..., str]) -> None:
     """vLLM's own modular kernel and linear registry call ours, on the CPU; values are those of a direct call."""
     scenario("layers_through_vllm")
+
+
+@pytest.mark.timeout(300)
+def test_every_quantization_method(scenario: Callable[..., str]) -> None:
+    """ModelOpt, compressed-tensors, online, and in newer releases Quark and INC, each constructed by its own class."""
+    scenario("every_quantization_method")

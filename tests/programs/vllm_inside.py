@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,30 @@ def layers_through_vllm() -> None:
             assert torch.equal(compiled(layer, x, b), out)
     torch.set_default_dtype(torch.float16)
     assert not Ours.can_implement(make_config(weight_shape=(96, hidden)) if told else make_config())[0]
+
+
+def every_quantization_method() -> None:
+    """All of vLLM's methods that load MXFP8 experts choose our class: each is constructed."""
+    register("moe")
+    given: dict[str, Any] = {
+        "moe": config(),
+        "moe_config": config(),
+        "layer": types.SimpleNamespace(moe_config=config()),
+        "quant_config": types.SimpleNamespace(is_checkpoint_mxfp8_serialized=True),
+    }
+    release, found = Path(sys.argv[1]), []
+    for path in sorted((release / "vllm" / "model_executor" / "layers" / "quantization").rglob("*.py")):
+        if "select_mxfp8_moe_backend(" not in path.read_text():
+            continue
+        module = importlib.import_module(".".join(path.relative_to(release).with_suffix("").parts))
+        classes = [one for one in vars(module).values() if inspect.isclass(one) and one.__module__ == module.__name__]
+        method: Any = next(one for one in classes if "select_mxfp8_moe_backend(" in inspect.getsource(one))
+        names = list(inspect.signature(method.__init__).parameters)[1:]
+        keys = ("weight_quant_key", "kMxfp8Static"), ("activation_quant_key", "kMxfp8Dynamic")
+        given |= {name: getattr(module, key, None) for name, key in keys}
+        assert method(**{name: given.get(name) for name in names}).experts_cls.__name__ == "AbidingMxfp8Experts", path
+        found.append(method.__name__)
+    assert len(found) >= 3, found
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_35", "_2_34", "_2_31", "
 SITE = (
     *("huggingface-hub>=1.31,<2", "tokenizers>=0.23.1,<0.24", "safetensors>=0.8", "regex", "pyyaml", "tqdm"),
     *("accelerate", "requests", "psutil", "pyzmq", "cloudpickle", "msgspec", "einops", "cachetools"),
+    "compressed-tensors",
 )
 KEPT = (".py", ".json", ".txt", "METADATA")
 
