@@ -151,21 +151,3 @@ def test_a_fork_cannot_speak_for_the_rank() -> None:
     for name, text in found.items():
         assert "RuntimeError: abiding::" in text, (name, text)
         assert f"communicator belongs to rank 0's process {pid}, of which this one" in text, (name, text)
-
-
-def makes_its_own(rank: int) -> None:
-    """Every fork makes communicators of its own, also while threads of its parent use theirs."""
-    with Communicator(device="cpu", timeout_s=20) as comm:
-        comm.all_reduce(torch.ones(3))
-
-        def alone() -> None:
-            memory = torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(4096)[0]
-            torch.ops.abiding_custom_ar.free_shared_buffer(memory)
-            torch.ops.abiding_custom_ar.dispose(comm._handle)
-
-        assert in_fork(alone) == "ok"
-        assert_bitwise_equal(comm.all_reduce(torch.ones(3)), torch.full((3,), 2.0))
-
-
-def test_a_fork_has_tables_of_its_own() -> None:
-    run_processes(makes_its_own, 2)
