@@ -25,6 +25,11 @@ def difference(a: list[Any], b: list[Any]) -> tuple[float, float]:
     return statistics.fmean(abs(x[0] - y[0]) for x, y in pairs), statistics.fmean(x[1] == y[1] for x, y in pairs)
 
 
+def kernels_of_ours(kernels: dict[str, Any]) -> tuple[float, float]:
+    """How many of a graph's kernels are ours, and how many there are."""
+    return sum(count for key, (count, _) in kernels.items() if "abiding" in key), sum(n for n, _ in kernels.values())
+
+
 def median(rows: list[dict[str, Any]], kind: str, size: str, name: str) -> float | None:
     values = [row[kind][size][name] for row in rows if name in row[kind].get(size, {})]
     return statistics.median(values) if values else None
@@ -50,9 +55,8 @@ def main(folder: Path, variants: list[str]) -> int:
         if variant in ("off", "w8a16", "all") and mean > 2 * noise:
             failures.append(f"{variant} differs from stock by {mean:.5f}, more than twice {noise:.5f}")
         for name, kernels in result.get("kernels", {}).items():
-            ours = sum(count for key, (count, _) in kernels.items() if "abiding" in key)
+            ours, count = kernels_of_ours(kernels)
             total = sum(time for _, time in kernels.values())
-            count = sum(count for count, _ in kernels.values())
             print(f"   graph of {name}: {ours:g} kernels of ours of {count:g}, {total:.0f} µs")
             if bool(ours) != (variant in OURS):
                 failures.append(f"{variant}, {name}: {ours:g} kernels of ours in the captured graph")

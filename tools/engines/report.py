@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare import difference, median
+from compare import difference, kernels_of_ours, median
 
 from abiding.testing.benchmarks.report import fill, table, wrap
 
@@ -64,10 +64,7 @@ def of_model(folder: Path, skipped: list[str]) -> dict[str, Any]:
             "same_top_1": round(top, 4),
             "load_bytes": result["load_bytes"],
             "kernels": {
-                name: {
-                    "ours": sum(count for key, (count, _) in kernels.items() if "abiding" in key),
-                    "all": sum(count for count, _ in kernels.values()),
-                }
+                name: dict(zip(("ours", "all"), kernels_of_ours(kernels), strict=True))
                 for name, kernels in result.get("kernels", {}).items()
                 if name not in skipped
             },
@@ -99,12 +96,17 @@ def timed(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     return (model for model in result["models"] if model["variants"]["stock"]["decode"])
 
 
+def axes_of(stock: dict[str, Any]) -> list[tuple[str, str]]:
+    """The kind and the size of each measurement."""
+    return [(kind, size) for kind, _ in (DECODE, PREFILL) for size in stock[kind]]
+
+
 def times_table(result: dict[str, Any]) -> str:
     """Milliseconds of each variant, and the ratio to stock."""
     parts = []
     for model in timed(result):
         stock = model["variants"]["stock"]
-        axes = [(kind, size) for kind, _ in (DECODE, PREFILL) for size in stock[kind]]
+        axes = axes_of(stock)
         rows = []
         for name, row in model["variants"].items():
             cells = [NAMES[name]]
@@ -187,7 +189,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     styles = {"humming": ("tab:green", "s--"), "w8a16": ("tab:blue", "o-"), "w8a8": ("tab:purple", "^-.")}
     for panel, (result, model) in zip(panels, models, strict=True):
         stock = model["variants"]["stock"]
-        axes = [(kind, size) for kind, _ in (DECODE, PREFILL) for size in stock[kind]]
+        axes = axes_of(stock)
         for name, (color, style) in styles.items():
             if row := model["variants"].get(name):
                 ratios = [row[kind][size] / stock[kind][size] for kind, size in axes]

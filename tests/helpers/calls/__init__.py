@@ -164,3 +164,19 @@ def assert_function_refuses(
     assert {call.name, function.__name__} & words(text), f"neither operator nor function is named: {text}"
     assert set(blamed) & words(text), text
     call.assert_untouched()
+
+
+def is_refused(call: Call, *, spoiled: bool, step: int) -> bool:
+    """Make one call of a fuzz test; whether it was refused, in words of ours and with no byte changed. A call that is
+    not spoiled must be accepted."""
+    call.remember()
+    try:
+        call.raw()
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        if not spoiled or not re.search(r"abiding::\w+: .+; expected .+|Could not run 'abiding::", text):
+            pytest.fail(f"step {step}: {text}")
+        call.assert_untouched()
+        return True
+    call.check()
+    return False

@@ -185,8 +185,7 @@ def plot(results: Results, benchmark: Benchmark, path: Path) -> None:
     figure = pyplot.figure(layout="constrained")
     (_plot_overlaid if benchmark.overlaid else _plot_panels)(figure, rows, benchmark.axis)
     figure.suptitle(f"{benchmark.ops[0]}, {results.gpu}, {cases[0].cache_state}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _save(figure, path)
     pyplot.close(figure)
 
 
@@ -216,9 +215,13 @@ def plot_ratios(found: Iterable[Results], path: Path) -> None:
         if lines:
             panel.legend(fontsize="small")
     panels[0].set_ylabel("our time / the best peer's")
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
 
 
 def _plot_panels(figure: Figure, rows: Sequence[Row], axis: str) -> None:
