@@ -1,0 +1,457 @@
+"""Times of MXFP8 grouped GEMMs and MoE layers at the shapes of models, L2-cold: consecutive calls use distinct experts.
+
+Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds its `_moe_C` operators;
+Humming's, from the wheel of humming-kernels; and torch's grouped GEMM of bfloat16 weights, which are twice as large.
+Only times are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from abiding import mxfp8_moe as api
+from abiding.mxfp8_moe import Mode
+from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, rotated_ids
+from abiding.testing.timing import Timing, call_us, graph_us, rotations
+from benchmarks.base import Benchmark, Settings, say
+from benchmarks.peers.humming import KINDS, Humming, HummingWeights
+from benchmarks.result_file import CaseResult, Param
+
+Calls = list[Callable[[], object]]
+
+LONG_US = 300.0
+"""Calls with a larger roofline bound are timed with fewer repetitions."""
+
+MODES: dict[str, Mode] = {"moe": "w8a8", "moe_w8a16": "w8a16"}
+"""The mode of a layer, by the operator's name in results."""
+CPU_CASES = [LayerCase(tokens, 256, 128, 8, 2, name="small") for tokens in (1, 8)]
+QUICK_TOKENS = (1, 32, 2048)
+
+
+def measure(settings: Settings) -> Iterator[CaseResult]:
+    """Time the chosen operators; GEMMs and layers go shape by shape, since the weights of one shape are gigabytes."""
+    cases = PERFORMANCE if settings.device.type == "cuda" else CPU_CASES
+    if settings.quick and settings.device.type == "cuda":
+        cases = [case for case in PERFORMANCE if case.tokens in QUICK_TOKENS and case.routing == "uniform"]
+    for op in ("quantize", "round"):
+        if op in settings.ops:
+            for width in sorted({case.hidden for case in cases}):
+                for tokens in sorted({case.tokens for case in cases}):
+                    yield _time_quantizer(op, tokens, width, settings)
+    libraries = _libraries(settings) if settings.device.type == "cuda" else []
+    for name in dict.fromkeys(case.name for case in cases):
+        some = [case for case in cases if case.name == name]
+        yield from _measure_shape(some, libraries, settings)
+
+
+def target_us(case: CaseResult) -> float | None:
+    """The target of a GEMM: a fraction of the roofline, plus 2.5 µs for the launch up to 2048 tokens; with e4m3 rows at
+    most 10 % more than with bfloat16 rows. The target of a layer: at one token the bound and 12 µs; up to 256 tokens
+    the larger of 0.95 of the best peer's time and bound / 0.95 + 6 µs; from 512 tokens on a fraction of that peer's."""
+    tokens, bound_us = int(case.params["tokens"]), case.bound_us
+    if case.op == "grouped_mm":
+        if tokens > 2048:
+            rows_per_expert = tokens * int(case.params["top_k"]) / int(case.params["experts"])
+            return bound_us / (0.82 if rows_per_expert >= 512 else 0.75)
+        return bound_us / (0.95 if tokens <= 256 else 0.88) + 2.5
+    if case.op == "grouped_mm_e4m3":
+        return 1.1 * float(case.params["bfloat16_us"])
+    if case.op in ("quantize", "round"):
+        return bound_us / 0.9 + 2.5
+    if tokens == 1:
+        return bound_us + 12
+    if not case.peers:
+        return None
+    best = min(case.peers.values())
+    if tokens <= 256:
+        return max(0.95 * best, bound_us / 0.95 + 6)
+    return best * (0.85 if tokens <= 512 else 0.70 if tokens <= 2048 else 0.65)
+
+
+def row(case: CaseResult) -> str:
+    """The parameters of a case other than the number of tokens."""
+    if case.op in ("quantize", "round"):
+        return f"{case.params['k']} columns"
+    parts = [case.params["shape"], case.params.get("gemm", ""), "zipf" if case.params["routing"] == "zipf" else ""]
+    return " ".join(str(part) for part in parts if part)
+
+
+BENCHMARK = Benchmark(
+    "mxfp8_moe", (*MODES, "grouped_mm", "grouped_mm_e4m3", "quantize", "round"), "tokens", measure, row, target_us
+)
+
+
+# --- GEMMs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One of a layer's two GEMMs, with its weights."""
+
+    name: str
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.weight.size(1)
+
+    @property
+    def k(self) -> int:
+        return self.weight.size(2)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The rows of a call, sorted by expert, with the experts and the offsets."""
+
+    ids: Tensor
+    offsets: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def of(ids: Tensor, experts: int, k: int) -> Routed:
+        counts = torch.bincount(ids.flatten(), minlength=experts)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        return Routed(ids, offsets, torch.randn(ids.numel(), k, device=ids.device).bfloat16())
+
+    @property
+    def active(self) -> int:
+        return int((self.offsets.diff() > 0).sum())
+
+    def bytes(self, gemm: Gemm) -> float:
+        """Bytes of the roofline bound: weights and scales of the experts that have rows, rows in, rows out."""
+        return self.active * gemm.n * gemm.k * 33 / 32 + len(self.rows) * (gemm.k + gemm.n) * 2
+
+
+def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: Settings) -> Iterator[CaseResult]:
+    say(f"{cases[0].name}: making weights" + ", and compiling the peers' kernels" * bool(libraries))
+    layer = replace(cases[0], tokens=0).make(settings.device)
+    # Expert parallelism with real ids: layers alone, and ours alone, since the peers' calls take no ids of -1.
+    real_ids = cases[0].global_experts is not None
+    libraries = [] if real_ids else libraries
+    gemms = (Gemm("GEMM1", layer.w13, layer.s13), Gemm("GEMM2", layer.w2, layer.s2))
+    for gemm in gemms:
+        if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops) and not real_ids:
+            peers = [*_bf16(gemm), *(peer for library in libraries for peer in library.gemms(gemm, cases))]
+            for op in ("grouped_mm", "grouped_mm_e4m3"):
+                for case in cases:
+                    if op in settings.ops and (op == "grouped_mm" or case.routing == "uniform"):
+                        yield _time_gemm(op, case, gemm, peers, settings)
+    modes = {op: mode for op, mode in MODES.items() if op in settings.ops}
+    if modes:
+        layers = [library.layer(*gemms, cases) for library in libraries]
+        for op, mode in modes.items():
+            for case in cases:
+                yield _time_layer(op, replace(case, mode=mode), layer, layers, settings)
+
+
+def _routings(case: LayerCase, gemm: Gemm, device: torch.device) -> list[Routed]:
+    """As many calls as make every call L2-cold, each with other experts."""
+    rng = torch.Generator(device).manual_seed(case.tokens)
+    ids = case.route(rng)[0]
+    first = Routed.of(ids, case.experts, gemm.k)
+    count = rotations(int(first.bytes(gemm)), device)
+    rest = (rotated_ids(ids, case.experts, index, count) for index in range(1, count))
+    return [first, *(Routed.of(some, case.experts, gemm.k) for some in rest)]
+
+
+def _time_gemm(op: str, case: LayerCase, gemm: Gemm, peers: list[Peer], settings: Settings) -> CaseResult:
+    device = settings.device
+    routings = _routings(case, gemm, device)
+    flops = 2.0 * len(routings[0].rows) * gemm.n * gemm.k
+    bound_us = settings.roofline.bound_us(routings[0].bytes(gemm), flops)
+    outs = [one.rows.new_empty(len(one.rows), gemm.n) for one in routings]
+
+    def ours(quantized: bool) -> Calls:
+        calls: Calls = []
+        for one, out in zip(routings, outs, strict=True):
+            a = api.quantize(one.rows, one.offsets) if quantized else one.rows
+            calls.append(partial(api.grouped_mm, a, gemm.weight, gemm.scale, one.offsets, out=out))
+        return calls
+
+    params = _params(case) | {"gemm": gemm.name, "n": gemm.n, "k": gemm.k}
+    timing = _time(ours(op == "grouped_mm_e4m3"), bound_us, device)
+    if op == "grouped_mm_e4m3":
+        params["bfloat16_us"] = round(_time(ours(False), bound_us, device).us, 3)
+        return CaseResult.of(op, params, timing, {}, l2_warm=False, bound_us=bound_us)
+    theirs = {peer.name: _time([peer.call(one) for one in routings], bound_us, device) for peer in peers}
+    return CaseResult.of(op, params, timing, theirs, l2_warm=False, bound_us=bound_us)
+
+
+def _params(case: LayerCase) -> dict[str, Param]:
+    return {
+        "tokens": case.tokens,
+        "shape": case.name,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "routing": case.routing,
+    }
+
+
+def _time(calls: Calls, bound_us: float, device: torch.device) -> Timing:
+    if device.type != "cuda" or bound_us < LONG_US:
+        return call_us(calls, device)
+    with torch.cuda.device(device):
+        return graph_us(calls, replays=8, nodes=max(4, len(calls)))
+
+
+# --- rows and layers --------------------------------------------------------------------------------------------------
+
+
+def _time_quantizer(op: str, tokens: int, width: int, settings: Settings) -> CaseResult:
+    device = settings.device
+    written = width * 2 if op == "round" else width
+    tiles = 0 if op == "round" else -(-tokens // 128) * 128 * (-(-width // 128) * 4)
+    moved = tokens * (2 * width + written) + tiles
+    inputs = [torch.randn(tokens, width, device=device).bfloat16() for _ in range(rotations(moved, device))]
+    calls: Calls = []
+    for x in inputs:
+        if op == "round":
+            calls.append(partial(api.round, x, out=torch.empty_like(x)))
+        else:
+            data, scales = api.quantize(x)
+            call = torch.ops.abiding.mxfp8_quantize.default
+            calls.append(partial(call, x, None, False, data=data, scales=scales))
+    params: dict[str, Param] = {"tokens": tokens, "k": width}
+    return CaseResult.of(
+        op, params, call_us(calls, device), {}, l2_warm=False, bound_us=settings.roofline.bound_us(moved)
+    )
+
+
+def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
+    device = settings.device
+    rng = torch.Generator(device).manual_seed(case.tokens)
+    ids, weights = case.route(rng)
+    local = ids[ids >= 0]
+    active = len(local.unique())
+    parameters = 3 * case.hidden * case.intermediate
+    moved = active * parameters * 33 / 32 + 4 * case.tokens * case.hidden
+    count = rotations(int(moved), device)
+    sets = [
+        replace(
+            layer,
+            case=case,
+            x=torch.randn(case.tokens, case.hidden, device=device).bfloat16(),
+            topk_ids=rotated_ids(ids, case.experts, index, count),
+            topk_weights=weights,
+        )
+        for index in range(count)
+    ]
+    size = api.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
+    space = torch.empty(size, dtype=torch.uint8, device=device)
+    bound_us = settings.roofline.bound_us(moved, 2.0 * len(local) * parameters)
+    ours: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
+    theirs = {peer.name: _time([peer.call(one) for one in sets], bound_us, device) for peer in peers}
+    params = _params(case) | {"mode": case.mode}
+    return CaseResult.of(op, params, _time(ours, bound_us, device), theirs, l2_warm=False, bound_us=bound_us)
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation of a GEMM."""
+
+    name: str
+    call: Callable[[Routed], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class LayerPeer:
+    """Another implementation of a layer."""
+
+    name: str
+    call: Callable[[LayerInputs], Callable[[], object]]
+
+
+class Library(Protocol):
+    """A library of peers for GEMMs and layers."""
+
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]: ...
+
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer: ...
+
+
+def _libraries(settings: Settings) -> list[Library]:
+    loaders: dict[str, Callable[[Path], Library]] = {".so": Marlin, ".whl": HummingLibrary}
+    found = []
+    for path in settings.peers:
+        say(f"Loading {path}")
+        try:
+            found.append(loaders[path.suffix](path))
+        except Exception as error:  # a peer that fails to load must not keep ours from being timed
+            say(f"{path} is skipped: {error!r}")
+    return found
+
+
+def _bf16(gemm: Gemm) -> list[Peer]:
+    if gemm.weight.device.type != "cuda":
+        return []
+    experts = gemm.weight.size(0)
+    weight = torch.empty(experts, gemm.k, gemm.n, dtype=torch.bfloat16, device=gemm.weight.device)
+    for one in weight:
+        one.normal_()
+
+    def call(routed: Routed) -> Callable[[], object]:
+        return partial(torch._grouped_mm, routed.rows, weight, offs=routed.offsets[1:])
+
+    return [Peer("bf16", call)]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Pairs of a token and an expert, sorted by expert, each expert's padded to whole tiles, as Marlin takes them."""
+
+    tile_rows: int
+    pairs: Tensor
+    experts: Tensor
+    total: Tensor
+
+    @staticmethod
+    def like(ids: Tensor, experts: int) -> Sorted:
+        rows = ids.numel()
+        tile_rows = next((size for size in (8, 16, 32, 48, 64) if rows / experts / size < 0.9), 64)
+        most = rows + experts * (tile_rows - 1)
+        sizes = (most, -(-most // tile_rows), 1)
+        pairs, tile_experts, total = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
+        return Sorted(tile_rows, pairs, tile_experts, total)
+
+    def fill(self, ids: Tensor, experts: int) -> None:
+        torch.ops._moe_C.moe_align_block_size(ids, experts, self.tile_rows, self.pairs, self.experts, self.total, None)
+
+
+class Marlin:
+    """vLLM's Marlin kernels, from the library `_moe_C`, on random bits as weights."""
+
+    E4M3 = 2814749767172868
+    """vLLM's id of the scalar type float8_e4m3fn."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(str(library.resolve()))
+        if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
+            raise ValueError("it has no moe_wna16_marlin_gemm")
+        device = torch.device("cuda", torch.cuda.current_device())
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.workspace = torch.zeros(4 * sms, dtype=torch.int32, device=device)
+
+    def weights(self, gemm: Gemm) -> tuple[Tensor, Tensor]:
+        experts, n, k = gemm.weight.shape
+        device = gemm.weight.device
+        bits = torch.randint(0, 2**31 - 1, (experts, k // 16, n * 4), dtype=torch.int32, device=device) & 0x37373737
+        scales = torch.full((experts, k // 32, n), 120, dtype=torch.uint8, device=device)
+        return bits, scales.view(torch.float8_e8m0fnu)
+
+    def gemm(
+        self,
+        a: Tensor,
+        out: Tensor,
+        weights: tuple[Tensor, Tensor],
+        pairs: Sorted,
+        topk_weights: Tensor,
+        top_k: int,
+        weigh: bool,
+    ) -> None:
+        rows, k = a.shape
+        torch.ops._moe_C.moe_wna16_marlin_gemm(
+            *(a, out, weights[0], None, weights[1], None, None, None, self.workspace, pairs.pairs, pairs.experts),
+            *(pairs.total, topk_weights, pairs.tile_rows, top_k, weigh, self.E4M3, rows, out.size(1), k),
+            *(False, True, False, -1, -1, -1),
+        )
+
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+        weights = self.weights(gemm)
+        experts = gemm.weight.size(0)
+
+        def call(routed: Routed) -> Callable[[], object]:
+            ids = routed.ids.int()
+            pairs = Sorted.like(ids, experts)
+            pairs.fill(ids, experts)
+            # GEMM1 reads rows of tokens, GEMM2 rows of pairs.
+            top_k = ids.size(1) if gemm.name == "GEMM1" else 1
+            a = routed.rows[: ids.numel() // top_k]
+            out = a.new_empty(ids.numel(), gemm.n)
+            ones = torch.ones(ids.shape, device=ids.device)
+            return lambda: self.gemm(a, out, weights, pairs, ones, top_k, False)
+
+        return [Peer("marlin", call)]
+
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+        """Sorting, two GEMMs, the activation in torch's own operations, the top-k sum."""
+        first, second = self.weights(up), self.weights(down)
+        experts = up.weight.size(0)
+
+        def call(i: LayerInputs) -> Callable[[], object]:
+            ids = i.topk_ids.int()
+            pairs = Sorted.like(ids, experts)
+            tokens, top_k = ids.shape
+            gate_up = i.x.new_empty(ids.numel(), up.n)
+            result = i.x.new_empty(ids.numel(), down.n)
+            out = torch.empty_like(i.x)
+
+            def run() -> None:
+                pairs.fill(ids, experts)
+                self.gemm(i.x, gate_up, first, pairs, i.topk_weights, top_k, False)
+                gate, up_rows = gate_up.chunk(2, 1)
+                self.gemm(torch.nn.functional.silu(gate) * up_rows, result, second, pairs, i.topk_weights, 1, True)
+                torch.ops._moe_C.moe_sum(result.view(tokens, top_k, down.n), out)
+
+            return run
+
+        return LayerPeer("marlin", call)
+
+
+class HummingLibrary:
+    """Humming's kernels, on our weights in Humming's layout."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.humming = Humming(wheel)
+
+    def weights(self, gemm: Gemm, cases: list[LayerCase]) -> HummingWeights:
+        codes = api.unswizzle_scales(gemm.scale, gemm.n, gemm.k)
+        stacks = [gemm.n // 2] * 2 if gemm.name == "GEMM1" else [gemm.n]
+        weights = self.humming.weights(gemm.weight, codes, stacks)
+        weights.compile(case.tokens * case.top_k for case in cases)
+        return weights
+
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+        weights = self.weights(gemm, cases)
+
+        def call(kind: str, routed: Routed) -> Callable[[], object]:
+            out = routed.rows.new_empty(len(routed.rows), gemm.n)
+            if kind == "indexed" and gemm.name == "GEMM1":
+                top_k = routed.ids.size(1)
+                return weights.call(kind, routed.rows[: len(routed.rows) // top_k], routed.ids, top_k, out)
+            return weights.call(kind, routed.rows, routed.ids, 1, out)
+
+        return [Peer(name, partial(call, kind)) for name, kind in KINDS.items()]
+
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+        """Two indexed GEMMs, the activation and the weighted sum in torch's own operations."""
+        first, second = self.weights(up, cases), self.weights(down, cases)
+
+        def call(i: LayerInputs) -> Callable[[], object]:
+            tokens, top_k = i.topk_ids.shape
+            gate_up, activated = i.x.new_empty(tokens * top_k, up.n), i.x.new_empty(tokens * top_k, down.k)
+            result = i.x.new_empty(tokens * top_k, down.n)
+            gate, up_rows = gate_up.chunk(2, 1)
+            multiply_up = first.call("indexed", i.x, i.topk_ids, top_k, gate_up)
+            multiply_down = second.call("indexed", activated, i.topk_ids, 1, result)
+
+            def run() -> None:
+                multiply_up()
+                torch.mul(torch.nn.functional.silu(gate), up_rows, out=activated)
+                multiply_down()
+                torch.sum(result.view(tokens, top_k, down.n) * i.topk_weights[..., None].bfloat16(), 1)
+
+            return run
+
+        return LayerPeer("humming", call)
