@@ -80,6 +80,11 @@ class Argument {
     int32_t code = -1;
     aoti_torch_get_dtype(tensor.get(), &code);
     dtype_ = dtype_from_torch(code);
+    // Freed, as sharded data parallelism does with parameters. Such a tensor keeps its sizes, and a view an address.
+    int64_t bytes = 0;
+    aoti_torch_get_storage_size(tensor.get(), &bytes);
+    check(bytes > 0 || tensor.numel() == 0, op, name, " has shape ", shape(),
+          " over storage that was freed; expected a tensor with memory");
   }
 
   const Argument& dtype(std::initializer_list<DType> accepted) const {
@@ -153,6 +158,7 @@ class Argument {
   }
 
   const Tensor& tensor() const { return tensor_; }
+  const char* op() const { return op_; }
   const char* name() const { return name_; }
   DType dtype() const { return dtype_; }
   // Parts of messages. They are formatted only when an error is raised, so that a valid call does not pay for it.
@@ -209,10 +215,12 @@ void check_index_values(const char* op, const Scope& scope, std::initializer_lis
   }
 }
 
-// A new tensor with the dtype and device of `like`. It calls the C shim, because looking up the operator by its name
-// takes as long as the rest of a small call. Torch's error text does not cross the C boundary, so ours names the size.
+// A new tensor with the dtype and device of an argument, whose sizes decide its own. It calls the C shim, because
+// looking up the operator by its name takes as long as the rest of a small call. Torch's error text does not cross the
+// C boundary, so ours names the size.
 template <class Sizes, class Strides>
-Tensor new_empty_strided(const char* op, const Tensor& like, const Sizes& sizes, const Strides& strides) {
+Tensor new_empty_strided(const Argument& argument, const Sizes& sizes, const Strides& strides) {
+  const Tensor& like = argument.tensor();
   int32_t dtype = 0, device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -227,14 +235,16 @@ Tensor new_empty_strided(const char* op, const Tensor& like, const Sizes& sizes,
     bytes *= static_cast<double>(size);
     shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   }
-  fail(op, "no memory for an output of shape [", shape, "], ", bytes / (1 << 30), " GiB; expected that much free");
+  fail(argument.op(), argument.name(), " has shape ", argument.shape(),
+       ", and there is no memory for a tensor of shape [", shape, "]; expected ", bytes / (1 << 30),
+       " GiB that are free, or a smaller ", argument.name());
 }
 
-inline Tensor new_empty(const char* op, const Tensor& like, const std::vector<int64_t>& sizes) {
+inline Tensor new_empty(const Argument& argument, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
-  return new_empty_strided(op, like, sizes, strides);
+  return new_empty_strided(argument, sizes, strides);
 }
 
 }  // namespace abiding

@@ -118,7 +118,7 @@ inline Tensor allocate_out(const Tensor& q, int64_t padded_heads) {
   q_in.dtype({DType::kBfloat16, DType::kFloat16}).rank(3).size(2, kHeadDim);
   check(padded_heads >= q.size(1) && padded_heads < kMaxRows, kQuantInsert, "q_head_padded is ", padded_heads,
         "; expected at least the ", q.size(1), " heads of q and less than 2^31");
-  return new_empty(kQuantInsert, q, {q.size(0), padded_heads, int64_t{kHeadDim}});
+  return new_empty(q_in, {q.size(0), padded_heads, int64_t{kHeadDim}});
 }
 
 inline PrologueParams check_quant_insert(const Tensor& q, const Tensor& kv, const Tensor& cache, const Tensor& slots,

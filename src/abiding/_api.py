@@ -29,12 +29,15 @@ def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *ar
 
 
 def translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
-    """Translate an operator's argument error to a TypeError or ValueError; other errors are returned unchanged."""
+    """Translate an operator's argument error to a TypeError, a ValueError, or an OutOfMemoryError for a result that no
+    memory is left for; other errors are returned unchanged."""
     text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
     if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
         # "a" names an argument at the start, and after "as" and "overlaps"; elsewhere it is the article.
         words = r"(?!a\b)\w+|^a\b|(?<=\bas )a\b|(?<=\boverlaps )a\b"
         complaint = re.sub(words, lambda word: names.get(word[0], word[0]), match["complaint"])
+        if " there is no memory for " in text:
+            return torch.OutOfMemoryError(f"{function}: {complaint}")
         return (TypeError if re.search(r" has dtype | is undefined;", text) else ValueError)(f"{function}: {complaint}")
     mismatch = r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
     if match := re.search(mismatch, str(error)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calls import refusal
+from calls.collectives import minimax_tables
 from torch import Tensor
 
 from abiding import reduce_rms
@@ -115,9 +117,37 @@ def test_vllm_operators_check_their_table(device: torch.device) -> None:
 
 
 def test_a_table_too_small_for_the_tokens_is_refused() -> None:
-    table = torch.zeros(8, dtype=torch.int64)
-    counters, sizes = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 64])
-    table[6], table[7] = counters.data_ptr(), sizes.data_ptr()
-    inputs = RmsCase(64, 32, 8).make(2)[0]
-    with pytest.raises(RuntimeError, match="workspace has slots of 64 bytes; expected at least 1024"):
-        torch.ops.abiding.minimax_allreduce_rms_qk(inputs.rows, inputs.wq, inputs.wk, table, 32, 8, 0, 2, 1e-6)
+    i = RmsCase(64, 32, 8).make(2)[0]
+    with minimax_tables(2, slot_bytes=64) as (table, _):
+        call = partial(torch.ops.abiding.minimax_allreduce_rms_qk, i.rows, i.wq, i.wk, table, 32, 8, 0, 2, 1e-6)
+        refusal(call, RuntimeError, "workspace has slots of 64 bytes; expected at least 1024")
+
+
+def test_a_table_leads_only_to_memory_of_ours() -> None:
+    """Any other address would be written to. On a GPU the table is device memory, and its caller's own affair."""
+    i = RmsCase(4, 32, 8).make(1)[0]
+    theirs = torch.zeros(4096)
+    with minimax_tables(1) as (table,):
+        op, gone = torch.ops.abiding.minimax_allreduce_rms_qk, table.tolist()
+        call = partial(op, i.rows, i.wq, i.wk, table, 32, 8, 0, 1, 1e-6)
+        good = call()
+        for entry in (2, 3, 4):
+            for address in (0, 1, 4096, -1, theirs.data_ptr(), gone[entry] + 64, id(table), 1 << 46):
+                table[entry] = address
+                refusal(call, RuntimeError, rf"workspace\[{entry}\] is {address}; expected the address of \d+ bytes or")
+            table[entry] = gone[entry]
+        table[2] = gone[3]  # three counters are no slots
+        refusal(call, RuntimeError, r"workspace\[2\] is \d+; expected the address of 8192 bytes or more")
+        table[2] = gone[2]
+        for size, text in (
+            (-16, "at least"),
+            (7, "at least"),
+            (4100, "a multiple of 16"),
+            ((1 << 63) - 16, "multiple"),
+        ):
+            ctypes.c_int64.from_address(gone[4] + 8).value = size
+            refusal(call, RuntimeError, f"workspace has slots of {size} bytes; expected .*{text}")
+        ctypes.c_int64.from_address(gone[4] + 8).value = 4096
+        assert_bitwise_equal(torch.cat(call(), 1), torch.cat(good, 1))
+    table = torch.tensor(gone)
+    refusal(call, RuntimeError, r"workspace\[3\] is .*; expected the address")
