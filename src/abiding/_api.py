@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +65,26 @@ def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str
     raise ValueError(f"{function}: {name} has shape {list(sizes)}; expected [{', '.join(map(str, shape))}]")
 
 
+def check_dtype(function: str, name: str, tensor: Tensor, accepted: Sequence[torch.dtype], like: str = "") -> None:
+    """Raise TypeError unless the dtype is accepted, or is that of the argument ``like``, in the operators' words."""
+    if tensor.dtype not in accepted:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{function}: {name} has dtype {found}; expected dtype {names}" + (f" as {like}" if like else "")
+        )
+
+
+def check_device(function: str, name: str, tensor: Tensor, other: Tensor, like: str) -> None:
+    """Raise ValueError unless the tensor is on the device of the argument ``like``, in the operators' words."""
+    if tensor.device != other.device:
+        raise ValueError(f"{function}: {name} is on {tensor.device}; expected device {other.device} as {like}")
+
+
 def check_holds_its_values(function: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a lazily negated or conjugated view, as the operators do."""
-    if tensor.is_neg() or tensor.is_conj():
+    """Raise TypeError unless the argument is a tensor, ValueError for a lazily negated or conjugated view, as the
+    operators do."""
+    if check_tensor(function, name, tensor).is_neg() or tensor.is_conj():
         kind, method = ("negated", "neg") if tensor.is_neg() else ("conjugated", "conj")
         raise ValueError(
             f"{function}: {name} is a lazily {kind} view; expected a tensor that holds its values, "

@@ -52,13 +52,33 @@ WRONG: dict[str, tuple[Callable[[Tensor], tuple[Any, ...]], type[Exception], str
         "out has .*; expected memory without gaps or overlaps",
     ),
     "out overlaps": (lambda t: (t[:8], t[4:12]), ValueError, "all_reduce: out overlaps x; expected memory of its own"),
+    "out one element behind": (lambda t: (t[:8], t[7:15]), ValueError, "all_reduce: out overlaps x; expected"),
+    "out one element ahead": (lambda t: (t[7:15], t[:8]), ValueError, "all_reduce: out overlaps x; expected"),
+    "out is one element": (
+        lambda t: (t[:8], t[16:17].expand(8)),
+        ValueError,
+        r"out has shape \[8\] and strides \[0\]; expected memory without gaps or overlaps",
+    ),
+    "out of strides in another order": (
+        lambda t: (t[:24].view(2, 3, 4), t[24:48].view(3, 2, 4).transpose(0, 1)),
+        ValueError,
+        r"strides \[4, 8, 1\]; expected \[2, 3, 4\] and \[12, 4, 1\] as x",
+    ),
 }
 
 
+# Ranks and max_bytes: over peer memory, through torch.distributed, alone.
+ROUTES = {"abiding": (2, 8 << 20), "torch.distributed": (2, 0), "copy": (1, 8 << 20)}
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str, device: torch.device) -> None:
+def test_wrong_arguments(name: str, route: str, device: torch.device) -> None:
+    """The same refusal on every route, before another rank is involved."""
     make, error, text = WRONG[name]
-    with virtual_ranks(2, device) as comms:
+    ranks, max_bytes = ROUTES[route]
+    with virtual_ranks(ranks, device, max_bytes=max_bytes) as comms:
+        assert comms[0].explain(base(device)).backend == route
         memory = base(device)
         refusal(lambda: comms[0].all_reduce(*make(memory)), error, text)
         assert_bitwise_equal(memory, base(device))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from calls import refusal
 from calls.collectives import minimax_tables
 from torch import Tensor
 
-from abiding import reduce_rms
+from abiding import Communicator, reduce_rms
 from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_bitwise_equal
 from abiding.testing.ranks import virtual_ranks
@@ -51,30 +52,49 @@ def make(device: torch.device) -> RmsInputs:
     return RmsCase(5, 32, 8).make(2, device)[0]
 
 
+ROUTES = pytest.mark.parametrize("route", ["abiding", "torch.distributed"])
+
+
+@contextmanager
+def a_rank(device: torch.device, route: str) -> Iterator[Communicator]:
+    with virtual_ranks(2, device) as (comm, _):
+        memory = comm._memory
+        if route == "torch.distributed":  # no group: nothing may be asked of it before a refusal
+            comm._set_peer_memory(None, "there is no peer memory here")
+        yield comm
+        comm._set_peer_memory(memory, None)
+
+
+@ROUTES
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str, device: torch.device) -> None:
+def test_wrong_arguments(name: str, route: str, device: torch.device) -> None:
+    """The same refusal with peer memory and without."""
     wrong, error, text = WRONG[name]
     inputs = make(device)
     assert inputs.wk is not None
     before = inputs.rows.clone()
-    with virtual_ranks(2, device) as comms:
+    with a_rank(device, route) as comm:
         arguments = wrong(inputs.rows, inputs.wq, inputs.wk)
-        refusal(lambda: reduce_rms.qk_norm(*arguments, comms[0]), error, f"qk_norm: .*{text}")
-        assert comms[0].state == "ready"
+        refusal(lambda: reduce_rms.qk_norm(*arguments, comm), error, f"qk_norm: .*{text}")
+        assert comm.state == "ready"
     assert_bitwise_equal(inputs.rows, before)
 
 
+@ROUTES
 @pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
-def test_wrong_eps(eps: float, device: torch.device) -> None:
+def test_wrong_eps(eps: float, route: str, device: torch.device) -> None:
     inputs = make(device)
-    with virtual_ranks(2, device) as (comm, _):
+    with a_rank(device, route) as comm:
         call = partial(reduce_rms.rms_norm, inputs.rows[:, :32], inputs.wq, comm, eps=eps)
         refusal(call, ValueError, "rms_norm: eps is .*; expected a finite")
 
 
-def test_rms_norm_names_its_arguments(device: torch.device) -> None:
+@ROUTES
+def test_rms_norm_names_its_arguments(route: str, device: torch.device) -> None:
     inputs = make(device)
-    with virtual_ranks(2, device) as (comm, _):
+    with a_rank(device, route) as comm:
+        with pytest.raises(TypeError, match=r"rms_norm: eps is a str; expected a .*float"):
+            reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm, eps="1e-6")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"rms_norm: x has shape \[5\]; expected 2 dimensions"):
             reduce_rms.rms_norm(inputs.rows[:, 0], inputs.wq, comm)
         with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[32\]; expected size 31 .*the columns of x"):
@@ -83,9 +103,10 @@ def test_rms_norm_names_its_arguments(device: torch.device) -> None:
             reduce_rms.rms_norm(inputs.rows[:, :32].int(), inputs.wq.int(), comm)
 
 
-def test_a_closed_communicator(device: torch.device) -> None:
+@ROUTES
+def test_a_closed_communicator(route: str, device: torch.device) -> None:
     inputs = make(device)
-    with virtual_ranks(2, device) as (comm, _):
+    with a_rank(device, route) as comm:
         comm.close()
         with pytest.raises(RuntimeError, match="rms_norm: communicator is closed; expected an open one"):
             reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm)
