@@ -401,7 +401,7 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   moe.layout = workspace_layout(tokens, top_k, experts, hidden, intermediate);
   if (workspace) {
     const Argument space{op, "workspace", *workspace};
-    space.dtype({DType::kUint8}).rank(1).contiguous().aligned(kAlignment).same_device(rows);
+    space.dtype({DType::kUint8}).rank(1).contiguous().aligned_on_cpu_too(kAlignment).same_device(rows);
     check(workspace->size(0) >= moe.layout.bytes, op, "workspace has shape ", space.shape(), "; expected at least [",
           moe.layout.bytes, "] for ", tokens, " tokens");
   }

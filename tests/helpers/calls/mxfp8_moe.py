@@ -174,7 +174,6 @@ def rows(k: int, step: int, *dtypes: torch.dtype) -> dict[str, Spoil]:
         "no columns": grown(1, -k),
         "last stride 2": strided(2 * k, 2),
         "odd rows": strided(k + step // 2, 1),
-        "misaligned": misaligned(8),
         "meta": META,
     }
 
@@ -194,7 +193,6 @@ SCALES: dict[str, Spoil] = {
     "bfloat16": other_dtype(torch.bfloat16),
     "gaps": changed(lambda x: torch.cat([x, x], -1)[..., : x.size(-1)]),
     "expanded": changed(lambda x: x.flatten()[:1].expand(x.shape)),
-    "misaligned": misaligned(8),
     "meta": META,
 }
 WEIGHT_SCALES: dict[str, Spoil] = {
@@ -237,7 +235,6 @@ WEIGHT: dict[str, Spoil] = {
     "last stride 2": changed(lambda x: torch.stack([x.view(torch.uint8)] * 2, -1)[..., 0].view(x.dtype)),
     "odd rows": changed(lambda x: torch.nn.functional.pad(x.view(torch.uint8), (0, 8))[..., : x.size(2)].view(x.dtype)),
     "odd experts": strided(GEMM.n * GEMM.k + 8, GEMM.k, 1),
-    "misaligned": misaligned(8),
     "meta": META,
 }
 LAYER_WEIGHT = {name: spoil for name, spoil in WEIGHT.items() if name != "odd experts"}
