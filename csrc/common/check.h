@@ -66,6 +66,23 @@ inline DType dtype_from_torch(int32_t code) {
   return 0 <= code && code < 64 ? table.dtypes[code] : DType::kOther;
 }
 
+// The name of torch's code of a dtype, also of those that no kernel takes.
+inline const char* dtype_name(int32_t code) {
+  const DType known = dtype_from_torch(code);
+  if (known != DType::kOther) return traits_of(known).name;
+  const std::pair<int32_t, const char*> others[] = {{aoti_torch_dtype_uint16(), "uint16"},
+                                                    {aoti_torch_dtype_uint32(), "uint32"},
+                                                    {aoti_torch_dtype_uint64(), "uint64"},
+                                                    {aoti_torch_dtype_complex32(), "complex32"},
+                                                    {aoti_torch_dtype_complex64(), "complex64"},
+                                                    {aoti_torch_dtype_complex128(), "complex128"},
+                                                    {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"},
+                                                    {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"}};
+  for (const auto& [other, name] : others)
+    if (other == code) return name;
+  return traits_of(known).name;
+}
+
 inline std::ostream& write(std::ostream& text, const torch::headeronly::IntHeaderOnlyArrayRef& values) {
   text << "[";
   for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
@@ -77,9 +94,8 @@ class Argument {
  public:
   Argument(const char* op, const char* name, const Tensor& tensor) : op_(op), name_(name), tensor_(tensor) {
     check(tensor.defined(), op, name, " is undefined; expected a tensor");
-    int32_t code = -1;
-    aoti_torch_get_dtype(tensor.get(), &code);
-    dtype_ = dtype_from_torch(code);
+    aoti_torch_get_dtype(tensor.get(), &code_);
+    dtype_ = dtype_from_torch(code_);
     // Freed, as sharded data parallelism does with parameters. Such a tensor keeps its sizes, and a view an address.
     int64_t bytes = 0;
     aoti_torch_get_storage_size(tensor.get(), &bytes);
@@ -92,11 +108,11 @@ class Argument {
       if (candidate == dtype_) return *this;
     std::string names;
     for (DType candidate : accepted) names += (names.empty() ? "" : " or ") + std::string(traits_of(candidate).name);
-    fail(op_, name_, " has dtype ", traits_of(dtype_).name, "; expected dtype ", names);
+    fail(op_, name_, " has dtype ", dtype_name(code_), "; expected dtype ", names);
   }
   const Argument& same_dtype(const Argument& other) const {
-    if (dtype_ != other.dtype_)
-      fail(op_, name_, " has dtype ", traits_of(dtype_).name, "; expected dtype ", traits_of(other.dtype_).name, " as ",
+    if (code_ != other.code_)
+      fail(op_, name_, " has dtype ", dtype_name(code_), "; expected dtype ", dtype_name(other.code_), " as ",
            other.name_);
     return *this;
   }
@@ -118,14 +134,14 @@ class Argument {
   }
   const Argument& contiguous() const {
     check(tensor_.is_contiguous(), op_, name_, " has shape ", shape(), " and strides ", strides(),
-          "; expected a contiguous tensor");
+          "; expected a contiguous tensor, as ", name_, ".contiguous() is");
     return *this;
   }
   // The last dimension has stride 1; every other stride is a multiple of `step` elements.
   const Argument& dense_rows(int64_t step) const {
     const int64_t last = tensor_.dim() - 1;
     check(tensor_.size(last) <= 1 || tensor_.stride(last) == 1, op_, name_, " has strides ", strides(),
-          "; expected stride 1 in the last dimension");
+          "; expected stride 1 in the last dimension, as ", name_, ".contiguous() has");
     for (int64_t d = 0; d < last; ++d)
       check(tensor_.size(d) <= 1 || tensor_.stride(d) % step == 0, op_, name_, " has strides ", strides(),
             "; expected multiples of ", step, " elements, so that rows stay aligned");
@@ -206,6 +222,7 @@ class Argument {
   const char* op_;
   const char* name_;
   const Tensor& tensor_;
+  int32_t code_ = -1;  // torch's
   DType dtype_ = DType::kOther;
 };
 

@@ -130,7 +130,8 @@ void register_graph_buffers(int64_t fa, const std::vector<std::vector<int64_t>>&
 
 void configure(int64_t fa, double timeout_s, int64_t max_blocks, int64_t one_shot_bytes) {
   const CommunicatorRef communicator("configure", "fa", fa);
-  check(timeout_s > 0 && timeout_s < 1e9, "configure", "timeout_s is ", timeout_s, "; expected seconds, more than 0");
+  check(timeout_s > 0 && timeout_s < 1e9, "configure", "timeout_s is ", timeout_s,
+        "; expected seconds, more than 0 and less than 1e9");
   check(1 <= max_blocks && max_blocks <= kMaxCtas, "configure", "max_blocks is ", max_blocks,
         "; expected 1 or more and at most ", kMaxCtas);
   check(one_shot_bytes >= -1, "configure", "one_shot_bytes is ", one_shot_bytes,

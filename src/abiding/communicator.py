@@ -194,8 +194,8 @@ class Communicator:
             TypeError, ValueError: an argument's dtype, device or layout is not accepted.
         """
         result: Tensor
-        # The host has a microsecond or two: most calls are made here, and what they need is looked up once. The operator
-        # looks at devices and strides itself.
+        # The host has a microsecond or two: most calls are made here, and what they need is looked up once. The
+        # operator looks at devices and strides itself.
         if (
             isinstance(x, Tensor)
             and x.numel() * x.itemsize <= self._most_bytes
@@ -332,7 +332,12 @@ class Communicator:
             self._memory.wait_at_barrier(Step.CLEARED, self._resets, self.timeout_s)
             self._interrupted = None
         except RuntimeError as error:
-            raise RuntimeError(f"abiding::reset: {error}; expected all {self.ranks} ranks to call it") from None
+            # A rank that is late may come; one that has left will not.
+            may_come = " missing after " in str(error)
+            remedy = (
+                f"all {self.ranks} ranks to call it" if may_come else "a new Communicator of the ranks that are left"
+            )
+            raise RuntimeError(f"abiding::reset: {error}; expected {remedy}") from None
 
     def close(self) -> None:
         """Free the peer memory once all ranks have called it, or after min(timeout_s, 10 s). In a fork: at once."""

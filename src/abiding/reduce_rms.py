@@ -100,7 +100,8 @@ def _check_arguments(function: str, name: str, rows: Tensor, weights: Mapping[st
         raise ValueError(f"{function}: {name} has shape {list(rows.shape)}; expected 2 dimensions")
     if rows.size(1) > 1 and rows.stride(1) != 1:
         raise ValueError(
-            f"{function}: {name} has strides {list(rows.stride())}; expected stride 1 in the last dimension"
+            f"{function}: {name} has strides {list(rows.stride())}; expected stride 1 in the last dimension, "
+            f"as {name}.contiguous() has"
         )
     for each, weight in weights.items():
         check_dtype(function, each, weight, [rows.dtype], name)
@@ -109,7 +110,7 @@ def _check_arguments(function: str, name: str, rows: Tensor, weights: Mapping[st
         if not weight.is_contiguous():
             raise ValueError(
                 f"{function}: {each} has shape {list(weight.shape)} and strides {list(weight.stride())}; "
-                "expected a contiguous tensor"
+                f"expected a contiguous tensor, as {each}.contiguous() is"
             )
     if not isinstance(eps, int | float):
         raise TypeError(f"{function}: eps is a {type(eps).__name__}; expected a float")

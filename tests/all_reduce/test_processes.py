@@ -211,7 +211,7 @@ def lifecycle(rank: int) -> None:
             out = torch.zeros_like(x, memory_format=torch.contiguous_format)
             assert comm.all_reduce(x, out) is out
             assert_bitwise_equal(out, 2 * x.contiguous())
-            with pytest.raises(ValueError, match=r"out is torch\.float16"):
+            with pytest.raises(TypeError, match="out has dtype float16; expected dtype"):
                 comm.all_reduce(x, torch.zeros(x.shape, dtype=torch.float16))
         comm.check()
         comm.reset()
@@ -267,9 +267,9 @@ def without_peer_memory(rank: int, broken: str) -> tuple[str, list[str]]:
         q, k = reduce_rms.qk_norm(rows, torch.ones(8), torch.ones(4), comm)
         for out in (q, k, reduce_rms.rms_norm(x, torch.ones(8), comm)):
             assert_close(out, torch.full(out.shape, (rank + 1.0) / 2.5**0.5), ulps=4)
-        with pytest.raises(ValueError, match=r"qk_norm: qkv has shape \[3, 15\]; expected \[T, 16\]"):
+        with pytest.raises(ValueError, match=r"qk_norm: qkv has shape \[3, 15\]; expected 16 columns, q's 8"):
             reduce_rms.qk_norm(rows[:, 1:], torch.ones(8), torch.ones(4), comm)
-        with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[1, 8\]; expected \[8\]"):
+        with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[1, 8\]; expected 1 dimensions"):
             reduce_rms.rms_norm(x, torch.ones(1, 8), comm)
         assert comm.state == "ready"
         comm.check()
@@ -342,7 +342,7 @@ def test_a_killed_rank_is_named_and_its_memory_is_freed() -> None:
     for rank in (0, 2):
         error, reset, elapsed, maps = results[rank]
         assert "all_reduce: this communicator has stopped: rank 1 is gone" in error
-        assert "abiding::reset: rank 1 is gone; expected all 3 ranks to call it" in reset
+        assert "abiding::reset: rank 1 is gone; expected a new Communicator of the ranks that are left" in reset
         assert elapsed < 10, "the end of a process is seen at once"
         assert maps == []
 
