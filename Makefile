@@ -61,9 +61,8 @@ else
 	$(BIN)/python -m benchmarks.multi_gpu
 endif
 
-docs: setup ## rewrite the README's tables and the plots from benchmarks/results
+docs: setup ## write docs/results, the README's table and the plots from benchmarks/results
 	$(BIN)/python -m benchmarks.report
-	$(BIN)/python -m benchmarks.engines.report docs
 
 clean: ## remove whatever was built, .venv too
 	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -258,15 +258,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
     by_op: dict[str, list[CaseResult]] = {}
     for case in results.cases:
         by_op.setdefault(case.op, []).append(case)
-    for op in ("correctness", "stress", "killed"):
-        for case in by_op.get(op, []):
-            verdict = "passed" if case.params["passed"] else f"FAILED: {case.params['error']}"
-            what = {
-                "correctness": f"{case.params.get('calls')} calls checked",
-                "stress": f"{case.params.get('calls')} calls, {case.us:.1f} µs per call with its check",
-                "killed": f"detected after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
-            }[op]
-            parts.append(f"{op}: {verdict} ({what})" if case.params["passed"] else f"{op}: {verdict}")
+    parts += checked(results)
     parts += [_table(op, by_op[op]) for op in BENCHMARK.ops if op in by_op]
     one, two = ([(int(c.params["bytes"]), c.us) for c in by_op.get(name, [])] for name in ("one-shot", "two-shot"))
     if one and two:
@@ -277,6 +269,21 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
         )
     parts += [f"no result: {name}: {error}" for name, error in errors.items() if name not in by_op]
     return "\n\n".join(parts)
+
+
+def checked(results: Results) -> Iterator[str]:
+    """A line per check: whether it passed, and of what."""
+    what: dict[str, Callable[[CaseResult], str]] = {
+        "correctness": lambda case: f"{case.params.get('calls')} calls checked",
+        "stress": lambda case: f"{case.params.get('calls')} calls, {case.us:.1f} µs per call with its check",
+        "killed": lambda case: f"detected after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
+    }
+    for case in results.cases:
+        if case.op in what:
+            passed = case.params["passed"]
+            yield (
+                f"{case.op}: passed ({what[case.op](case)})" if passed else f"{case.op}: FAILED: {case.params['error']}"
+            )
 
 
 def _table(op: str, cases: Sequence[CaseResult]) -> str:

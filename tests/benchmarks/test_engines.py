@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engines import compare, pack, report
+from benchmarks.engines import compare, condense, pack, report
 
 
 def result(variant: str, noise: float, *, ours: bool) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_the_gate(
 def test_condensed_results_and_their_tables(tmp_path: Path) -> None:
     for name, ours in (("stock", False), ("w8a16", True)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name, 0.002, ours=ours)))
-    condensed = report.condense([tmp_path], "0123456789abcdef", skipped=["prefill 2048"])
+    condensed = condense.condense([tmp_path], "0123456789abcdef", skipped=["prefill 2048"])
     row = condensed["models"][0]["variants"]["w8a16"]
     assert row["decode"] == {"8": 2.0}
     assert row["prefill"] == {}
