@@ -28,42 +28,35 @@ it that is also not more than 1 % slower than any peer's. What the targets are, 
 
 @dataclass(frozen=True)
 class Part:
-    """Operators of a benchmark on a page, and which of them are plotted."""
+    """Operators of a benchmark on a page; the first is plotted."""
 
     benchmark: Benchmark
     ops: tuple[str, ...]
-    plotted: tuple[str, ...]
 
 
-def _whole(group: str) -> Part:
-    return Part(GROUPS[group], GROUPS[group].ops, GROUPS[group].ops[:1])
-
-
-def _several_gpus(*ops: str, plotted: str) -> Part:
-    return Part(multi_gpu.BENCHMARK, ops, (plotted,))
-
-
-PAGES: Mapping[str, tuple[Part, ...]] = {
-    "mla_prologue": (_whole("mla_prologue"),),
-    "all_reduce": (_several_gpus("graph", "eager", "one-shot", "two-shot", plotted="graph"), _whole("all_reduce")),
-    "reduce_rms": (_several_gpus("qk_norm graph", "qk_norm eager", plotted="qk_norm graph"), _whole("reduce_rms")),
-    "mxfp8_moe": (_whole("mxfp8_moe"),),
+_SEVERAL_GPUS = {
+    "all_reduce": Part(multi_gpu.BENCHMARK, ("graph", "eager", "one-shot", "two-shot")),
+    "reduce_rms": Part(multi_gpu.BENCHMARK, ("qk_norm graph", "qk_norm eager")),
 }
-"""What each page of docs/results holds: no operator stands on two."""
+PAGES: Mapping[str, tuple[Part, ...]] = {
+    name: (*([_SEVERAL_GPUS[name]] if name in _SEVERAL_GPUS else []), Part(benchmark, benchmark.ops))
+    for name, benchmark in GROUPS.items()
+}
+"""What each page of docs/results holds, by group: no operator stands on two."""
 
 
 def page(name: str, found: Sequence[Results]) -> str:
     """The page docs/results/NAME.md."""
     parts = [f"# Results: `{name}`", wrap(LEGEND.format(page=f"{name}.md").strip())]
     for part, results in _of_page(name, found):
-        where = {"multi_gpu": "", "all_reduce": ", virtual ranks and CPU processes"}
-        parts += [f"## {results.gpu}{where.get(results.group, '')}", about(results)]
-        if results.group == "multi_gpu" and "graph" in part.ops:
+        alone = ", virtual ranks and CPU processes" if name in _SEVERAL_GPUS and results.group == name else ""
+        parts += [f"## {results.gpu}{alone}", about(results)]
+        if "graph" in part.ops:
             parts.append("\n".join(f"- {line}" for line in multi_gpu.checked(results)))
         for op in part.ops:
             if tables := of_op(results, part.benchmark, op):
-                drawn = [f"![{op} on {results.gpu}](../plots/{_plot(results, op).name})"] if op in part.plotted else []
-                parts += [f"### `{op}`", *drawn, tables]
+                plotted = [f"![{op} on {results.gpu}](../plots/{_plot(results, op).name})"] if op == part.ops[0] else []
+                parts += [f"### `{op}`", *plotted, tables]
     profiled = [limits.to_markdown(one) for one in found if name == "mxfp8_moe" and one.group == limits.GROUP]
     return "\n\n".join([*parts, *(["## What limits a layer", *profiled] if profiled else [])]) + "\n"
 
@@ -100,9 +93,9 @@ def plots(root: Path) -> None:
     found = _found(root)
     for name in PAGES:
         for part, results in _of_page(name, found):
-            for op in part.plotted:
-                if any(case.op == op for case in results.cases):
-                    plot(results, part.benchmark, op, root / _plot(results, op), f"{name}: {op}")
+            op = part.ops[0]
+            if any(case.op == op for case in results.cases):
+                plot(results, part.benchmark, op, root / _plot(results, op), f"{name}: {op}")
     plot_ratios(found, root / "docs/plots/ratios.svg")
     engines.plot(root)
 

@@ -58,6 +58,11 @@ def test_a_broken_link_and_a_page_of_tables_are_found(tmp_path: Path) -> None:
     assert share_of_tables("a\n\n| b |\n|---|\n| c |\n") == 0.75
 
 
+def test_each_plot_stands_on_a_page() -> None:
+    shown = {name for page in EVERY for name in re.findall(r"plots/([\w.-]+\.svg)", page.read_text())}
+    assert shown == {path.name for path in (ROOT / "docs/plots").iterdir()}
+
+
 def test_the_pages_are_what_make_docs_writes() -> None:
     report.main(["--root", str(ROOT), "--check"])
 
