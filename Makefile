@@ -69,12 +69,14 @@ clean: ## remove whatever was built, .venv too
 	find src tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
+	@echo "Setting up .venv: torch and build tools, a minute or two and the download of torch"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$(TORCH)" scikit-build-core cmake ninja
 	touch $@
 
 # The name of the stamp says what is installed now; the objects of every setting stay in build/editable.
 build/installed-%: .venv/ready $(SOURCES)
+	@echo "Compiling: 1 to 4 minutes on two cores for the CPU, 5 to 10 with the CUDA binary"
 	ABIDING_CUDA=$* $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	rm -f build/installed-*
 	touch $@
