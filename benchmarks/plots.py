@@ -36,7 +36,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK, GRAY = (
     *("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#777777"),
 )
 LONG, SHORT, DASH_DOT, DENSE = (0, (7, 2)), (0, (4, 2)), (0, (6, 2, 1, 2)), (0, (2, 1))
-OURS, BOUND = Style(BLUE, "-", "o"), Style(GRAY, ":", "")
+OURS, BOUND, OTHER = Style(BLUE, "-", "o"), Style(GRAY, ":", ""), Style(SKY, LONG, "+")
 PEERS = {
     "vllm": Style(VERMILION, SHORT, "s"),
     "marlin": Style(VERMILION, SHORT, "s"),
@@ -76,7 +76,7 @@ def plot(results: Results, benchmark: Benchmark, op: str, path: Path, title: str
     with figure(len(rows) + len(ratios), path, f"{title}, {results.gpu}, {cases[0].cache_state}") as panels:
         for panel, (label, members) in zip(panels, rows, strict=False):
             for name in peers_of(members):
-                _line(panel, members, axis, partial(_of_peer, name), PEERS[name], name)
+                _line(panel, members, axis, partial(_of_peer, name), PEERS.get(name, OTHER), name)
             _line(panel, members, axis, lambda case: case.us, OURS, "abiding")
             _line(panel, members, axis, lambda case: case.bound_us or None, BOUND, "bound")
             panel.set(title=label, ylabel="µs per call", yscale="log")
