@@ -226,14 +226,23 @@ def _time_quantizer(op: str, tokens: int, width: int, settings: Settings) -> Cas
     )
 
 
-def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
-    device = settings.device
+@dataclass(frozen=True)
+class LayerCalls:
+    """Calls of a layer with distinct experts, so that each is L2-cold, and what one of them moves and computes."""
+
+    sets: list[LayerInputs]
+    calls: Calls
+    bytes: float
+    flops: float
+
+
+def layer_calls(layer: LayerInputs, case: LayerCase, device: torch.device) -> LayerCalls:
+    """Calls of `case` with the weights of `layer`."""
     rng = torch.Generator(device).manual_seed(case.tokens)
     ids, weights = case.route(rng)
     local = ids[ids >= 0]
-    active = len(local.unique())
     parameters = 3 * case.hidden * case.intermediate
-    moved = active * parameters * 33 / 32 + 4 * case.tokens * case.hidden
+    moved = len(local.unique()) * parameters * 33 / 32 + 4 * case.tokens * case.hidden
     count = rotations(int(moved), device)
     sets = [
         replace(
@@ -247,11 +256,18 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
     ]
     size = api.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
     space = torch.empty(size, dtype=torch.uint8, device=device)
-    bound_us = settings.roofline.bound_us(moved, 2.0 * len(local) * parameters)
-    ours: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
-    theirs = {peer.name: _time([peer.call(one) for one in sets], bound_us, device) for peer in peers}
+    calls: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
+    return LayerCalls(sets, calls, moved, 2.0 * len(local) * parameters)
+
+
+def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
+    device = settings.device
+    ours = layer_calls(layer, case, device)
+    bound_us = settings.roofline.bound_us(ours.bytes, ours.flops)
+    theirs = {peer.name: _time([peer.call(one) for one in ours.sets], bound_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
-    return CaseResult.of(op, params, _time(ours, bound_us, device), theirs, l2_warm=False, bound_us=bound_us)
+    timing = _time(ours.calls, bound_us, device)
+    return CaseResult.of(op, params, timing, theirs, l2_warm=False, bound_us=bound_us)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
