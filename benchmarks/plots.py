@@ -44,6 +44,8 @@ PEERS = {
     "humming": Style(GREEN, DASH_DOT, "^"),
     "nccl": Style(BLACK, LONG, "D"),
     "gloo": Style(BLACK, LONG, "D"),
+    "humming_indexed": Style(PURPLE, DENSE, "x"),
+    "bf16": Style(BLACK, LONG, "D"),
     "nccl symmetric": Style(GRAY, LONG, "d"),
     "symm_mem one-shot": Style(ORANGE, DENSE, "v"),
     "symm_mem two-shot": Style(PURPLE, DENSE, "x"),

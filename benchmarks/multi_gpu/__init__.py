@@ -24,7 +24,7 @@ from benchmarks.multi_gpu import checks, times
 from benchmarks.multi_gpu.checks import RunConfig
 from benchmarks.multi_gpu.times import Times
 from benchmarks.result_file import CaseResult, Param, Results
-from benchmarks.tables import table
+from benchmarks.tables import peers_of, table
 
 TOTAL_S = 470.0
 """No phase starts or continues after this time."""
@@ -288,13 +288,12 @@ def checked(results: Results) -> Iterator[str]:
 
 def _table(op: str, cases: Sequence[CaseResult]) -> str:
     """A line per size: our time, for messages the bus bandwidth as nccl-tests define it, then the peers' times."""
-    peers = sorted({name for case in cases for name in case.peers})
+    peers = peers_of(cases)
     axis = BENCHMARK.axis_of(op)
     lines = []
     for case in cases:
         point, ranks = int(case.params[axis]), int(case.params["ranks"])
         gbps = [f"{2 * (ranks - 1) / ranks * point / case.us / 1e3:.2f}"] if axis == "bytes" else []
         theirs = [f"{case.peers[name]:.2f}" if name in case.peers else "-" for name in peers]
-        best = min(case.peers.values(), default=None)
-        lines.append([str(point), f"{case.us:.2f}", *gbps, *theirs, "-" if best is None else f"{case.us / best:.2f}"])
+        lines.append([str(point), f"{case.us:.2f}", *gbps, *theirs, "-" if case.ratio is None else f"{case.ratio:.2f}"])
     return table([f"{op}: {axis}", "abiding us", *(["GB/s"] if axis == "bytes" else []), *peers, "/ best"], lines)
