@@ -61,21 +61,22 @@ else
 	$(BIN)/python -m benchmarks.multi_gpu
 endif
 
-docs: setup ## rewrite the README's tables and the plots from benchmarks/results
+docs: setup ## write docs/results, the README's table and the plots from benchmarks/results
 	$(BIN)/python -m benchmarks.report
-	$(BIN)/python -m benchmarks.engines.report docs
 
 clean: ## remove whatever was built, .venv too
 	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
+	@echo "Setting up .venv: torch and build tools, a minute or two and the download of torch"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$(TORCH)" scikit-build-core cmake ninja
 	touch $@
 
 # The name of the stamp says what is installed now; the objects of every setting stay in build/editable.
 build/installed-%: .venv/ready $(SOURCES)
+	@echo "Compiling: 1 to 4 minutes on two cores for the CPU, 5 to 10 with the CUDA binary"
 	ABIDING_CUDA=$* $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	rm -f build/installed-*
 	touch $@

@@ -34,8 +34,8 @@ class Headline:
 PROLOGUE = Headline("DeepSeek V4 MLA prologue, 64 heads", "mla_prologue", "qnorm_rope_kv_insert", {"heads": 64})
 ALL_REDUCE = Headline("all-reduce, CUDA graph", "multi_gpu", "graph", {})
 QK_NORM = Headline("MiniMax M2 QK norm, CUDA graph", "multi_gpu", "qk_norm graph", {})
-MOE = {"routing": "uniform"}
-MOE_M2 = Headline("MXFP8 MoE layer, MiniMax M2", "mxfp8_moe", "moe_w8a16", MOE | {"shape": "minimax-m2"})
+MOE_SHAPES = Headline("MXFP8 MoE layer, w8a16", "mxfp8_moe", "moe_w8a16", {"routing": "uniform"})
+MOE_M2 = replace(MOE_SHAPES, job="MXFP8 MoE layer, MiniMax M2", params={**MOE_SHAPES.params, "shape": "minimax-m2"})
 HEADLINES = (
     PROLOGUE.at("256 tokens", tokens=256),
     ALL_REDUCE.at("64 KiB", bytes=65536),
@@ -49,7 +49,7 @@ def headline(found: Iterable[Results]) -> str:
     every, rows = list(found), []
     for one in HEADLINES:
         for results, case in one.cases(every):
-            best = min(case.peers, key=lambda name: case.peers[name])
-            ratio = f"**{case.us / case.peers[best]:.2f}**"
+            best = case.best_peer or ""
+            ratio = f"**{case.ratio:.2f}**"
             rows.append([one.job, us_text(case.us), us_text(case.peers[best]), best, ratio, results.gpu])
     return table(["job", "Abiding, µs", "best peer, µs", "which", "ratio", "card"], rows)

@@ -37,6 +37,16 @@ class CaseResult:
     """The commit of a case that was timed later than the rest of its file."""
 
     @property
+    def best_peer(self) -> str | None:
+        """The fastest peer's name; None if no peer was timed."""
+        return min(self.peers, key=lambda name: self.peers[name], default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        """Our time as a part of the best peer's."""
+        return None if self.best_peer is None else self.us / self.peers[self.best_peer]
+
+    @property
     def cache_state(self) -> str:
         """Whether the case's inputs are in the L2 cache when a call starts."""
         return "L2-warm" if self.l2_warm else "L2-cold"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PROGRAMS = ("on_gpu", "engine", "compare", "serve")
 VLLM = "0.26.0"
 LIBRARIES = ("_C_stable_libtorch", "_moe_C_stable_libtorch", "vllm_flash_attn/_vllm_fa3_C")
 LEFT_OUT = ("third_party/fmha_sm100/", "third_party/deep_gemm/include/", "kernels/helion/", "/amd/", "/configs/E=")
@@ -105,13 +106,18 @@ def main() -> None:
         (given.folder / "models" / name / "config.json").write_text(json.dumps(config, indent=1))
         write_tokenizer(given.folder / "models" / name)
     pack_additions(given.folder)
-    programs = given.folder / "benchmarks" / "engines"
-    programs.mkdir(parents=True)
-    for name in ("__init__", "engine", "compare", "serve", "on_gpu"):
-        shutil.copy(HERE / f"{name}.py", programs)
-    shutil.copy(HERE.with_name("__init__.py"), programs.parent)
+    pack_programs(given.folder)
     size = sum(path.stat().st_size for path in given.folder.rglob("*") if path.is_file())
     print(f"{given.folder}: {size / 1e6:.1f} MB")
+
+
+def pack_programs(folder: Path) -> None:
+    """The modules that run on the machine, as `benchmarks.engines`."""
+    programs = folder / "benchmarks" / "engines"
+    programs.mkdir(parents=True)
+    for name in ("__init__", *PROGRAMS):
+        shutil.copy(HERE / f"{name}.py", programs)
+    shutil.copy(HERE.with_name("__init__.py"), programs.parent)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -1,24 +1,17 @@
-"""Results of engines: condense what ``engine.py`` and ``serve.py`` wrote, and write tables and a plot of it.
-
-    python -m benchmarks.engines.report condense FOLDER... --commit COMMIT --output FILE    # of runs on a GPU
-    python -m benchmarks.engines.report docs                         # docs/engines_*.md and their plot
-
-Condensed results lie in benchmarks/results/engines/, one file per engine and commit.
-"""
+"""Tables and a plot of what is in benchmarks/results/engines: a file per engine and commit."""
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.compare import difference, kernels_of_ours, median
-from benchmarks.tables import fill, table, wrap
+from benchmarks.plots import DENSE, GRAY, OURS, PEERS, PURPLE, Style, figure
+from benchmarks.result_file import RESULTS
+from benchmarks.tables import table, wrap
 
-RESULTS = Path("benchmarks/results/engines")
+FOLDER = RESULTS / "engines"
 PLOT = Path("docs/plots/engines_vllm.svg")
 NAMES = {
     "stock": "stock (Marlin)",
@@ -29,58 +22,41 @@ NAMES = {
     "all": "**abiding**, all jobs",
     "spoilt": "spoilt control",
 }
+STYLES = {"stock": PEERS["marlin"], "humming": PEERS["humming"], "w8a16": OURS, "w8a8": Style(PURPLE, DENSE, "v")}
 DECODE, PREFILL = ("decode", "graph_ms"), ("prefill", "forward_ms")
+VLLM_LEGEND = """MiniMax-M2's widths with seeded weights, in MXFP8, captured graphs; a decode step is the replay of its
+graph, a prefill the forward pass of one prompt. All variants are loaded at once and measure in turns. What is compared,
+and what it means: [engines_vllm.md](../engines_vllm.md#measured). Written by `make docs` from
+[benchmarks/results/engines](../../benchmarks/results/engines)."""
+TRANSFORMERS_LEGEND = """A model of MiniMax-M2's widths, with 2 layers, 64 experts and seeded weights. What is compared,
+and what it means: [engines_transformers.md](../engines_transformers.md#measured). Written by `make docs` from
+[benchmarks/results/engines](../../benchmarks/results/engines)."""
 
 
-# --- condensing -------------------------------------------------------------------------------------------------------
-
-
-def condense(folders: list[Path], commit: str, skipped: list[str]) -> dict[str, Any]:
-    models = [of_model(folder, skipped) for folder in folders if not (folder / "serve.json").exists()]
-    served = [json.loads((folder / "serve.json").read_text()) for folder in folders if (folder / "serve.json").exists()]
-    first = json.loads((next(f for f in folders if (f / "stock.json").exists()) / "stock.json").read_text())
-    about = {name: first[name] for name in ("gpu", "vllm", "torch")}
-    return {
-        "engine": "vllm",
-        **about,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "models": models,
-        "served": served,
+def pages(root: Path) -> dict[str, str]:
+    """The pages of docs/results about engines, by name."""
+    vllm, transformers = every(root, "vllm"), every(root, "transformers")
+    parts = {
+        "engines_vllm": [
+            "# Results: whole models inside vLLM",
+            wrap(VLLM_LEGEND),
+            f"![time per step, and as a part of stock's](../plots/{PLOT.name})",
+            "## Times",
+            *map(times_table, reversed(vllm)),
+            "## Log-probabilities, kernels and memory",
+            *map(equality_table, vllm),
+        ],
+        "engines_transformers": [
+            "# Results: a model inside transformers",
+            wrap(TRANSFORMERS_LEGEND),
+            *map(transformers_table, transformers),
+        ],
     }
+    return {name: "\n\n".join(filter(None, some)) + "\n" for name, some in parts.items()}
 
 
-def of_model(folder: Path, skipped: list[str]) -> dict[str, Any]:
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    stock = found["stock"]
-    noise = max(difference(stock["forced"], stock[name])[0] for name in ("forced_again", "forced_singly"))
-    variants = {}
-    for variant in (name for name in NAMES if name in found):
-        result = found[variant]
-        mean, top = difference(stock["forced"], result["forced"])
-        row: dict[str, Any] = {
-            "mean_difference": round(mean, 5),
-            "same_top_1": round(top, 4),
-            "load_bytes": result["load_bytes"],
-            "kernels": {
-                name: dict(zip(("ours", "all"), kernels_of_ours(kernels), strict=True))
-                for name, kernels in result.get("kernels", {}).items()
-                if name not in skipped
-            },
-        }
-        for kind, name in (DECODE, PREFILL):
-            rows = result.get("times", [])
-            sizes = [size for size in (rows[0][kind] if rows else []) if f"{kind} {size}" not in skipped]
-            row[kind] = {size: round(value, 3) for size in sizes if (value := median(rows, kind, size, name))}
-        variants[variant] = row
-    return {"model": stock["model"], "noise": round(noise, 5), "variants": variants}
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def every(engine: str) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{engine}-*.json"))]
+def every(root: Path, engine: str) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted((root / FOLDER).glob(f"{engine}-*.json"))]
     return sorted(found, key=lambda one: (one["date"], one["commit"]))
 
 
@@ -173,71 +149,29 @@ def transformers_table(result: dict[str, Any]) -> str:
     )
 
 
-def plot(results: list[dict[str, Any]]) -> None:
-    """The ratio of each variant's time to stock's, by model."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "engines"
-    from matplotlib import pyplot
-
-    models = [(result, model) for result in results for model in timed(result)]
-    figure, panels = pyplot.subplots(
-        1, len(models), figsize=(5.5 * len(models), 3.6), layout="constrained", sharey=True
-    )
-    styles = {"humming": ("tab:green", "s--"), "w8a16": ("tab:blue", "o-"), "w8a8": ("tab:purple", "^-.")}
-    for panel, (result, model) in zip(panels, models, strict=True):
-        stock = model["variants"]["stock"]
-        axes = axes_of(stock)
-        for name, (color, style) in styles.items():
-            if row := model["variants"].get(name):
-                ratios = [row[kind][size] / stock[kind][size] for kind, size in axes]
-                panel.plot(ratios, style, color=color, label=NAMES[name].replace("*", ""))
-        panel.axhline(1, color="tab:orange", label=NAMES["stock"])
-        labels = [f"{kind}\n{size}" for kind, size in axes]
-        panel.set(title=f"{model['model']}, {result['gpu']}, vLLM {result['vllm']}", ylim=(0, 1.4))
-        panel.set_xticks(range(len(axes)), labels)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_ylabel("time per step / stock's")
-    figure.supxlabel("decode: sequences; prefill: tokens")
-    figure.savefig(PLOT, metadata={"Date": None})
-
-
-def write_docs() -> None:
-    vllm, own = every("vllm"), every("transformers")
-    for page, parts in (
-        (
-            Path("docs/engines_vllm.md"),
-            {
-                "engines:vllm:times": [times_table(one) for one in reversed(vllm)],
-                "engines:vllm:equality": [equality_table(one) for one in vllm],
-            },
-        ),
-        (Path("docs/engines_transformers.md"), {"engines:transformers": map(transformers_table, own)}),
-    ):
-        text = page.read_text()
-        for marker, bodies in parts.items():
-            text = fill(text, marker, bodies)
-        page.write_text(text)
-        print(f"Wrote {page}")
-    plot(vllm)
-    print(f"Wrote {PLOT}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("docs")
-    condensing = commands.add_parser("condense")
-    condensing.add_argument("folders", nargs="+", type=Path)
-    condensing.add_argument("--commit", required=True)
-    condensing.add_argument("--output", required=True, type=Path)
-    condensing.add_argument("--skip", nargs="*", default=[], help='cases that do not count, such as "decode 256"')
-    given = parser.parse_args()
-    if given.command == "docs":
-        write_docs()
-    else:
-        condensed = condense(given.folders, given.commit, given.skip)
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(condensed, indent=1) + "\n")
+def plot(root: Path) -> None:
+    """The time of each variant inside vLLM, and its ratio to stock's, by model."""
+    models = [(result, model) for result in every(root, "vllm") for model in timed(result)]
+    with figure(2 * len(models), root / PLOT) as panels:
+        for index, (result, model) in enumerate(models):
+            variants, stock = model["variants"], model["variants"]["stock"]
+            axes = axes_of(stock)
+            times, ratios = panels[2 * index : 2 * index + 2]
+            for name, row in variants.items():
+                style = STYLES[name]
+                ms = [row[kind][size] for kind, size in axes]
+                label = NAMES[name].replace("*", "")
+                times.plot(ms, **style._asdict(), label=label, markersize=4)
+                parts = [one / stock[kind][size] for one, (kind, size) in zip(ms, axes, strict=True)]
+                ratios.plot(parts, **style._asdict(), label=label, markersize=4)
+            times.set(ylabel="ms per step", yscale="log")
+            times.yaxis.set_major_formatter("{x:g}")
+            times.minorticks_off()
+            ratios.set(ylabel="time per step / stock's", ylim=(0, 1.3))
+            ratios.axhline(1, color=GRAY, linewidth=0.8)
+            for panel in (times, ratios):
+                panel.set(title=f"{model['model']}, {result['gpu']}, vLLM {result['vllm']}")
+                panel.set(xlabel="decode: sequences; prefill: tokens")
+                panel.set_xticks(range(len(axes)), [f"{kind}\n{size}" for kind, size in axes], fontsize="small")
+                panel.grid(alpha=0.3)
+                panel.legend(fontsize="x-small")

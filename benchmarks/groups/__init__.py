@@ -12,7 +12,7 @@ from abiding.testing.timing import Roofline
 from benchmarks.base import Benchmark, Settings, say
 from benchmarks.groups import all_reduce, mla_prologue, mxfp8_moe, reduce_rms
 from benchmarks.result_file import RESULTS, Results
-from benchmarks.tables import full_table
+from benchmarks.tables import about, of_op, targets_met
 
 GROUPS: dict[str, Benchmark] = {
     one.BENCHMARK.group: one.BENCHMARK for one in (mla_prologue, all_reduce, reduce_rms, mxfp8_moe)
@@ -65,7 +65,10 @@ def run(
             f"{case.cache_state}: {case.us:.2f} µs{theirs}, bound {case.bound_us:.2f}")  # fmt: skip
         if output is not None:
             (older.replaced(results) if older else results).write(output)
-    print(full_table(results, benchmark))
+    parts = [about(results)]
+    for op in dict.fromkeys(case.op for case in results.cases):
+        parts += [f"`{op}`, µs per call:", of_op(results, benchmark, op)]
+    print("\n\n".join(filter(None, [*parts, targets_met(results, benchmark, benchmark.ops)])))
     if path is not None:
         say(f"Wrote {path}")
     return results

@@ -8,20 +8,20 @@ Only times are compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from abiding import mxfp8_moe as api
 from abiding.mxfp8_moe import Mode
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, rotated_ids
 from abiding.testing.timing import Timing, call_us, graph_us, rotations
 from benchmarks.base import Benchmark, Settings, say
-from benchmarks.peers.humming import KINDS, Humming, HummingWeights
+from benchmarks.peers.humming import HummingLibrary
+from benchmarks.peers.marlin import Marlin
+from benchmarks.peers.mxfp8 import Gemm, LayerPeer, Library, Peer, Routed
 from benchmarks.result_file import CaseResult, Param
 
 Calls = list[Callable[[], object]]
@@ -89,46 +89,6 @@ BENCHMARK = Benchmark(
 
 
 # --- GEMMs ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """One of a layer's two GEMMs, with its weights."""
-
-    name: str
-    weight: Tensor
-    scale: Tensor
-
-    @property
-    def n(self) -> int:
-        return self.weight.size(1)
-
-    @property
-    def k(self) -> int:
-        return self.weight.size(2)
-
-
-@dataclass(frozen=True)
-class Routed:
-    """The rows of a call, sorted by expert, with the experts and the offsets."""
-
-    ids: Tensor
-    offsets: Tensor
-    rows: Tensor
-
-    @staticmethod
-    def of(ids: Tensor, experts: int, k: int) -> Routed:
-        counts = torch.bincount(ids.flatten(), minlength=experts)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-        return Routed(ids, offsets, torch.randn(ids.numel(), k, device=ids.device).bfloat16())
-
-    @property
-    def active(self) -> int:
-        return int((self.offsets.diff() > 0).sum())
-
-    def bytes(self, gemm: Gemm) -> float:
-        """Bytes of the roofline bound: weights and scales of the experts that have rows, rows in, rows out."""
-        return self.active * gemm.n * gemm.k * 33 / 32 + len(self.rows) * (gemm.k + gemm.n) * 2
 
 
 def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: Settings) -> Iterator[CaseResult]:
@@ -226,14 +186,23 @@ def _time_quantizer(op: str, tokens: int, width: int, settings: Settings) -> Cas
     )
 
 
-def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
-    device = settings.device
+@dataclass(frozen=True)
+class LayerCalls:
+    """Calls of a layer with distinct experts, so that each is L2-cold, and what one of them moves and computes."""
+
+    sets: list[LayerInputs]
+    calls: Calls
+    bytes: float
+    flops: float
+
+
+def layer_calls(layer: LayerInputs, case: LayerCase, device: torch.device) -> LayerCalls:
+    """Calls of `case` with the weights of `layer`."""
     rng = torch.Generator(device).manual_seed(case.tokens)
     ids, weights = case.route(rng)
     local = ids[ids >= 0]
-    active = len(local.unique())
     parameters = 3 * case.hidden * case.intermediate
-    moved = active * parameters * 33 / 32 + 4 * case.tokens * case.hidden
+    moved = len(local.unique()) * parameters * 33 / 32 + 4 * case.tokens * case.hidden
     count = rotations(int(moved), device)
     sets = [
         replace(
@@ -247,38 +216,21 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
     ]
     size = api.workspace_bytes(case.tokens, case.top_k, case.experts, case.hidden, case.intermediate)
     space = torch.empty(size, dtype=torch.uint8, device=device)
-    bound_us = settings.roofline.bound_us(moved, 2.0 * len(local) * parameters)
-    ours: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
-    theirs = {peer.name: _time([peer.call(one) for one in sets], bound_us, device) for peer in peers}
+    calls: Calls = [partial(one.run, api, workspace=space, out=torch.empty_like(one.x)) for one in sets]
+    return LayerCalls(sets, calls, moved, 2.0 * len(local) * parameters)
+
+
+def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
+    device = settings.device
+    ours = layer_calls(layer, case, device)
+    bound_us = settings.roofline.bound_us(ours.bytes, ours.flops)
+    theirs = {peer.name: _time([peer.call(one) for one in ours.sets], bound_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
-    return CaseResult.of(op, params, _time(ours, bound_us, device), theirs, l2_warm=False, bound_us=bound_us)
+    timing = _time(ours.calls, bound_us, device)
+    return CaseResult.of(op, params, timing, theirs, l2_warm=False, bound_us=bound_us)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another implementation of a GEMM."""
-
-    name: str
-    call: Callable[[Routed], Callable[[], object]]
-
-
-@dataclass(frozen=True)
-class LayerPeer:
-    """Another implementation of a layer."""
-
-    name: str
-    call: Callable[[LayerInputs], Callable[[], object]]
-
-
-class Library(Protocol):
-    """A library of peers for GEMMs and layers."""
-
-    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]: ...
-
-    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer: ...
 
 
 def _libraries(settings: Settings) -> list[Library]:
@@ -305,153 +257,3 @@ def _bf16(gemm: Gemm) -> list[Peer]:
         return partial(torch._grouped_mm, routed.rows, weight, offs=routed.offsets[1:])
 
     return [Peer("bf16", call)]
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Pairs of a token and an expert, sorted by expert, each expert's padded to whole tiles, as Marlin takes them."""
-
-    tile_rows: int
-    pairs: Tensor
-    experts: Tensor
-    total: Tensor
-
-    @staticmethod
-    def like(ids: Tensor, experts: int) -> Sorted:
-        rows = ids.numel()
-        tile_rows = next((size for size in (8, 16, 32, 48, 64) if rows / experts / size < 0.9), 64)
-        most = rows + experts * (tile_rows - 1)
-        sizes = (most, -(-most // tile_rows), 1)
-        pairs, tile_experts, total = (ids.new_empty(size, dtype=torch.int32) for size in sizes)
-        return Sorted(tile_rows, pairs, tile_experts, total)
-
-    def fill(self, ids: Tensor, experts: int) -> None:
-        torch.ops._moe_C.moe_align_block_size(ids, experts, self.tile_rows, self.pairs, self.experts, self.total, None)
-
-
-class Marlin:
-    """vLLM's Marlin kernels, from the library `_moe_C`, on random bits as weights."""
-
-    E4M3 = 2814749767172868
-    """vLLM's id of the scalar type float8_e4m3fn."""
-
-    def __init__(self, library: Path) -> None:
-        torch.ops.load_library(str(library.resolve()))
-        if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
-            raise ValueError("it has no moe_wna16_marlin_gemm")
-        device = torch.device("cuda", torch.cuda.current_device())
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self.workspace = torch.zeros(4 * sms, dtype=torch.int32, device=device)
-
-    def weights(self, gemm: Gemm) -> tuple[Tensor, Tensor]:
-        experts, n, k = gemm.weight.shape
-        device = gemm.weight.device
-        bits = torch.randint(0, 2**31 - 1, (experts, k // 16, n * 4), dtype=torch.int32, device=device) & 0x37373737
-        scales = torch.full((experts, k // 32, n), 120, dtype=torch.uint8, device=device)
-        return bits, scales.view(torch.float8_e8m0fnu)
-
-    def gemm(
-        self,
-        a: Tensor,
-        out: Tensor,
-        weights: tuple[Tensor, Tensor],
-        pairs: Sorted,
-        topk_weights: Tensor,
-        top_k: int,
-        weigh: bool,
-    ) -> None:
-        rows, k = a.shape
-        torch.ops._moe_C.moe_wna16_marlin_gemm(
-            *(a, out, weights[0], None, weights[1], None, None, None, self.workspace, pairs.pairs, pairs.experts),
-            *(pairs.total, topk_weights, pairs.tile_rows, top_k, weigh, self.E4M3, rows, out.size(1), k),
-            *(False, True, False, -1, -1, -1),
-        )
-
-    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
-        weights = self.weights(gemm)
-        experts = gemm.weight.size(0)
-
-        def call(routed: Routed) -> Callable[[], object]:
-            ids = routed.ids.int()
-            pairs = Sorted.like(ids, experts)
-            pairs.fill(ids, experts)
-            # GEMM1 reads rows of tokens, GEMM2 rows of pairs.
-            top_k = ids.size(1) if gemm.name == "GEMM1" else 1
-            a = routed.rows[: ids.numel() // top_k]
-            out = a.new_empty(ids.numel(), gemm.n)
-            ones = torch.ones(ids.shape, device=ids.device)
-            return lambda: self.gemm(a, out, weights, pairs, ones, top_k, False)
-
-        return [Peer("marlin", call)]
-
-    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
-        """Sorting, two GEMMs, the activation in torch's own operations, the top-k sum."""
-        first, second = self.weights(up), self.weights(down)
-        experts = up.weight.size(0)
-
-        def call(i: LayerInputs) -> Callable[[], object]:
-            ids = i.topk_ids.int()
-            pairs = Sorted.like(ids, experts)
-            tokens, top_k = ids.shape
-            gate_up = i.x.new_empty(ids.numel(), up.n)
-            result = i.x.new_empty(ids.numel(), down.n)
-            out = torch.empty_like(i.x)
-
-            def run() -> None:
-                pairs.fill(ids, experts)
-                self.gemm(i.x, gate_up, first, pairs, i.topk_weights, top_k, False)
-                gate, up_rows = gate_up.chunk(2, 1)
-                self.gemm(torch.nn.functional.silu(gate) * up_rows, result, second, pairs, i.topk_weights, 1, True)
-                torch.ops._moe_C.moe_sum(result.view(tokens, top_k, down.n), out)
-
-            return run
-
-        return LayerPeer("marlin", call)
-
-
-class HummingLibrary:
-    """Humming's kernels, on our weights in Humming's layout."""
-
-    def __init__(self, wheel: Path) -> None:
-        self.humming = Humming(wheel)
-
-    def weights(self, gemm: Gemm, cases: list[LayerCase]) -> HummingWeights:
-        codes = api.unswizzle_scales(gemm.scale, gemm.n, gemm.k)
-        stacks = [gemm.n // 2] * 2 if gemm.name == "GEMM1" else [gemm.n]
-        weights = self.humming.weights(gemm.weight, codes, stacks)
-        weights.compile(case.tokens * case.top_k for case in cases)
-        return weights
-
-    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
-        weights = self.weights(gemm, cases)
-
-        def call(kind: str, routed: Routed) -> Callable[[], object]:
-            out = routed.rows.new_empty(len(routed.rows), gemm.n)
-            if kind == "indexed" and gemm.name == "GEMM1":
-                top_k = routed.ids.size(1)
-                return weights.call(kind, routed.rows[: len(routed.rows) // top_k], routed.ids, top_k, out)
-            return weights.call(kind, routed.rows, routed.ids, 1, out)
-
-        return [Peer(name, partial(call, kind)) for name, kind in KINDS.items()]
-
-    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
-        """Two indexed GEMMs, the activation and the weighted sum in torch's own operations."""
-        first, second = self.weights(up, cases), self.weights(down, cases)
-
-        def call(i: LayerInputs) -> Callable[[], object]:
-            tokens, top_k = i.topk_ids.shape
-            gate_up, activated = i.x.new_empty(tokens * top_k, up.n), i.x.new_empty(tokens * top_k, down.k)
-            result = i.x.new_empty(tokens * top_k, down.n)
-            gate, up_rows = gate_up.chunk(2, 1)
-            multiply_up = first.call("indexed", i.x, i.topk_ids, top_k, gate_up)
-            multiply_down = second.call("indexed", activated, i.topk_ids, 1, result)
-
-            def run() -> None:
-                multiply_up()
-                torch.mul(torch.nn.functional.silu(gate), up_rows, out=activated)
-                multiply_down()
-                torch.sum(result.view(tokens, top_k, down.n) * i.topk_weights[..., None].bfloat16(), 1)
-
-            return run
-
-        return LayerPeer("humming", call)

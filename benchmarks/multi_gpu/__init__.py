@@ -24,7 +24,7 @@ from benchmarks.multi_gpu import checks, times
 from benchmarks.multi_gpu.checks import RunConfig
 from benchmarks.multi_gpu.times import Times
 from benchmarks.result_file import CaseResult, Param, Results
-from benchmarks.tables import table
+from benchmarks.tables import peers_of, table
 
 TOTAL_S = 470.0
 """No phase starts or continues after this time."""
@@ -258,15 +258,7 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
     by_op: dict[str, list[CaseResult]] = {}
     for case in results.cases:
         by_op.setdefault(case.op, []).append(case)
-    for op in ("correctness", "stress", "killed"):
-        for case in by_op.get(op, []):
-            verdict = "passed" if case.params["passed"] else f"FAILED: {case.params['error']}"
-            what = {
-                "correctness": f"{case.params.get('calls')} calls checked",
-                "stress": f"{case.params.get('calls')} calls, {case.us:.1f} µs per call with its check",
-                "killed": f"detected after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
-            }[op]
-            parts.append(f"{op}: {verdict} ({what})" if case.params["passed"] else f"{op}: {verdict}")
+    parts += checked(results)
     parts += [_table(op, by_op[op]) for op in BENCHMARK.ops if op in by_op]
     one, two = ([(int(c.params["bytes"]), c.us) for c in by_op.get(name, [])] for name in ("one-shot", "two-shot"))
     if one and two:
@@ -279,15 +271,29 @@ def _summary(results: Results, errors: Mapping[str, str]) -> str:
     return "\n\n".join(parts)
 
 
+def checked(results: Results) -> Iterator[str]:
+    """A line per check: whether it passed, and of what."""
+    what: dict[str, Callable[[CaseResult], str]] = {
+        "correctness": lambda case: f"{case.params.get('calls')} calls checked",
+        "stress": lambda case: f"{case.params.get('calls')} calls, {case.us:.1f} µs per call with its check",
+        "killed": lambda case: f"detected after {case.us / 1e6:.2f} s, timeout {case.params.get('timeout_s')} s",
+    }
+    for case in results.cases:
+        if case.op in what:
+            passed = case.params["passed"]
+            yield (
+                f"{case.op}: passed ({what[case.op](case)})" if passed else f"{case.op}: FAILED: {case.params['error']}"
+            )
+
+
 def _table(op: str, cases: Sequence[CaseResult]) -> str:
     """A line per size: our time, for messages the bus bandwidth as nccl-tests define it, then the peers' times."""
-    peers = sorted({name for case in cases for name in case.peers})
+    peers = peers_of(cases)
     axis = BENCHMARK.axis_of(op)
     lines = []
     for case in cases:
         point, ranks = int(case.params[axis]), int(case.params["ranks"])
         gbps = [f"{2 * (ranks - 1) / ranks * point / case.us / 1e3:.2f}"] if axis == "bytes" else []
         theirs = [f"{case.peers[name]:.2f}" if name in case.peers else "-" for name in peers]
-        best = min(case.peers.values(), default=None)
-        lines.append([str(point), f"{case.us:.2f}", *gbps, *theirs, "-" if best is None else f"{case.us / best:.2f}"])
+        lines.append([str(point), f"{case.us:.2f}", *gbps, *theirs, "-" if case.ratio is None else f"{case.ratio:.2f}"])
     return table([f"{op}: {axis}", "abiding us", *(["GB/s"] if axis == "bytes" else []), *peers, "/ best"], lines)

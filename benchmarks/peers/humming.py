@@ -15,11 +15,16 @@ import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from abiding import mxfp8_moe as api
+from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs
+from benchmarks.peers.mxfp8 import Gemm, LayerPeer, Peer, Routed
 
 KINDS = {"humming": "grouped_contiguous", "humming_indexed": "indexed"}
 """Humming's names of the two kinds, by the peer names that results use."""
@@ -143,3 +148,51 @@ def _sorted_pairs(pairs: Tensor, counts: Tensor, tile_rows: int) -> dict[str, An
         "expert_ids": experts.int(),
         "num_tokens_padded": torch.tensor([total], dtype=torch.int32, device=pairs.device),
     }
+
+
+class HummingLibrary:
+    """Humming's kernels, on our weights in Humming's layout."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.humming = Humming(wheel)
+
+    def weights(self, gemm: Gemm, cases: list[LayerCase]) -> HummingWeights:
+        codes = api.unswizzle_scales(gemm.scale, gemm.n, gemm.k)
+        stacks = [gemm.n // 2] * 2 if gemm.name == "GEMM1" else [gemm.n]
+        weights = self.humming.weights(gemm.weight, codes, stacks)
+        weights.compile(case.tokens * case.top_k for case in cases)
+        return weights
+
+    def gemms(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+        weights = self.weights(gemm, cases)
+
+        def call(kind: str, routed: Routed) -> Callable[[], object]:
+            out = routed.rows.new_empty(len(routed.rows), gemm.n)
+            if kind == "indexed" and gemm.name == "GEMM1":
+                top_k = routed.ids.size(1)
+                return weights.call(kind, routed.rows[: len(routed.rows) // top_k], routed.ids, top_k, out)
+            return weights.call(kind, routed.rows, routed.ids, 1, out)
+
+        return [Peer(name, partial(call, kind)) for name, kind in KINDS.items()]
+
+    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+        """Two indexed GEMMs, the activation and the weighted sum in torch's own operations."""
+        first, second = self.weights(up, cases), self.weights(down, cases)
+
+        def call(i: LayerInputs) -> Callable[[], object]:
+            tokens, top_k = i.topk_ids.shape
+            gate_up, activated = i.x.new_empty(tokens * top_k, up.n), i.x.new_empty(tokens * top_k, down.k)
+            result = i.x.new_empty(tokens * top_k, down.n)
+            gate, up_rows = gate_up.chunk(2, 1)
+            multiply_up = first.call("indexed", i.x, i.topk_ids, top_k, gate_up)
+            multiply_down = second.call("indexed", activated, i.topk_ids, 1, result)
+
+            def run() -> None:
+                multiply_up()
+                torch.mul(torch.nn.functional.silu(gate), up_rows, out=activated)
+                multiply_down()
+                torch.sum(result.view(tokens, top_k, down.n) * i.topk_weights[..., None].bfloat16(), 1)
+
+            return run
+
+        return LayerPeer("humming", call)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.engines import compare, pack, report
+from benchmarks.engines import compare, condense, pack, report
 
 
 def result(variant: str, noise: float, *, ours: bool) -> dict[str, Any]:
@@ -65,13 +68,23 @@ def test_the_gate(
 def test_condensed_results_and_their_tables(tmp_path: Path) -> None:
     for name, ours in (("stock", False), ("w8a16", True)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name, 0.002, ours=ours)))
-    condensed = report.condense([tmp_path], "0123456789abcdef", skipped=["prefill 2048"])
+    condensed = condense.condense([tmp_path], "0123456789abcdef", skipped=["prefill 2048"])
     row = condensed["models"][0]["variants"]["w8a16"]
     assert row["decode"] == {"8": 2.0}
     assert row["prefill"] == {}
     assert row["kernels"] == {"decode 8": {"ours": 2, "all": 5}}
     assert "| **abiding**, w8a16 | 2 (1.00)  |" in report.times_table(condensed)
     assert "2 of 5" in report.equality_table(condensed)
+
+
+@pytest.mark.parametrize("name", pack.PROGRAMS)
+def test_packed_programs_start_without_this_checkout(name: str, tmp_path: Path) -> None:
+    pack.pack_programs(tmp_path)
+    command = [sys.executable, "-m", f"benchmarks.engines.{name}", "--help"]
+    path = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"{name}.py" in done.stdout
 
 
 def fatbin(*entries: tuple[int, int, bytes]) -> bytes:

@@ -13,9 +13,8 @@ import torch
 from abiding.testing.timing import Roofline
 from benchmarks.groups import GROUPS
 from benchmarks.headline import headline
-from benchmarks.plots import plot, plot_ratios
 from benchmarks.result_file import CaseResult, Param, Results, validate
-from benchmarks.tables import full_table, of_op, rewrite, summary
+from benchmarks.tables import about, fill, of_op, point_text, targets_met
 
 BENCHMARK = GROUPS["mla_prologue"]
 
@@ -74,9 +73,9 @@ def test_cases_that_were_timed_again_have_their_commit(results: Results, tmp_pat
     assert [one.commit for one in twice.cases] == [""] * len(results.cases) + ["e" * 40]
     assert (twice.commit, twice.date) == (results.commit, results.date)
     assert Results.read(twice.write(tmp_path)) == twice
-    assert full_table(twice, BENCHMARK).endswith(f"Of commit {'e' * 12}: other.")
+    assert of_op(twice, BENCHMARK, "other").endswith(f"Of commit {'e' * 12}: other.")
     part = replace(once, cases=[*once.cases, case(2, 1.3, op="other")])
-    assert full_table(part, BENCHMARK).endswith(f"Of commit {'d' * 12}: other, 64 heads (1 of 2).")
+    assert of_op(part, BENCHMARK, "other").endswith(f"Of commit {'d' * 12}: other, 64 heads (1 of 2).")
     assert "Of commit" not in of_op(once, BENCHMARK, BENCHMARK.ops[0])
     assert of_op(once, BENCHMARK, "other").endswith(f"Of commit {'d' * 12}: other.")
 
@@ -136,77 +135,54 @@ def test_a_target_is_met_only_within_it_and_beside_every_peer() -> None:
     assert BENCHMARK.verdict(case(64, 1.0, op="gather_kv")) == "-"
 
 
-def test_tables_hold_times_peers_ratios_and_verdicts(results: Results) -> None:
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in full_table(results, BENCHMARK).splitlines()
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_a_table_has_times_peers_ratios_and_verdicts_of_each_row(results: Results) -> None:
+    cold, _, warm = of_op(results, BENCHMARK, BENCHMARK.ops[0]).partition("\n\n")
+    head, _, *lines = cells(cold)
+    assert head == ["L2-cold", "tokens", "1", "64", "256"]
+    assert lines == [
+        ["64 heads", "**abiding**", "**1.50**", "**9.00**", "**50.0**"],
+        ["", "spread", "0.10", "0.10", "0.10"],
+        ["", "vllm", "2.50", "8.80", "-"],
+        ["", "/ best peer", "0.60", "1.02", "-"],
+        ["", "bound", "0.10", "6.40", "25.6"],
+        ["", "target", "1.60", "8.74", "28.9"],
+        ["", "verdict", "met", "missed", "missed"],
     ]
-    assert lines[0] == ["op", "case", "tokens", "cache", "us", "spread", "bound", "target", "vllm", "/ vllm", "verdict"]
-    assert lines[2][1:] == ["64 heads", "1", "L2-cold", "1.50", "0.10", "0.10", "1.60", "2.50", "0.60", "met"]
-    assert lines[4][1:] == ["64 heads", "64", "L2-cold", "9.00", "0.10", "6.40", "8.74", "8.80", "1.02", "missed"]
-    assert lines[5][-3:] == ["-", "-", "missed"]
-    text = summary(results, BENCHMARK)
-    assert "**NVIDIA H100 80GB HBM3** (driver 580.1, CUDA 13.0, torch 2.11.0; commit cccccccccccc, 2026-01-02)" in text
-    assert f"Targets met: `{BENCHMARK.ops[0]}` 2 of 4." in text
+    assert [line[:3] for line in cells(warm)][2:4] == [["64 heads", "**abiding**", "**1.40**"], ["", "spread", "0.10"]]
+    assert "vllm" not in warm, "no line that says nothing"
+    assert of_op(results, BENCHMARK, "gather_kv") == ""
+    words = " ".join(about(results).split())
+    assert "**NVIDIA H100 80GB HBM3** (driver 580.1, CUDA 13.0, torch 2.11.0; commit cccccccccccc, 2026-01-02)" in words
+    met = targets_met(results, BENCHMARK, BENCHMARK.ops)
+    assert met == f"Targets met on NVIDIA H100 80GB HBM3: `{BENCHMARK.ops[0]}` 2 of 4."
+    assert targets_met(results, BENCHMARK, ["gather_kv"]) == ""
 
 
-def test_only_what_stands_between_the_markers_is_rewritten(results: Results) -> None:
-    text = "a\n<!-- results:mla_prologue -->\nstale\n<!-- /results:mla_prologue -->\nb <!-- results:other -->\n"
-    once = rewrite(text, "mla_prologue", [results], BENCHMARK)
-    assert once.startswith("a\n<!-- results:mla_prologue -->\n")
-    assert once.endswith("<!-- /results:mla_prologue -->\nb <!-- results:other -->\n")
-    assert "stale" not in once
-    assert rewrite(once, "mla_prologue", [results], BENCHMARK) == once
-    full = rewrite(text.replace("prologue -->", "prologue:full -->"), "mla_prologue", [results], BENCHMARK)
-    assert "verdict" in full
-    assert "verdict" not in once
+def test_an_operator_may_have_another_axis(results: Results) -> None:
+    benchmark = replace(BENCHMARK, other_axes={"insert": "heads"})
+    some = replace(results, cases=[case(16, 3.25, op="insert", heads=8), case(16, 4.5, op="insert", heads=128)])
+    assert cells(of_op(some, benchmark, "insert"))[0] == ["L2-cold", "heads", "8", "128"]
 
 
-def test_an_operator_with_another_axis_has_a_table_of_its_own(results: Results) -> None:
-    text = "<!-- results:mla_prologue:insert -->\n<!-- /results:mla_prologue:insert -->\n"
-    benchmark = replace(BENCHMARK, ops=(*BENCHMARK.ops, "insert"), other_axes={"insert": "heads"})
-    cases = [*results.cases, case(16, 3.25, op="insert", heads=8), case(16, 4.5, op="insert", heads=128)]
-    written = rewrite(text, "mla_prologue", [replace(results, cases=cases)], benchmark)
-    head = next(line for line in written.splitlines() if "heads" in line and line.startswith("|"))
-    assert head.replace(" ", "").endswith("|heads|8|128|")
-    assert "3.25" in written
-    assert "9.0" not in written
-    both = rewrite(text, "mla_prologue", [replace(results, cases=cases), replace(results, gpu="Another")], benchmark)
-    assert both == written, "nothing of a GPU on which it was not measured"
+@pytest.mark.parametrize(("size", "text"), [(16, "16 B"), (1024, "1 KiB"), (98304, "96 KiB"), (1 << 21, "2 MiB")])
+def test_sizes_have_units(size: int, text: str) -> None:
+    assert point_text("bytes", size) == text
+    assert point_text("tokens", size) == str(size)
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_the_same_results_plot_to_the_same_file(suffix: str, results: Results, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    first, second = tmp_path / f"a{suffix}", tmp_path / "plots" / f"b{suffix}"
-    plot(results, BENCHMARK, first)
-    plot(results, BENCHMARK, second)
-    assert first.read_bytes() == second.read_bytes()
+def test_only_what_stands_between_the_markers_is_filled() -> None:
+    text = "a\n<!-- results:x -->\nstale\n<!-- /results:x -->\nb <!-- results:other -->\n"
+    once = fill(text, "results:x", ["new", "", "more"])
+    assert once == "a\n<!-- results:x -->\n\nnew\n\nmore\n\n<!-- /results:x -->\nb <!-- results:other -->\n"
+    assert fill(once, "results:x", ["new", "", "more"]) == once
 
 
-def test_the_headline_names_the_best_peer_of_each_card(results: Results, tmp_path: Path) -> None:
+def test_the_headline_names_the_best_peer_of_each_card(results: Results) -> None:
     chosen = replace(results, cases=[*results.cases, case(256, 10.0, vllm=20.0, other=16.0)])
-    cells = [cell.strip() for cell in headline([chosen]).splitlines()[-1].split("|")[1:-1]]
     job = "DeepSeek V4 MLA prologue, 64 heads, 256 tokens"
-    assert cells == [job, "10.0", "16.0", "other", "**0.62**", "NVIDIA H100 80GB HBM3"]
+    assert cells(headline([chosen]))[-1] == [job, "10.0", "16.0", "other", "**0.62**", "NVIDIA H100 80GB HBM3"]
     assert len(headline([results]).splitlines()) == 2, "no row without a peer's time"
-    paths = [tmp_path / "one.svg", tmp_path / "two.svg"]
-    for path in paths:
-        plot_ratios([chosen], path)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-@pytest.mark.parametrize("overlaid", [False, True])
-def test_a_plot_has_a_panel_or_a_line_for_each_row(
-    overlaid: bool, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    figures: list[Any] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    more = replace(results, cases=[*results.cases, case(1, 2.0, heads=128), case(64, 9.5, heads=128, vllm=9.0)])
-    plot(more, replace(BENCHMARK, overlaid=overlaid), tmp_path / "plot.svg")
-    panels = [panel for panel in figures[0].axes if panel.get_visible()]
-    lines = [[(line.get_label(), line.get_linestyle()) for line in panel.lines] for panel in panels]
-    ours = [("vllm", "-"), ("abiding", "-"), ("bound", "--")]
-    rows = [[("64 heads", "-"), ("64 heads, vllm", "--"), ("128 heads", "-"), ("128 heads, vllm", "--")]]
-    assert lines == (rows if overlaid else [ours, ours])
-    assert list(panels[-1].lines[2 if overlaid else 1].get_ydata()) == [2.0, 9.5]
