@@ -47,7 +47,7 @@ def moved(x: Tensor, by: int) -> Tensor:
         result = memory[start:].view(torch.uint8)[: span // size * size].view(x.dtype).as_strided(x.shape, x.stride())
     else:  # only from a buffer of somebody else's does torch make such tensors
         bytes_ = (ctypes.c_char * len(memory)).from_address(memory.data_ptr())
-        bytes_.owner = memory
+        bytes_.owner = memory  # type: ignore[attr-defined]  # as long as a tensor has the buffer
         flat = torch.frombuffer(bytes_, dtype=torch.uint8, offset=start, count=span)
         result = torch.frombuffer(bytes_, dtype=x.dtype, offset=start, count=span // size)
         assert flat.data_ptr() == result.data_ptr()

@@ -19,7 +19,8 @@ constexpr int64_t kMemoryHandleBytes = 64;  // as of a cudaIpcMemHandle_t
 // workspace to other processes; it is not the Handle of a communicator.
 struct MemoryBackend {
   bool is_cuda;
-  // Zeroed, on the current device. Writes kMemoryHandleBytes to `memory_handle`. Errors name `op` and its argument size.
+  // Zeroed, on the current device. Writes kMemoryHandleBytes to `memory_handle`. Errors name `op` and its argument
+  // size.
   void* (*allocate)(const char* op, int64_t bytes, uint8_t* memory_handle);
   // Leaves `bytes` as it is where it cannot be known. Errors name `op` and its argument mem_handle.
   void* (*open)(const char* op, const uint8_t* memory_handle, int64_t* bytes);
@@ -109,8 +110,8 @@ const MemoryBackend* cuda_memory_backend();  // null: the CUDA binary is not loa
 
 }  // namespace abiding::peer
 
-// Exported by the CPU binary. The Python loader hands the first three to the CUDA binary, the CUDA binary's MemoryBackend
-// to the fourth, and Python's functions to the last.
+// Exported by the CPU binary. The Python loader hands the first three to the CUDA binary, the CUDA binary's
+// MemoryBackend to the fourth, and Python's functions to the last.
 extern "C" {
 __attribute__((visibility("default"))) abiding::peer::Communicator* abiding_peer_acquire(abiding::peer::Handle handle);
 __attribute__((visibility("default"))) void abiding_peer_release(abiding::peer::Communicator* communicator);

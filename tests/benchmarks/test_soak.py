@@ -8,6 +8,7 @@ import torch
 from abiding.testing.ranks import RanksFailedError, run_processes
 from benchmarks import soak
 from benchmarks.soak import EVENTS, Round
+from benchmarks.stress import Stress
 
 REASON = "abiding::all_reduce: this communicator has stopped: rank 1 has closed (found by rank 0 in all_reduce, ...)"
 
@@ -45,14 +46,15 @@ def test_a_wrong_outcome_is_noticed(event: str, rank: int, outcome: str, seconds
 
 
 def leaks(rank: int) -> None:
-    play = soak.Stress.record_golden
+    record_golden = Stress.record_golden
 
-    def record_golden(stress: soak.Stress, variant: int) -> None:
-        play(stress, variant)
+    def leaking(stress: Stress, variant: int) -> None:
+        record_golden(stress, variant)
         torch.ops.abiding_custom_ar.allocate_shared_memory_and_handle(64)
 
-    soak.Stress.record_golden = record_golden  # type: ignore[method-assign]
-    soak.play(rank, 2, Round(3, "nothing", 0, 0), "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stress, "record_golden", leaking)
+        soak.play(rank, 2, Round(3, "nothing", 0, 0), "cpu")
 
 
 def test_a_leak_is_noticed() -> None:

@@ -7,7 +7,7 @@ and argument the values that must be refused, by what is wrong with them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Call:
     args: dict[str, Any]
     guards: dict[str, GuardedTensor]
     before: dict[str, Tensor] = field(default_factory=dict)
-    costly: dict[str, Container[int]] = field(default_factory=dict)
+    costly: Mapping[str, Container[int]] = field(default_factory=dict)
     """By argument: numbers that would be accepted, and take too long or too much memory for a test."""
     strangers: Sequence[int] = (1, 4096, 1 << 46)
     """Addresses and handles that none of the arguments may be."""

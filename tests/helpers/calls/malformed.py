@@ -17,7 +17,7 @@ DTYPES = (
     *(torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32),
 )
 FLOATS = (0.0, -0.0, -1.0, 1e-45, 1e300, float("nan"), float("inf"), float("-inf"), 1.0)
-NO_TENSORS = (None, 3, 1.5, "x", [])
+NO_TENSORS: tuple[Any, ...] = (None, 3, 1.5, "x", [])
 NO_NUMBERS = (None, "1", [1], 1j)
 
 
