@@ -304,6 +304,16 @@ def test_second_run_keeps_the_header_of_wrappers(tmp_path: Path) -> None:
     assert migrate.write(migrate.run([tmp_path], Config(root=tmp_path))) == 0
 
 
+def test_header_that_leans_on_its_includer_gets_the_version_macros(tmp_path: Path) -> None:
+    header = tmp_path / "a.h"
+    header.write_text("#pragma once\n#if TORCH_VERSION_MAJOR >= 2\n#define NEW 1\n#endif\n")
+    (tmp_path / "a.cpp").write_text('#include <torch/extension.h>\n#include "a.h"\nint x = NEW;\n')
+    result = migrate.run([tmp_path], Config(root=tmp_path))
+    after = {file.path.name: file.after.decode() for file in result.files}
+    assert after["a.h"] == header.read_text().replace("once\n", "once\n#include <torch/headeronly/version.h>\n")
+    assert result.todos == 0
+
+
 def test_only_touches_one_rule(tmp_path: Path) -> None:
     path = tmp_path / "a.cpp"
     path.write_text(LEGACY, encoding="utf-8")

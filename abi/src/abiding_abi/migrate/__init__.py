@@ -172,7 +172,7 @@ class Migration:
             source = self.sources[index]
             work = Work(self.project, source, self.shared, usage)
             hits = scan(work)
-            left = any(h.level == "unstable" and not isinstance(h.match, Include) and not _by_include(h) for h in hits)
+            left = any(h.level == "unstable" and not isinstance(h.match, Include) and not includes.by_include(h) for h in hits)
             needs = os.path.abspath(source.path) in users
             touched = bool(self.results[index].stages)
             edits, open_ = includes.includes(work, hits, left, touched, needs)
@@ -224,11 +224,6 @@ def _answer(work: Work, hit: Hit) -> Edit | Iterable[Edit] | str | None:
     ):
         return simple.rename(work, hit)
     return f"use {hit.rule.stable}" if hit.rule.stable != "none" else "no stable form"
-
-
-def _by_include(hit: Hit) -> bool:
-    """Whether another header is all that the place needs."""
-    return hit.rule.edit == "includes"
 
 
 _UNPARSED = "this did not parse, and is left alone"

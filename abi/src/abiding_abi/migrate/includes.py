@@ -35,7 +35,8 @@ def includes(
     added = [line for name in helpers for line in helper_lines(name)]
     sources = work.project.closure(work.source)
     own_header = _wrapper_header(work) if wrappers else ""
-    if not legacy and not added and not own_header and not (touched and _migrated(work)):
+    missing = any(by_include(hit) for hit in hits)
+    if not legacy and not added and not own_header and not missing and not (touched and _migrated(work)):
         return [], open_
     code = "\n".join([work.code, *added])
     kept = [header for hit in legacy for header in _same(hit)]
@@ -51,6 +52,11 @@ def includes(
     if not legacy:
         wanted = [header for header in wanted if header not in present and header.startswith(("torch/", "cuda"))]
     return [*_edits(work, legacy, wanted, added, own_header)], open_
+
+
+def by_include(hit: Hit) -> bool:
+    """Whether another header is all that a place needs, such as a macro that so far came from the includer's headers."""
+    return hit.rule.edit == "includes" and not isinstance(hit.match, Include)
 
 
 def _wrapper_header(work: Work) -> str:
