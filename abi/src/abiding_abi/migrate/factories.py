@@ -126,7 +126,7 @@ def _assigned_again(work: Work, name: str, region: Span) -> bool:
 
 def factory(work: Work, hit: Hit) -> Answer:
     """empty, zeros, ones, full, the _like ones and the new_ members."""
-    if work.shared.stage == "options kept":
+    if work.shared.keep_options:
         return kept(work, hit)
     name = hit.name.rpartition("::")[2]
     member = name.startswith("new_")
@@ -282,7 +282,7 @@ def _is_kept(work: Work, span: Span) -> bool:
 
 def zeros_like(work: Work, hit: Hit) -> Answer:
     """``zeros_like(t)``: empty_like, then zero_, which keeps the strides."""
-    if work.shared.stage == "options kept":
+    if work.shared.keep_options:
         return kept(work, hit)
     read = work.call(hit.end)
     if not read or len(read[0]) != 1:
@@ -304,7 +304,7 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
 
 def from_blob(work: Work, hit: Hit) -> Answer:
     """``from_blob(pointer, {sizes}, options)``: the strides of a contiguous tensor are written out."""
-    if work.shared.stage == "options kept":
+    if work.shared.keep_options:
         return kept(work, hit)
     read = work.call(hit.end)
     if not read or not 2 <= len(read[0]) <= 3:
@@ -343,7 +343,7 @@ def converted(work: Work, hit: Hit) -> Answer:
             _remember(work, options)
             parts = [f"{_STABLE}to({star}", target, ", ", *dtype, ", std::nullopt, ", *device, ")"]
             return replace(target.start, read[2], *parts, rule=hit.rule.code)
-    if work.shared.stage == "options":
+    if work.shared.kind == "options" and not work.shared.keep_options:
         return None
     if read and read[0] and hit.name == "to" and _is_kept(work, read[0][0]):
         return wrapped.member(work, hit, "to")

@@ -55,7 +55,7 @@ def includes(
 
 
 def by_include(hit: Hit) -> bool:
-    """Whether another header is all that a place needs, such as a macro that so far came from the includer's headers."""
+    """Whether another header is all that a place needs, as for a macro that so far came by the includer's headers."""
     return hit.rule.edit == "includes" and not isinstance(hit.match, Include)
 
 

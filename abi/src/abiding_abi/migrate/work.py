@@ -31,8 +31,10 @@ class Shared:
     notes: list[str] = field(default_factory=list)
     """What a person has to do outside the sources, such as the build script."""
     namespace: str | None = None
-    stage: str = ""
+    kind: str = ""
     """The kind of change that is being made."""
+    keep_options: bool = False
+    """Whether options that could not be written out as dtype and device stay a value, through the wrapper header."""
 
 
 class Work(Context):
