@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from abiding_abi import rules
 from abiding_abi.migrate.cuda import HELPERS
 from abiding_abi.rules import Rule
 
+REWRITTEN = [
+    rule
+    for rule in rules.table()
+    if rule.after and rule.kind != "decide" and rule.group != "BOX" and rule.level != "note" and rule.code != "CUD002"
+]
+"""Rules whose examples migrate rewrites whole."""
 LEGACY = "#include <torch/extension.h>\n"
 STABLE = """#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

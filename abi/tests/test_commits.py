@@ -221,3 +221,13 @@ def test_command_line(repository: Path) -> None:
     dirty = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (dirty.returncode, dirty.stdout) == (2, "")
     assert dirty.stderr.startswith("abiding-abi: csrc/ä/f.cpp and 1 more changed")
+
+
+def test_commits_are_signed_where_the_settings_say_so(repository: Path) -> None:
+    signer = repository.parent / "gpg"
+    signer.write_text("#!/bin/sh\ncat > /dev/null\necho '[GNUPG:] SIG_CREATED ' >&2\necho made-up-signature\n")
+    signer.chmod(0o755)
+    git(repository, "config", "gpg.program", str(signer))
+    git(repository, "config", "commit.gpgsign", "true")
+    commit(migrated(repository))
+    assert git(repository, "cat-file", "commit", "HEAD~1").count("made-up-signature") == 1

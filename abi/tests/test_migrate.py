@@ -15,14 +15,9 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint import Config
 from abiding_abi.migrate.edits import consistent, render, replace
 from abiding_abi.rules import Rule
-from examples import after, before
+from examples import REWRITTEN, after, before
 
 INCLUDE = re.compile(r"^#include[^\n]*\n", re.MULTILINE)
-REWRITTEN = [
-    rule
-    for rule in rules.table()
-    if rule.after and rule.kind != "decide" and rule.group != "BOX" and rule.level != "note" and rule.code != "CUD002"
-]
 
 
 def body(text: str) -> str:
