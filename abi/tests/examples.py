@@ -11,7 +11,15 @@ REWRITTEN = [
     for rule in rules.table()
     if rule.after and rule.kind != "decide" and rule.group != "BOX" and rule.level != "note" and rule.code != "CUD002"
 ]
-"""Rules whose examples migrate rewrites whole."""
+"""Rules whose examples migrate rewrites into the replacement of the table."""
+GENERATED = [
+    rule
+    for rule in rules.table()
+    if not rule.after
+    and (rule.kind, rule.level) == ("context", "unstable")
+    and rule.code not in ("FUN019", "INC020", "REG015")  # of these, the examples show what stays for a person
+]
+"""Rules whose replacement is made for the place: schemas, wrappers, calls of the header of wrappers."""
 LEGACY = "#include <torch/extension.h>\n"
 STABLE = """#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -22,14 +22,14 @@ from abiding_abi.lint import Config
 from abiding_abi.migrate.cuda import HELPERS
 from abiding_abi.rules import Rule
 from abiding_abi.versions import OLDEST, Version, dotted, parse
-from examples import REWRITTEN, after, before
+from examples import GENERATED, REWRITTEN, after, before
 
 RELEASES = {h.version: h for h in headers.cached() if h.version >= OLDEST}
 NVCC = re.compile(r"__global__|gpuAtomicAdd|RestrictPtrTraits|headeronly/cuda/|<<<")
 CHECKED = [rule for rule in rules.table() if rule.after and rule.level != "note"]
 HOST = [rule for rule in CHECKED if not NVCC.search(rule.after)]
 DEVICE = [rule for rule in CHECKED if NVCC.search(rule.after)]
-REWRITTEN_HOST = [rule for rule in REWRITTEN if not NVCC.search(rule.after)]
+REWRITTEN_HOST = [rule for rule in (*REWRITTEN, *GENERATED) if not NVCC.search(rule.after)]
 PARTS = 6
 CUBLAS = "typedef struct cublasContext* cublasHandle_t;"  # as cublas_v2.h has it, which not every toolkit brings
 
