@@ -133,7 +133,7 @@ def _first_place(work: Work) -> int:
     found = re.compile(r"^[ \t]*#[ \t]*(?:pragma[ \t]+once|define[ \t]+\w+_H\w*)[^\n]*\n", re.MULTILINE).search(
         work.code
     )
-    return found.end() if found else 3 if work.text.startswith("\xef\xbb\xbf") else 0
+    return found.end() if found else work.source.start
 
 
 def _last_include(work: Work) -> int:

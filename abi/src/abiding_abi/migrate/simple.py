@@ -191,7 +191,7 @@ def no_grad(work: Work, hit: Hit) -> Answer:
 
 def whole_line(work: Work, start: int, end: int) -> tuple[int, int]:
     """The range with its line, where nothing else stands on it."""
-    begin = work.text.rfind("\n", 0, start) + 1
+    begin = max(work.text.rfind("\n", 0, start) + 1, work.source.start)
     stop = work.text.find("\n", end)
     stop = len(work.text) if stop < 0 else stop + 1
     alone = not work.text[begin:start].strip() and not work.text[end:stop].strip()
