@@ -141,7 +141,7 @@ def _ignored(folder: Path) -> None:
 
 
 def _occupied(folder: Path) -> None:
-    (folder / "pack" / "_C.py").write_text("mine\n")
+    (folder / "pack" / "_C.py").write_text("# an earlier one, made by abiding-abi migrate\n")
 
 
 def _second(folder: Path) -> None:

@@ -127,7 +127,8 @@ class Source:
                 continue
             group = 1 if match[1] is not None else 2
             begin = max(match.start(), self.start)
-            yield IncludeLine(match[group], group == 1, *match.span(group), begin, match.end())
+            path = match[group].replace("\\", "/")  # as Windows' compilers take it too
+            yield IncludeLine(path, group == 1, *match.span(group), begin, match.end())
 
     @cached_property
     def defines(self) -> tuple[tuple[str, int, int], ...]:

@@ -124,6 +124,12 @@ class Result:
     """New files: Python modules and the header of wrappers."""
     problems: list[tuple[str, str]]
     notes: list[str]
+    config: Config
+
+    @property
+    def new(self) -> list[tuple[str, Path, bytes]]:
+        """New files as reports show them, their paths and contents."""
+        return [(shown(path, self.config), path, text.encode()) for path, text in sorted(self.modules.items())]
 
     @property
     def edits(self) -> int:
@@ -197,10 +203,10 @@ class Migration:
         """Exchange the includes, then mark what is left."""
         usage = Usage(self.project, self.sources)
         users = wrapped.users(self.sources, self.shared.operators)
-        if users:
-            self.shared.header = wrapped.place(users)
-            names = {name for found in users.values() for name in found}
-            self.shared.modules[self.shared.header] = wrapped.text(self.shared.header, names)
+        self.shared.headers = wrapped.places(users)
+        for header in set(self.shared.headers.values()):
+            names = {name for path, found in users.items() if self.shared.headers[path] == header for name in found}
+            self.shared.modules[header] = wrapped.text(header, names)
         for index in self._headers_first():
             source = self.sources[index]
             work = Work(self.project, source, self.shared, usage)
@@ -208,9 +214,8 @@ class Migration:
             left = any(
                 h.level == "unstable" and not isinstance(h.match, Include) and not includes.by_include(h) for h in hits
             )
-            needs = os.path.abspath(source.path) in users
             touched = bool(self.results[index].stages)
-            edits, open_ = includes.includes(work, hits, left, touched, needs)
+            edits, open_ = includes.includes(work, hits, left, touched)
             if only:
                 edits = [edit for edit in edits if edit.rule.startswith(tuple(only))]
             self.sources[index] = self._apply(index, INCLUDES, source, edits)
@@ -289,7 +294,7 @@ def run(
         migration.run(step, only)
     migration.finish(only)
     problems = [(shown(path, config), reason) for path, reason in migration.project.problems]
-    return Result(migration.results, migration.shared.modules, problems, migration.shared.notes)
+    return Result(migration.results, migration.shared.modules, problems, migration.shared.notes, config)
 
 
 def diff(result: Result) -> str:
@@ -297,9 +302,8 @@ def diff(result: Result) -> str:
     parts: list[str] = []
     for file in result.files:
         parts += _file_diff(file.shown, file.before, file.after)
-    for path, text in sorted(result.modules.items()):
-        before = path.read_bytes() if path.exists() else b""
-        parts += _file_diff(os.path.relpath(path), before, text.encode())
+    for name, path, data in result.new:
+        parts += _file_diff(name, path.read_bytes() if path.exists() else b"", data)
     return "".join(parts)
 
 
@@ -312,31 +316,46 @@ def _file_diff(name: str, before: bytes, after: bytes) -> list[str]:
 
 
 def write(result: Result) -> int:
-    """Write every changed file, whole or not at all; the number of files."""
-    count = 0
+    """Write every changed and new file; the number of files.
+
+    Raises:
+        UserError: a file changed since it was read, is read-only, or cannot be written. Nothing was written then.
+    """
+    changed = {file.path: file.after for file in result.files if file.before != file.after}
     for file in result.files:
-        if file.before != file.after:
-            if file.path.read_bytes() != file.before:
-                raise UserError(f"{file.path} changed meanwhile; nothing more was written")
-            _replace(file.path, file.after)
-            count += 1
-    for path, text in result.modules.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            _replace(path, text.encode())
-            count += 1
-    return count
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".abi-new")
+        if file.path in changed and file.path.read_bytes() != file.before:
+            raise UserError(f"{file.shown} changed meanwhile; nothing written")
+    for _, path, data in result.new:
+        if not path.exists() or path.read_bytes() != data:
+            changed[path] = data
+    ready: list[tuple[Path, Path]] = []
+    done = 0
     try:
-        temporary.write_bytes(data)
-        if path.exists():
-            os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
+        for path, data in changed.items():
+            temporary = path.with_name(path.name + ".abi-new")
+            ready.append((temporary, path))
+            _prepare(temporary, path, data)
+        for temporary, path in ready:
+            os.replace(temporary, path)
+            done += 1
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{shown(path, result.config)}: {reason}; {done or 'nothing'} written") from None
+    finally:
+        for temporary, _ in ready:
+            temporary.unlink(missing_ok=True)
+    return len(changed)
+
+
+def _prepare(temporary: Path, path: Path, data: bytes) -> None:
+    """Write a file's new text beside it, with its mode."""
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and not mode & 0o222:
+        raise OSError(0, "read-only")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(data)
+    if mode is not None:
+        os.chmod(temporary, mode)
 
 
 def summary(result: Result) -> str:
@@ -345,7 +364,7 @@ def summary(result: Result) -> str:
     lines = [f"{result.edits} edits in {changed} of {len(result.files)} files, {result.todos} places for a person"]
     left = Counter(item.rule for file in result.files for item in file.todos)
     lines += [f"  {count:5} ABI-TODO({rule})" for rule, count in left.most_common()]
-    lines += [f"new: {os.path.relpath(path)}" for path in sorted(result.modules)]
+    lines += [f"new: {name}" for name, _, _ in result.new]
     lines += [f"{path}: {reason}" for path, reason in result.problems]
     return "\n".join(lines + result.notes)
 
@@ -362,5 +381,5 @@ def as_json(result: Result) -> str:
         for file in result.files
     ]
     problems = [{"path": path, "reason": reason} for path, reason in result.problems]
-    modules = [os.path.relpath(path) for path in sorted(result.modules)]
+    modules = [name for name, _, _ in result.new]
     return json.dumps({"version": 1, "files": files, "modules": modules, "problems": problems}, indent=1)

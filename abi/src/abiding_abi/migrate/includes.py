@@ -14,9 +14,7 @@ from abiding_abi.migrate.work import Work
 from abiding_abi.rules import Include
 
 
-def includes(
-    work: Work, hits: list[Hit], unresolved: bool, touched: bool, wrappers: bool
-) -> tuple[list[Edit], list[tuple[Hit, str]]]:
+def includes(work: Work, hits: list[Hit], unresolved: bool, touched: bool) -> tuple[list[Edit], list[tuple[Hit, str]]]:
     """Edits that exchange the headers of a file, and includes that a person has to look at."""
     legacy: list[Hit] = []
     open_: list[tuple[Hit, str]] = []
@@ -34,7 +32,7 @@ def includes(
     helpers = [name for name in HELPERS if f"{name}(" in work.code and name.upper() not in work.code]
     added = [line for name in helpers for line in helper_lines(name)]
     sources = work.project.closure(work.source)
-    own_header = _wrapper_header(work) if wrappers else ""
+    own_header = _wrapper_header(work)
     missing = any(by_include(hit) for hit in hits)
     if not legacy and not added and not own_header and not missing and not (touched and _migrated(work)):
         return [], open_
@@ -61,7 +59,7 @@ def by_include(hit: Hit) -> bool:
 
 def _wrapper_header(work: Work) -> str:
     """How the file includes the header of wrappers, unless it does."""
-    header = work.shared.header
+    header = work.shared.headers.get(os.path.abspath(work.source.path))
     if header is None:
         return ""
     path = os.path.relpath(header, work.source.path.parent.absolute()).replace(os.sep, "/")
