@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abiding_abi import rules
-from abiding_abi.migrate.cuda import HELPERS
+from abiding_abi.migrate.helpers import HELPERS
 from abiding_abi.rules import Rule
 
 REWRITTEN = [
@@ -31,6 +31,7 @@ STABLE = """#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/complex.h>
 #include <torch/headeronly/version.h>
 #include <array>
+#include <cassert>
 #include <stdexcept>
 """
 CUDA = """#include <torch/csrc/stable/c/shim.h>
@@ -52,8 +53,8 @@ def before(rule: Rule) -> str:
 def after(rule: Rule) -> str:
     """The same on the stable ABI."""
     head = STABLE + (CUDA if rule.cuda else "")
-    for name, lines in HELPERS.items():
-        head += "".join(f"{line}\n" for line in lines) if name in rule.after else ""
+    for name, helper in HELPERS.items():
+        head += "".join(f"{line}\n" for line in helper.lines) if name in rule.after else ""
     if "abi_blas_handle" in rule.after:  # as cublas_v2.h has it, which not every toolkit brings
         head = "typedef struct cublasContext* cublasHandle_t;\n" + head
     if rule.scope == "file":

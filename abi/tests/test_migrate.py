@@ -265,6 +265,68 @@ def test_options_that_stay_go_through_the_wrappers(
     assert "ABI-TODO" not in text
 
 
+@pytest.mark.parametrize(
+    ("number", "exact"),
+    [
+        *((text, True) for text in ("1", "-1", "2.5f", "1e-3", "k", "d", "true", "static_cast<float>(n)")),
+        ("std::numeric_limits<int64_t>::lowest()", True),
+        *((text, False) for text in ("n", "k * 2", "9007199254740993", "std::numeric_limits<int64_t>::max()")),
+    ],
+)
+def test_numbers_that_a_double_may_not_hold_go_through_the_wrappers(
+    number: str, exact: bool, migrated: Callable[..., str]
+) -> None:
+    text = migrated(
+        f"void f(at::Tensor t, int64_t n, int k, double d) {{\nt.fill_({number});\nat::fill_(t, {number});\n"
+        f"auto a = at::full({{2}}, {number}, t.options());\n}}\n"
+    )
+    space = "torch::stable" if exact else "abi_ops"
+    assert text.count(f"{space}::fill_(t, {number});") == 2
+    assert f"auto a = {space}::full({{2}}, {number}, " in text
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ("return x * 2;", "CompositeImplicitAutograd"),
+        ("return at::matmul(x, x).sum();", "CompositeImplicitAutograd"),
+        ("return other(x);", "CompositeImplicitAutograd"),
+        ("return x.reshape({-1});", "CompositeImplicitAutograd"),
+        ("return raw(x);", "CPU"),
+        ("return elsewhere(x);", "CPU"),
+        ("auto p = x.data_ptr<float>(); return x * p[0];", "CPU"),
+        ("return at::empty({2});", "CPU"),
+        ("at::NoGradGuard guard; return x * 2;", "CPU"),
+        ("return x;", "CPU"),
+    ],
+)
+def test_autograd_goes_on_through_what_calls_torch_alone(body: str, key: str, migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "#include <torch/extension.h>\nat::Tensor elsewhere(at::Tensor x);\n"
+        "at::Tensor other(at::Tensor x) { return x + 1; }\n"
+        "at::Tensor raw(at::Tensor x) { x.data_ptr<float>()[0] = 1; return x; }\n"
+        f"at::Tensor f(at::Tensor x) {{ {body} }}\n"
+        'PYBIND11_MODULE(name, m) { m.def("f", &f); }\n',
+        "c.cpp",
+    )
+    assert re.search(rf"STABLE_TORCH_LIBRARY_IMPL\(name, {key}, m\) {{\s*m.impl\(\"f\"", text)
+
+
+def test_std_of_a_flag_is_not_std_over_a_dimension(migrated: Callable[..., str]) -> None:
+    text = migrated("void f(at::Tensor t) {\nauto a = t.std(false);\nauto b = t.std(0);\n}\n")
+    assert "ABI-TODO(MET039): std(bool) is of all elements" in text
+    assert "auto b = abi_ops::std(t, 0);" in text
+
+
+def test_kernels_that_autograd_follows_keep_their_key(migrated: Callable[..., str]) -> None:
+    text = migrated(
+        "#include <torch/library.h>\nat::Tensor f(at::Tensor x) { return x; }\n"
+        'TORCH_LIBRARY_IMPL(ns, CompositeImplicitAutograd, m) { m.impl("f", &f); }\n',
+        "a.cpp",
+    )
+    assert 'STABLE_TORCH_LIBRARY_IMPL(ns, CompositeImplicitAutograd, m) { m.impl("f", TORCH_BOX(&f)); }' in text
+
+
 def test_indices_become_items(migrated: Callable[..., str]) -> None:
     text = migrated(
         "using torch::indexing::Slice;\nvoid example(at::Tensor t, at::Tensor u, int64_t n) {\n"

@@ -48,7 +48,7 @@ NEAR = {
     "INC020": "#include <pybind11/pybind11.h>\nint f(py::object a);",
     "INC099": "#include <torch/headeronly/util/irange.h>",
     "TYP032": "namespace attic {}\nusing namespace attic;",
-    "MET099": "struct Own { void bernoulli_(double); };\nvoid f(Own t) { t.bernoulli_(0.5); }",
+    "MET099": "struct Own { int renorm(int); };\nvoid f(Own t) { t.renorm(2); }",
     "CUD101": "__global__ void k(float*);\nvoid f(float* p) { k<<<1, 32>>>(p); }",
     "CUD102": "__global__ void k(float*);\nvoid f(torch::stable::Tensor t, cudaStream_t s) {\n"
     "torch::stable::accelerator::DeviceGuard guard(t.get_device_index());\n"

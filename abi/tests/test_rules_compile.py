@@ -19,7 +19,7 @@ import pytest
 from abiding_abi import headers, migrate, rules, wrappers
 from abiding_abi.compilers import Options, compile_stable, find_cxx, find_nvcc
 from abiding_abi.lint import Config
-from abiding_abi.migrate.cuda import HELPERS
+from abiding_abi.migrate.helpers import HELPERS
 from abiding_abi.rules import Rule
 from abiding_abi.versions import OLDEST, Version, dotted, parse
 from examples import GENERATED, REWRITTEN, after, before

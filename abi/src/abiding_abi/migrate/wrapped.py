@@ -75,6 +75,8 @@ def member(work: Work, hit: Hit, name: str) -> Answer:
         return "the call is not readable"
     if name in _ITEMS and read[0] and _by_item(work, read[0][0]):
         name = _ITEMS[name]
+    if name == "std" and read[0] and work.plain(read[0][0]) in ("true", "false"):
+        return "std(bool) is of all elements, where the wrapper takes dimensions"
     target, star = work.receiver(hit.start)
     parts: list[str | Span] = [f"{NAMESPACE}::{name}({star}", target]
     if read[0]:
