@@ -146,10 +146,19 @@ class Project:
         """The project's file that an include means."""
         key = os.path.dirname(source.path), name
         if key not in self._resolved:
-            candidates = (os.path.normpath(os.path.join(folder, name)) for folder in (key[0], *map(str, self.roots)))
+            folders = (key[0], *map(str, self.roots), *self._above(key[0] if "/" in name else ""))
+            candidates = (os.path.normpath(os.path.join(folder, name)) for folder in folders)
             found = next((path for path in candidates if self._is_file(path)), None)
             self._resolved[key] = str(real(Path(found))) if found else None
         return self._resolved[key]
+
+    def _above(self, folder: str) -> Iterator[str]:
+        """The folders above one, up to the root: many projects spell includes from their own top."""
+        root = os.path.abspath(self.config.root)
+        folder = os.path.abspath(folder) if folder else root
+        while folder != root and folder.startswith(os.path.join(root, "")):
+            folder = os.path.dirname(folder)
+            yield folder
 
     def _is_file(self, path: str) -> bool:
         if path not in self._exists:
