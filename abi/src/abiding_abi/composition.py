@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from abiding_abi.usage import Usage
 
 _RAW = re.compile(
-    r"\b(?:(?:mutable_|const_)?data_ptr|\w*ccessor\w*|\w*_DISPATCH_\w+|from_blob|item|storage|NoGradGuard|AutoDispatch\w*"
-    r"|InferenceMode|detach|data|autograd)\b|<<<"
+    r"\b(?:(?:mutable_|const_)?data_ptr|\w*ccessor\w*|\w*_DISPATCH_\w+|from_blob|item|storage|NoGradGuard|InferenceMode"
+    r"|AutoDispatch\w*|detach|data|autograd)\b|<<<"
 )
 """What leaves torch's functions, or autograd."""
 _CALLED = re.compile(r"(?<![\w.>:])((?:\w+\s*::\s*)*[A-Za-z_]\w*)\s*\(")
