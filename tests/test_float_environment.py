@@ -70,6 +70,9 @@ record(lambda: [mla_prologue.qnorm_rope_kv_insert(*args, block_size=page), cache
 record(lambda: [mla_prologue.gather_kv(cache, slots, block_size=page)])
 for mode in ("w8a8", "w8a16"):
     record(lambda: [mxfp8_moe.moe(x, w13, s13, w2, s2, experts, weights, mode=mode)])
+first, second = mxfp8_moe.rebase(w13, s13), mxfp8_moe.rebase(w2, s2)
+record(lambda: [*mxfp8_moe.rebase(w13, s13)[2][2:], *mxfp8_moe.rebase(w13, s13)[:2]])
+record(lambda: [mxfp8_moe.moe(x, *first[:2], *second[:2], experts, weights, mode="fp8")])
 
 def collective(call):
     def run(rank, comm):  # in a thread of its own
@@ -86,7 +89,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     collective(lambda comm: comm.all_reduce(sent[comm.rank]))
 # An eps that no float32 is: its rounding is part of the operator.
 collective(lambda comm: reduce_rms.rms_norm(rows[comm.rank], scale, comm, eps=1.1e-40))
-print(*(hashlib.sha256(out.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:12] for out in outputs))
+outputs = [out.reshape(-1).contiguous().view(torch.uint8) for out in outputs]
+print(*(hashlib.sha256(out.numpy().tobytes()).hexdigest()[:12] for out in outputs))
 """
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]

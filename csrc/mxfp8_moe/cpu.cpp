@@ -38,29 +38,43 @@ std::vector<GroupRows> locate(const Groups& groups, const ScaleBuffer& scales) {
   return located;
 }
 
+// The code of `size` elements.
 template <class T>
-uint8_t block_code(const T* x) {
+uint8_t code_for(const T* x, int64_t size) {
   float amax = NAN;
-  for (int i = 0; i < kScaleBlock; ++i) amax = larger_magnitude(amax, static_cast<float>(x[i]));
+  for (int64_t i = 0; i < size; ++i) amax = larger_magnitude(amax, static_cast<float>(x[i]));
   return quantize_code(amax);
 }
 
-template <class T>
-void quantize_row(const T* x, int64_t k, uint8_t* data, uint8_t* scales, int64_t row, int64_t columns) {
-  for (int64_t block = 0; block < k / kScaleBlock; ++block, x += kScaleBlock, data += kScaleBlock) {
-    const uint8_t code = block_code(x);
-    for (int i = 0; i < kScaleBlock; ++i) data[i] = quantize_element(static_cast<float>(x[i]), code);
-    scales[scale_at(row, block, columns)] = code;
+// Calls write(i, byte, code) for each element of a row.
+template <class T, class Write>
+void quantize_row(const T* x, int64_t k, bool rowwise, const Write& write) {
+  const int64_t size = rowwise ? k : kScaleBlock;
+  uint8_t code = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    if (i % size == 0) code = code_for(x + i, size);
+    write(i, quantize_element(static_cast<float>(x[i]), code), code);
   }
 }
 
 template <class T>
-void round_row(const T* x, int64_t k, uint16_t* out) {
-  for (int64_t block = 0; block < k / kScaleBlock; ++block, x += kScaleBlock, out += kScaleBlock) {
-    const uint8_t code = block_code(x);
-    for (int i = 0; i < kScaleBlock; ++i)
-      out[i] = to_bfloat16(dequantize(quantize_element(static_cast<float>(x[i]), code), code));
-  }
+void round_row(const T* x, int64_t k, bool rowwise, uint16_t* out) {
+  quantize_row(x, k, rowwise,
+               [&](int64_t i, uint8_t byte, uint8_t code) { out[i] = to_bfloat16(dequantize(byte, code)); });
+}
+
+// A row of a layer for its GEMMs.
+void write_row(const BFloat16* x, int64_t k, const GemmRows& rows, int64_t row) {
+  auto* bf16 = static_cast<uint16_t*>(rows.data) + row * k;
+  if (rows.format == RowFormat::kE4m3)
+    quantize_row(x, k, true, [&](int64_t i, uint8_t byte, uint8_t code) {
+      static_cast<uint8_t*>(rows.data)[row * k + i] = byte;
+      rows.scales[row] = ue8m0_decode(code);
+    });
+  else if (rows.round)
+    round_row(x, k, rows.rowwise, bf16);
+  else
+    std::copy_n(reinterpret_cast<const uint16_t*>(x), k, bf16);
 }
 
 template <class T>
@@ -75,8 +89,11 @@ void quantize(const QuantizeParams& p) {
     parallel_for(0, group.rows.count, kGrain, [&](int64_t begin, int64_t end_row) {
       for (int64_t row = begin; row < end_row; ++row) {
         const int64_t at = group.rows.begin + row;
-        quantize_row(static_cast<const T*>(p.input) + at * p.input_stride, p.k, p.data + at * p.data_stride, scales,
-                     row, p.scale_buffer.columns);
+        const T* x = static_cast<const T*>(p.input) + at * p.input_stride;
+        quantize_row(x, p.k, p.rowwise, [&](int64_t i, uint8_t byte, uint8_t code) {
+          p.data[at * p.data_stride + i] = byte;
+          scales[scale_at(row, i / kScaleBlock, p.scale_buffer.columns)] = code;
+        });
       }
     });
   }
@@ -89,18 +106,24 @@ template <class T>
 void round(const RoundParams& p) {
   parallel_for(0, p.rows, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      round_row(static_cast<const T*>(p.input) + row * p.input_stride, p.k,
+      round_row(static_cast<const T*>(p.input) + row * p.input_stride, p.k, false,
                 static_cast<uint16_t*>(p.out) + row * p.out_stride);
   });
 }
 
-// dequantize() by a table: between codes 3 and 246 nothing is rounded.
-void dequantize_weights(const uint8_t* data, const uint8_t* scales, int64_t row, int64_t k, float* out) {
+// The values of all bytes with a scale of 1.
+const float* e4m3_values() {
   static const std::vector<float> values = [] {
     std::vector<float> all(256);
-    for (int byte = 0; byte < 256; ++byte) all[byte] = dequantize(static_cast<uint8_t>(byte), 127);
+    for (int byte = 0; byte < 256; ++byte) all[byte] = e4m3_decode(static_cast<uint8_t>(byte));
     return all;
   }();
+  return values.data();
+}
+
+// dequantize() by a table: between codes 3 and 246 nothing is rounded.
+void dequantize_weights(const uint8_t* data, const uint8_t* scales, int64_t row, int64_t k, float* out) {
+  const float* values = e4m3_values();
   for (int64_t block = 0; block < k / kScaleBlock; ++block, data += kScaleBlock, out += kScaleBlock) {
     const uint8_t code = scales[scale_at(row, block, scale_columns(k))];
     if (code >= 3 && code <= 246) {
@@ -146,8 +169,37 @@ void gemm_tile(const GroupedMmParams& p, int64_t group, const RowRange& rows, in
   }
 }
 
+// The scale of a row with one code: NaN where its codes differ. `scales` has the tiles of its group.
+float row_scale(const uint8_t* scales, int64_t row, int64_t k) {
+  const int64_t columns = scale_columns(k);
+  const uint8_t code = scales[scale_at(row, 0, columns)];
+  for (int64_t block = 1; block < k / kScaleBlock; ++block)
+    if (scales[scale_at(row, block, columns)] != code) return NAN;
+  return ue8m0_decode(code);
+}
+
+// The same of Compute::kFp8: products of bytes, whose sums are scaled.
+void fp8_tile(const GroupedMmParams& p, int64_t group, const RowRange& rows, int64_t first, float* weights,
+              float* row) {
+  const float* values = e4m3_values();
+  const uint8_t* scales = p.weight_scales + group * round_up(p.n, kScaleTileRows) * scale_columns(p.k);
+  float weight_scales[kBlockN];
+  for (int j = 0; j < kBlockN; ++j) {
+    const uint8_t* from = p.weight + group * p.weight_expert_stride + (first + j) * p.weight_stride;
+    for (int64_t k = 0; k < p.k; ++k) weights[j * p.k + k] = values[from[k]];
+    weight_scales[j] = row_scale(scales, first + j, p.k);
+  }
+  for (int64_t i = rows.begin; i < rows.begin + rows.count; ++i) {
+    const uint8_t* a = static_cast<const uint8_t*>(p.a) + i * p.a_stride;
+    for (int64_t k = 0; k < p.k; ++k) row[k] = values[a[k]];
+    for (int j = 0; j < kBlockN; ++j)
+      store(p, i * p.out_stride + first + j, dot(row, weights + j * p.k, p.k) * p.a_scales[i] * weight_scales[j]);
+  }
+}
+
 }  // namespace
 
+void run_cpu(const RebaseParams& p);  // in rebase_cpu.cpp
 void run_cpu(const QuantizeParams& p) {
   dispatch_16_bit(p.dtype, [&](auto tag) { quantize<HostType<decltype(tag)>>(p); });
 }
@@ -155,14 +207,22 @@ void run_cpu(const RoundParams& p) {
   dispatch_16_bit(p.dtype, [&](auto tag) { round<HostType<decltype(tag)>>(p); });
 }
 
-// The CPU has one implementation of the grouped GEMM.
+// The implementations of the grouped GEMM on the CPU: one for each way to compute.
 struct CpuGroupedMm {
-  RowFormat row_format = RowFormat::kBf16;
+  const char* name;
+  RowFormat row_format;
 };
-template <class... Gemms>
-const CpuGroupedMm& choose_grouped_mm(const char*, const CpuScope&, const Gemms&...) {
-  static constexpr CpuGroupedMm impl;
-  return impl;
+template <class Gemms>
+const CpuGroupedMm& choose_grouped_mm(const char*, const CpuScope&, Compute compute, const Gemms&) {
+  static constexpr CpuGroupedMm exact{"cpu", RowFormat::kBf16}, fp8{"cpu_fp8", RowFormat::kE4m3};
+  return compute == Compute::kFp8 ? fp8 : exact;
+}
+
+void run_cpu(const RowScalesParams& p) {
+  for (const GroupRows& group : locate(p.groups, p.scale_buffer))
+    for (int64_t row = 0; row < group.rows.count; ++row)
+      p.out[group.rows.begin + row] =
+          group.scale_begin < 0 ? NAN : row_scale(p.scales + group.scale_begin * p.scale_buffer.columns, row, p.k);
 }
 void run_cpu(const DequantizeParams& p) {
   for (const GroupRows& group : locate(p.groups, p.scale_buffer)) {
@@ -181,14 +241,14 @@ void run_cpu(const DequantizeParams& p) {
   }
 }
 
-void run_cpu(const GroupedMmParams& p, const CpuGroupedMm&) {
+void run_cpu(const GroupedMmParams& p, const CpuGroupedMm& impl) {
   const int64_t tiles = p.n / kBlockN;
   parallel_for(0, p.groups.count * tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer((kBlockN + 1) * p.k);
     for (int64_t i = begin; i < end; ++i) {
       const RowRange rows = p.groups.range(i / tiles);
-      if (rows.count > 0)
-        gemm_tile(p, i / tiles, rows, i % tiles * kBlockN, buffer.data(), buffer.data() + kBlockN * p.k);
+      const auto& tile = impl.row_format == RowFormat::kE4m3 ? fp8_tile : gemm_tile;
+      if (rows.count > 0) tile(p, i / tiles, rows, i % tiles * kBlockN, buffer.data(), buffer.data() + kBlockN * p.k);
     }
   });
 }
@@ -210,11 +270,7 @@ void run_cpu(const GatherParams& p) {
     for (int64_t pair = begin; pair < end; ++pair) {
       if (p.pair_rows[pair] < 0) continue;
       const int64_t from = pair / p.top_k * p.x_stride;
-      uint16_t* out = static_cast<uint16_t*>(p.out) + p.pair_rows[pair] * p.hidden;
-      if (p.round)
-        round_row(static_cast<const BFloat16*>(p.x) + from, p.hidden, out);
-      else
-        std::copy_n(static_cast<const uint16_t*>(p.x) + from, p.hidden, out);
+      write_row(static_cast<const BFloat16*>(p.x) + from, p.hidden, p.out, p.pair_rows[pair]);
     }
   });
 }
@@ -222,15 +278,15 @@ void run_cpu(const GatherParams& p) {
 void run_cpu(const ActivateParams& p) {
   const int64_t columns = p.activation == Activation::kNone ? p.intermediate : 2 * p.intermediate;
   parallel_for(0, *p.used_rows, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<uint16_t> out(p.intermediate);
     for (int64_t row = begin; row < end; ++row) {
       const uint16_t* from = static_cast<const uint16_t*>(p.input) + row * columns;
-      uint16_t* out = static_cast<uint16_t*>(p.out) + row * p.intermediate;
       for (int64_t i = 0; i < p.intermediate; ++i)
         out[i] = p.activation == Activation::kNone
                      ? from[i]
                      : to_bfloat16(activated(p.activation, p.swiglu, from_bfloat16(from[i]),
                                              from_bfloat16(from[p.intermediate + i])));
-      if (p.round) round_row(reinterpret_cast<const BFloat16*>(out), p.intermediate, out);
+      write_row(reinterpret_cast<const BFloat16*>(out.data()), p.intermediate, p.out, row);
     }
   });
 }

@@ -1,197 +1,48 @@
-// The sm_90 grouped GEMM: its kernel, and the launch of the configuration that a plan names. The parts by role are in
-// grouped_mm_sm90/.
-#include "common/launch.cuh"
-#include "mxfp8_moe/grouped_mm_sm90/epilogue.cuh"
-#include "mxfp8_moe/grouped_mm_sm90/mainloop.cuh"
-#include "mxfp8_moe/grouped_mm_sm90/producer.cuh"
-#include "mxfp8_moe/kernels.h"
+// The sm_90 grouped GEMM of bf16 rows: its configurations, and which of them a plan names.
+#include "mxfp8_moe/grouped_mm_sm90/launch.cuh"
 
 namespace abiding::mxfp8_moe {
 namespace sm90_mm {
 namespace {
 
-// Compiles mainloop and epilogue for every width up to N and runs the one that the tile has.
-template <class C, int N>
-__device__ __forceinline__ void consume_tile(const Cta<C>& cta, const WorkTile& w, PipelineState<C::kStages>& at) {
-  constexpr int kNarrower = N - C::kTmaBoxRows;
-  if constexpr (kNarrower > 0)
-    if (w.n <= kNarrower) return consume_tile<C, kNarrower>(cta, w, at);
-  float d[N / 2];
-  mainloop<C, N>(cta, d, w, at);
-  epilogue<C, N>(cta, d, w);
-}
-
-template <class C>
-__device__ __forceinline__ void consume(const Cta<C>& cta) {
-  PipelineState<C::kStages> at;
-  for (Scheduler<C> tiles(cta); !tiles.done();) {
-    WorkTile w = tiles.tile();
-    w.n = __shfl_sync(~0u, w.n, 0);  // broadcast from lane 0, so that the value is provably warp-uniform
-    consume_tile<C, C::kBlockN>(cta, w, at);
-    tiles.advance(w);
-  }
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
-    grouped_mm_kernel(const __grid_constant__ KernelParams a, const __grid_constant__ CUtensorMap weights,
-                      const __grid_constant__ CUtensorMap tokens) {
-  extern __shared__ uint8_t dynamic_smem[];
-  uint8_t* memory = dynamic_smem + (1024 - smem_address(dynamic_smem) % 1024) % 1024;
-  TileTable table(memory + SmemLayout<C>::kTable, a.p.groups.count);
-  const uint32_t smem = smem_address(memory), rank = C::kCluster == ClusterMode::kNone ? 0 : cta_rank_in_cluster();
-  const uint32_t peer_empty_barrier =
-      C::kCluster == ClusterMode::kMulticast ? mapa(smem + SmemLayout<C>::kBarriers + C::kStages * 8, rank ^ 1) : 0;
-  const Cta<C> cta{a, &weights, &tokens, table, smem, rank, peer_empty_barrier};
-  if (threadIdx.x == 0) {
-    prefetch_tma_desc(&weights);
-    prefetch_tma_desc(&tokens);
-    for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(cta.full_barrier(i), 1);
-      mbarrier_init(cta.empty_barrier(i), C::kConsumerThreads / 32 * (C::kCluster == ClusterMode::kMulticast ? 2 : 1));
-      if (C::kConvertedScales) mbarrier_init(cta.ready_barrier(i), 32 * C::kScaleTiles);
-    }
-    if (C::kPartBytes > 0) mbarrier_init(cta.part_barrier(), 1);
-    fence_mbarrier_init();
-  }
-  // PDL contract (layer.cu): group offsets are read before the wait only where inputs_ready_before_pdl.
-  if (!a.p.inputs_ready_before_pdl) pdl_wait();
-  table.build<C::kThreads>(a.p.groups, C::kBlockN);
-  if constexpr (C::kCluster != ClusterMode::kNone) cluster_sync();
-  if (threadIdx.x >= C::kConsumerThreads) {
-    warpgroup_reg_dealloc<C::kProducerRegisters>();
-    const int warp = (threadIdx.x - C::kConsumerThreads) / 32;
-    if (warp == 0) produce(cta);
-    if (C::kConvertedScales && warp > 0 && warp <= C::kScaleTiles) convert_scales(cta, warp - 1);
-    if constexpr (C::kCluster != ClusterMode::kNone) cluster_sync();
-  } else {
-    warpgroup_reg_alloc<C::kConsumerRegisters>();
-    pdl_wait();
-    // PDL contract (layer.cu): not before pdl_wait; the kernel two downstream may rely on what this one waited for.
-    pdl_launch_dependents();
-    consume(cta);
-    if constexpr (C::kCluster != ClusterMode::kNone) cluster_sync();
-  }
-}
-
 // consumer warpgroups, kBlockK, stages, cluster mode, CTAs per SM
-template <bool kInterleaved>
-using StreamK_N16 = Config<kInterleaved, TileShape::kStreamK_N16, 2, 128, 4, ClusterMode::kStreamK, 2>;
-template <bool kInterleaved>
-using N64 = Config<kInterleaved, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
-template <bool kInterleaved>
-using M256_N128 = Config<kInterleaved, TileShape::kM256_N128, 4, 64, 6, ClusterMode::kNone>;
-template <bool kInterleaved>
-using N160_Cluster2 = Config<kInterleaved, TileShape::kN160_Cluster2, 2, 64, 7, ClusterMode::kMulticast>;
-template <bool kInterleaved>
-using N256_Cluster2 = Config<kInterleaved, TileShape::kN256_Cluster2, 2, 64, 5, ClusterMode::kMulticast>;
+template <RowFormat kRows>
+using StreamK_N16 = Config<kRows, TileShape::kStreamK_N16, 2, 128, 4, ClusterMode::kStreamK, 2>;
+template <RowFormat kRows>
+using N64 = Config<kRows, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
+template <RowFormat kRows>
+using M256_N128 = Config<kRows, TileShape::kM256_N128, 4, 64, 6, ClusterMode::kNone>;
+template <RowFormat kRows>
+using N160_Cluster2 = Config<kRows, TileShape::kN160_Cluster2, 2, 64, 7, ClusterMode::kMulticast>;
+template <RowFormat kRows>
+using N256_Cluster2 = Config<kRows, TileShape::kN256_Cluster2, 2, 64, 5, ClusterMode::kMulticast>;
 
-template <class C>
-constexpr uint32_t max_smem_bytes() {
-  return SmemLayout<C>::bytes(C::kShape == TileShape::kM256_N128 ? kM256MaxExperts : kMaxExperts);
-}
-constexpr uint32_t kSmemPerCta = (227 << 10) - 256;  // the device's limit, less what kernels declare statically
-
-// Tensor maps of the weights [experts, n, k] and of the tokens [rows, k].
-template <class C>
-cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUtensorMap* tokens) {
-  const cuuint64_t weight_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.n),
-                                     static_cast<cuuint64_t>(p.groups.count)};
-  const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
-                                       static_cast<cuuint64_t>(p.weight_expert_stride)};
-  const cuuint32_t weight_box[] = {C::kBlockK, C::kBlockM, 1};
-  const cudaError_t status =
-      make_tma_desc(weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides, weight_box,
-                    C::kBlockK == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
-  if (status != cudaSuccess) return status;
-  const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
-  const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * 2};
-  const cuuint32_t token_box[] = {64, C::kTmaBoxRows};
-  return make_tma_desc(tokens, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a, token_sizes, token_strides, token_box,
-                       CU_TENSOR_MAP_SWIZZLE_128B);
-}
-
-template <class C>
-cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, cudaStream_t stream) {
-  static_assert(max_smem_bytes<C>() <= kSmemPerCta);
-  static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kStreamKBlockM && C::kBlockK == kStreamKBlockK));
-  CUtensorMap weights, tokens;
-  cudaError_t status = make_tma_descs<C>(p, &weights, &tokens);
-  if (status != cudaSuccess) return status;
-
-  KernelParams a{};
-  a.p = p;
-  a.scale_columns = scale_columns(p.k);
-  a.expert_scale_bytes = round_up(p.n, kScaleTileRows) * a.scale_columns;
-  const int64_t m_tiles = (p.n + C::kBlockM - 1) / C::kBlockM;
-  a.m_tiles = static_cast<int>(C::kCluster == ClusterMode::kMulticast ? (m_tiles + 1) / 2 : m_tiles);
-  a.k_tiles = static_cast<int>((p.k + C::kBlockK - 1) / C::kBlockK);
-  a.scale_blocks = static_cast<int>(p.k / kScaleBlock);
-  a.cluster_size = cluster_size;
-
-  const uint32_t smem_bytes = SmemLayout<C>::bytes(p.groups.count);
-  // The same value in every call: the limit is the kernel's, and another thread may set it between this and the launch.
-  status = cudaFuncSetAttribute(grouped_mm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(max_smem_bytes<C>()));
-  if (status != cudaSuccess) return status;
-
-  const auto cluster = static_cast<unsigned>(cluster_size);
-  int clusters = sms * C::kCtasPerSm / cluster_size;
-  if (cluster > 1) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {cluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(clusters) * cluster;
-    config.blockDim = C::kThreads;
-    config.dynamicSmemBytes = smem_bytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    status = cudaOccupancyMaxActiveClusters(&clusters, grouped_mm_kernel<C>, &config);
-    if (status != cudaSuccess) return status;
-  }
-  return launch(grouped_mm_kernel<C>,
-                with_max_smem({static_cast<unsigned>(clusters) * cluster, C::kThreads, smem_bytes, cluster}), stream, a,
-                weights, tokens);
-}
-
-template <bool kInterleaved>
+template <RowFormat kRows>
 cudaError_t launch_plan(const GroupedMmParams& p, const Plan& plan, int sms, cudaStream_t stream) {
   switch (plan.shape) {
-    case TileShape::kStreamK_N16: return launch_config<StreamK_N16<kInterleaved>>(p, plan.cluster, sms, stream);
-    case TileShape::kN64: return launch_config<N64<kInterleaved>>(p, 1, sms, stream);
-    case TileShape::kM256_N128: return launch_config<M256_N128<kInterleaved>>(p, 1, sms, stream);
-    case TileShape::kN160_Cluster2: return launch_config<N160_Cluster2<kInterleaved>>(p, 2, sms, stream);
-    case TileShape::kN256_Cluster2: break;
+    case TileShape::kStreamK_N16: return launch_config<StreamK_N16<kRows>>(p, plan.cluster, sms, stream);
+    case TileShape::kN64: return launch_config<N64<kRows>>(p, 1, sms, stream);
+    case TileShape::kM256_N128: return launch_config<M256_N128<kRows>>(p, 1, sms, stream);
+    case TileShape::kN160_Cluster2: return launch_config<N160_Cluster2<kRows>>(p, 2, sms, stream);
+    default: break;
   }
-  return launch_config<N256_Cluster2<kInterleaved>>(p, 2, sms, stream);
+  return launch_config<N256_Cluster2<kRows>>(p, 2, sms, stream);
 }
 
-// What TMA asks of tensors: strides of whole 16-byte vectors, below 2^40 bytes.
-bool supports(const GroupedMmParams& p) {
-  const auto fits = [](int64_t bytes) { return bytes % 16 == 0 && bytes < int64_t{1} << 40; };
-  return fits(p.weight_stride) && fits(p.weight_expert_stride) && fits(2 * p.a_stride);
-}
+bool supports(const GroupedMmParams& p) { return weights_fit_tma(p) && fits_tma(2 * p.a_stride); }
 
 cudaError_t run(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;
-  if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
-    return status;
+  if (const cudaError_t status = multiprocessors(&sms); status != cudaSuccess) return status;
   const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms);
-  return p.interleaved ? launch_plan<true>(p, plan, sms, stream) : launch_plan<false>(p, plan, sms, stream);
+  return p.interleaved ? launch_plan<RowFormat::kBf16Interleaved>(p, plan, sms, stream)
+                       : launch_plan<RowFormat::kBf16>(p, plan, sms, stream);
 }
 
 }  // namespace
 }  // namespace sm90_mm
 
-const GroupedMmImpl kGroupedMmSm90 = [] {
-  GroupedMmImpl impl{};
-  impl.name = "sm90";
-  impl.arch = 90;
-  impl.row_format = RowFormat::kBf16Interleaved;
-  impl.supports = sm90_mm::supports;
-  impl.run = sm90_mm::run;
-  return impl;
-}();
+const GroupedMmImpl kGroupedMmSm90 =
+    sm90_mm::make_impl("sm90", RowFormat::kBf16Interleaved, sm90_mm::supports, sm90_mm::run);
 
 }  // namespace abiding::mxfp8_moe

@@ -8,7 +8,9 @@
 namespace abiding::mxfp8_moe {
 
 cudaError_t run_cuda(const QuantizeParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const RebaseParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const RoundParams& p, cudaStream_t stream);
+cudaError_t run_cuda(const RowScalesParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const DequantizeParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream);
@@ -20,10 +22,10 @@ cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream);
 struct GroupedMmImpl {
   const char* name;
   int arch;              // the compute capability that it is for, 10 * major + minor, compared exactly; 0: any
-  RowFormat row_format;  // what it reads best; every one also reads kBf16
+  RowFormat row_format;  // what it reads best; every one also reads kBf16, but one of kE4m3 reads that alone
   bool (*supports)(const GroupedMmParams& p);
   cudaError_t (*run)(const GroupedMmParams& p, cudaStream_t stream);
 };
-extern const GroupedMmImpl kGroupedMmSm90, kGroupedMmPortable;
+extern const GroupedMmImpl kGroupedMmSm90, kGroupedMmSm90Fp8, kGroupedMmPortable;
 
 }  // namespace abiding::mxfp8_moe

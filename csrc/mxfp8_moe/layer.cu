@@ -1,4 +1,5 @@
 // The kernels around a layer's two GEMMs: routing, permute (gather), activation, top-k weighted reduce (combine).
+// `gathered` and `activated` hold bf16 rows, or e4m3 rows and behind them their scales.
 //
 // PDL contract of a layer, and of a GEMM of e4m3 rows (docs/mxfp8_moe.md explains it):
 //
@@ -11,9 +12,11 @@
 //   combine     nothing                       pair_rows, weights, gathered   out                 at its start
 //
 //   dequantize  nothing                       offsets, e4m3 rows, codes      bf16 rows           at its end
-//   grouped_mm  offsets; weights: 2 stages    bf16 rows; weights             out                 after its pdl_wait
+//   row_scales  nothing                       offsets, codes                 fp32 scales         at its end
+//   grouped_mm  offsets; weights: 2 stages    rows, their scales; weights    out                 after its pdl_wait
 //
-// A grouped_mm of the caller's bf16 rows, quantize and round read nothing before pdl_wait, and trigger after it.
+// gather and activate stand for their row-wise variants, too. A grouped_mm of the caller's bf16 rows, quantize and
+// round read nothing before pdl_wait, and trigger after it.
 //
 // Ordering: a kernel starts once every CTA of the kernel upstream has triggered or exited. pdl_wait returns once that
 // kernel has completed; as every CTA has threads that wait, all kernels further upstream have completed too.
@@ -133,14 +136,50 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
     int rows[kPairsInFlight];
 #pragma unroll
     for (int j = 0; j < kPairsInFlight; ++j) rows[j] = j < left ? pair_rows[j] : -1;
-    if (!is_ready && p.round) packed = round_vec8<__nv_bfloat16>(packed);
-    if (!is_ready && p.interleaved) packed = interleave(packed);
+    if (!is_ready && p.out.round) packed = round_vec8<__nv_bfloat16>(packed);
+    if (!is_ready && p.out.format == RowFormat::kBf16Interleaved) packed = interleave(packed);
     is_ready = true;
 #pragma unroll
     for (int j = 0; j < kPairsInFlight; ++j)
       if (rows[j] >= 0)
-        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + rows[j] * p.hidden)[vector] = packed;
+        reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out.data) + rows[j] * p.hidden)[vector] = packed;
   }
+}
+
+// Vector `vector` of row `row` for a GEMM, with the row's code. `width` is the row's number of vectors.
+template <bool kE4m3>
+__device__ __forceinline__ void store_rowwise(const GemmRows& out, int64_t row, int width, int vector,
+                                              const float (&x)[8], uint8_t code) {
+  if constexpr (kE4m3) {
+    static_cast<uint2*>(out.data)[row * width + vector] = quantize_vec8(x, code);
+  } else {
+    const uint4 rounded = round_vec8(x, code);
+    static_cast<uint4*>(out.data)[row * width + vector] =
+        out.format == RowFormat::kBf16Interleaved ? interleave(rounded) : rounded;
+  }
+}
+
+// One code per row. A CTA per token.
+template <bool kE4m3>
+__global__ void __launch_bounds__(kRowThreads)
+    gather_rowwise_kernel(const __grid_constant__ GatherParams p, bool is_small) {
+  __shared__ int rows[kMaxTopK];
+  const int64_t token = blockIdx.x;
+  const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride);
+  const int32_t* pair_rows = p.pair_rows + token * p.top_k + threadIdx.x;
+  pdl_wait(from, pair_rows);
+  if (is_small) pdl_launch_dependents();
+  const auto top_k = static_cast<int>(p.top_k), width = static_cast<int>(p.hidden / 8);
+  const bool has_pair = static_cast<int>(threadIdx.x) < top_k;
+  const int row = has_pair ? *pair_rows : -1;
+  if (has_pair) rows[threadIdx.x] = row;  // others read it behind the barriers in quantize_row
+  const uint8_t code = quantize_row<__nv_bfloat16, 8>(
+      width, [&](int vector) { return from[vector]; },
+      [&](int vector, const float (&x)[8], uint8_t its_code) {
+        for (int j = 0; j < top_k; ++j)
+          if (rows[j] >= 0) store_rowwise<kE4m3>(p.out, rows[j], width, vector, x, its_code);
+      });
+  if (kE4m3 && row >= 0) p.out.scales[row] = ue8m0_decode(code);
 }
 
 template <Activation kActivation>
@@ -178,12 +217,38 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm)
   const int used_rows = *p.used_rows;
   // The four lanes of a scale block have the same row, so they leave together.
   while (row < used_rows) {
-    const uint4 result = activate_vec8<kActivation>(gates, ups, p.swiglu, p.round);
-    static_cast<uint4*>(p.out)[row * width + column] = p.interleaved ? interleave(result) : result;
+    const uint4 result = activate_vec8<kActivation>(gates, ups, p.swiglu, p.out.round);
+    static_cast<uint4*>(p.out.data)[row * width + column] =
+        p.out.format == RowFormat::kBf16Interleaved ? interleave(result) : result;
     row += step_rows;
     column += step_columns;
     if (column >= width) column -= width, ++row;
     if (row < used_rows) load(from());
+  }
+}
+
+// One code per row. Grid-stride over the rows, a CTA per row.
+template <Activation kActivation, bool kE4m3>
+__global__ void __launch_bounds__(kRowThreads)
+    activate_rowwise_kernel(const __grid_constant__ ActivateParams p, bool is_small) {
+  if (is_small) pdl_launch_dependents();
+  const auto width = static_cast<int>(p.intermediate / 8);
+  constexpr int kParts = kActivation == Activation::kNone ? 1 : 2;
+  const int32_t* used_rows = p.used_rows;
+  pdl_wait(used_rows);
+  const int rows = *used_rows;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const uint4* from = static_cast<const uint4*>(p.input) + row * kParts * width;
+    const uint8_t code = quantize_row<__nv_bfloat16, 4>(
+        width,
+        [&](int vector) {
+          const uint4 ups = kParts == 2 ? from[vector + width] : uint4{};
+          return activate_vec8<kActivation>(from[vector], ups, p.swiglu, false);
+        },
+        [&](int vector, const float (&x)[8], uint8_t its_code) {
+          store_rowwise<kE4m3>(p.out, row, width, vector, x, its_code);
+        });
+    if (kE4m3 && threadIdx.x == 0) p.out.scales[row] = ue8m0_decode(code);
   }
 }
 
@@ -237,28 +302,53 @@ cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
   int sms = 0;
   if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
     return status;
+  if (p.out.rowwise) {
+    const LaunchConfig config = with_max_smem({static_cast<unsigned>(p.tokens), kRowThreads});
+    const bool is_small = p.tokens <= sms / 2;
+    return p.out.format == RowFormat::kE4m3 ? launch(gather_rowwise_kernel<true>, config, stream, p, is_small)
+                                            : launch(gather_rowwise_kernel<false>, config, stream, p, is_small);
+  }
   LaunchConfig config = config_per_token(p.tokens, p.hidden, kSmallThreads);
   const bool is_small = int64_t{config.grid_x} * config.grid_y <= sms / 2;
   if (!is_small) config = config_per_token(p.tokens, p.hidden, kThreads);
   return launch(gather_kernel, config, stream, p, is_small);
 }
 
+// Returns body(activation), as an integral constant.
+template <class Body>
+cudaError_t dispatch_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::kSilu: return body(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kSwiglu: return body(std::integral_constant<Activation, Activation::kSwiglu>{});
+    case Activation::kNone: break;
+  }
+  return body(std::integral_constant<Activation, Activation::kNone>{});
+}
+
 cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream) {
   int sms = 0;
   if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
     return status;
+  if (p.out.rowwise) {
+    const int64_t ctas = p.max_rows < int64_t{sms} * 16 ? p.max_rows : int64_t{sms} * 16;
+    const LaunchConfig config = with_max_smem({static_cast<unsigned>(ctas), kRowThreads});
+    const bool is_small = ctas <= sms / 2;
+    return dispatch_activation(p.activation, [&](auto tag) {
+      constexpr Activation kActivation = decltype(tag)::value;
+      return p.out.format == RowFormat::kE4m3
+                 ? launch(activate_rowwise_kernel<kActivation, true>, config, stream, p, is_small)
+                 : launch(activate_rowwise_kernel<kActivation, false>, config, stream, p, is_small);
+    });
+  }
   const int64_t vectors = p.max_rows * (p.intermediate / 8);
   const bool is_small = vectors <= int64_t{kSmallThreads} * (sms / 2);
   const int threads = is_small ? kSmallThreads : kThreads;
   const int64_t ctas = (vectors + threads - 1) / threads;
   const LaunchConfig config =
       with_max_smem({static_cast<unsigned>(ctas < 4096 ? ctas : 4096), static_cast<unsigned>(threads)});
-  switch (p.activation) {
-    case Activation::kSilu: return launch(activate_kernel<Activation::kSilu>, config, stream, p, is_small);
-    case Activation::kSwiglu: return launch(activate_kernel<Activation::kSwiglu>, config, stream, p, is_small);
-    case Activation::kNone: break;
-  }
-  return launch(activate_kernel<Activation::kNone>, config, stream, p, is_small);
+  return dispatch_activation(p.activation, [&](auto tag) {
+    return launch(activate_kernel<decltype(tag)::value>, config, stream, p, is_small);
+  });
 }
 
 cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream) {

@@ -11,8 +11,10 @@ namespace abiding::mxfp8_moe {
 constexpr const char* kExpertsQuant = "mxfp8_experts_quant";
 constexpr const char* kRawGroupedMm = "cutlass_mxfp8_grouped_mm";
 constexpr const char* kQuantize = "mxfp8_quantize";
+constexpr const char* kRebase = "mxfp8_rebase";
 constexpr const char* kRound = "mxfp8_round";
 constexpr const char* kGroupedMm = "mxfp8_grouped_mm";
+constexpr const char* kImplementation = "mxfp8_implementation";
 constexpr const char* kMoe = "mxfp8_moe";
 constexpr const char* kWorkspaceBytes = "mxfp8_moe_workspace_bytes";
 
@@ -162,6 +164,57 @@ inline Weight check_weight(const char* op, const Argument& weight, const Argumen
   return result;
 }
 
+// An output of rebase is the input itself, for a rebase in place, or memory of its own.
+inline void check_same_or_apart(const char* op, const Argument& out, const Argument& input) {
+  const auto extent = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+    return std::pair(begin, begin + static_cast<uintptr_t>(t.numel() > 0 ? last + 1 : 0));
+  };
+  const auto [begin, end] = extent(out.tensor());
+  const auto [first, last] = extent(input.tensor());
+  bool same = begin == first && out.tensor().dim() == input.tensor().dim();
+  for (int64_t d = 0; same && d < out.tensor().dim(); ++d)
+    same = out.tensor().size(d) == input.tensor().size(d) && out.tensor().stride(d) == input.tensor().stride(d);
+  check(same || end <= first || last <= begin, op, out.name(), " overlaps ", input.name(),
+        "; expected that tensor itself, or memory of its own");
+}
+
+inline RebaseParams check_rebase(const Tensor& weight, const Tensor& weight_scales, const Tensor& out,
+                                 const Tensor& out_scales, const Tensor& counts, const Tensor& errors) {
+  const char* op = kRebase;
+  const Argument from{op, "weight", weight}, from_scales{op, "weight_scales", weight_scales}, to{op, "out", out},
+      to_scales{op, "out_scales", out_scales}, count{op, "counts", counts}, error{op, "errors", errors};
+  from.rank(3);
+  const int64_t experts = weight.size(0);
+  check(experts <= kMaxExperts, op, "weight has shape ", from.shape(), "; expected up to ", kMaxExperts, " experts");
+  const Weight source = check_weight(op, from, from_scales, experts, 1, 2, from);
+  to.rank(3).size(1, source.n, " as weight").size(2, source.k, " as weight");
+  const Weight result = check_weight(op, to, to_scales, experts, 1, 2, from);
+  to.no_overlap();
+  check_same_or_apart(op, to, from);
+  check_same_or_apart(op, to_scales, from_scales);
+  RebaseParams p{};
+  p.experts = experts;
+  p.n = source.n;
+  p.k = source.k;
+  p.weight = source.data;
+  p.expert_stride = source.expert_stride;
+  p.stride = source.stride;
+  p.scales = source.scales;
+  p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
+  p.out_expert_stride = result.expert_stride;
+  p.out_stride = result.stride;
+  p.out_scales = static_cast<uint8_t*>(out_scales.mutable_data_ptr());
+  const auto written = [&](const Argument& argument, DType dtype, int64_t size) {
+    return argument.dtype({dtype}).rank(1).size(0, size).contiguous().same_device(from).tensor().mutable_data_ptr();
+  };
+  p.counts = static_cast<int64_t*>(written(count, DType::kInt64, 3));
+  p.errors = static_cast<double*>(written(error, DType::kFloat64, 2));
+  return p;
+}
+
 inline QuantizeParams check_quantize(const char* op, const Argument& input, const Argument& data,
                                      const Argument& scales, const Groups& groups) {
   const int64_t k = input.tensor().size(1);
@@ -180,12 +233,13 @@ inline QuantizeParams check_quantize(const char* op, const Argument& input, cons
   return p;
 }
 
-inline QuantizeParams check_quantize(const Tensor& input, const std::optional<Tensor>& offsets, bool ends,
+inline QuantizeParams check_quantize(const Tensor& input, const std::optional<Tensor>& offsets, bool ends, bool rowwise,
                                      const Tensor& data, const Tensor& scales) {
   const Argument rows{kQuantize, "input", input};
   check_rows(kQuantize, rows, {DType::kBfloat16, DType::kFloat16});
   QuantizeParams p = check_quantize(kQuantize, rows, {kQuantize, "data", data}, {kQuantize, "scales", scales},
                                     check_groups(kQuantize, rows, offsets, ends));
+  p.rowwise = rowwise;
   p.clear_rest = true;
   return p;
 }
@@ -216,10 +270,18 @@ inline RoundParams check_round(const Tensor& input, const Tensor& out) {
   return p;
 }
 
-// A grouped GEMM, and where its rows are e4m3 the step that makes bf16 of them; the caller sets `dequantize.out`.
+inline Compute check_compute(const char* op, int64_t compute) {
+  check(0 <= compute && compute <= 1, op, "compute is ", compute, "; expected 0 (exact) or 1 (fp8)");
+  return static_cast<Compute>(compute);
+}
+
+// A grouped GEMM, and where its rows are e4m3 the step before it, for which the caller has memory: `dequantize` makes
+// bf16 of them, or `row_scales` makes their scales.
 struct GroupedMm {
+  Compute compute;
   GroupedMmParams gemm;
   DequantizeParams dequantize;
+  RowScalesParams row_scales;
   bool quantized;
 };
 
@@ -241,7 +303,7 @@ inline GroupedMmParams gemm_params(const Groups& groups, const Weight& weight) {
 }
 
 inline GroupedMm check_gemm(const char* op, const Argument& a, const std::optional<Argument>& a_scales,
-                            const Groups& groups, const Weight& weight, const Argument& out,
+                            const Groups& groups, const Weight& weight, Compute compute, const Argument& out,
                             std::initializer_list<DType> out_dtypes) {
   const int64_t k = a.tensor().size(1);
   check(weight.k == k, op, a.name(), " has shape ", a.shape(), "; expected rows of ", weight.k,
@@ -249,6 +311,7 @@ inline GroupedMm check_gemm(const char* op, const Argument& a, const std::option
   check_result(op, out, out_dtypes, groups.rows, weight.n, a);
   check_apart(op, out, a);
   GroupedMm mm{};
+  mm.compute = compute;
   mm.quantized = a_scales.has_value();
   mm.gemm = gemm_params(groups, weight);
   mm.gemm.a = a.tensor().const_data_ptr();
@@ -256,7 +319,7 @@ inline GroupedMm check_gemm(const char* op, const Argument& a, const std::option
   mm.gemm.out = out.tensor().mutable_data_ptr();
   mm.gemm.out_stride = row_stride(out.tensor());
   mm.gemm.out_dtype = out.dtype();
-  mm.gemm.inputs_ready_before_pdl = mm.quantized;  // dequantize() runs between what wrote them and this
+  mm.gemm.inputs_ready_before_pdl = mm.quantized;  // the step before it runs between what wrote them and this
   if (!mm.quantized) return mm;
   mm.dequantize.groups = groups;
   mm.dequantize.scale_buffer = scale_buffer(a_scales->tensor(), k);
@@ -265,14 +328,20 @@ inline GroupedMm check_gemm(const char* op, const Argument& a, const std::option
   mm.dequantize.data_stride = row_stride(a.tensor());
   mm.dequantize.scales = check_scales(*a_scales, a, op);
   mm.dequantize.out_stride = k;
+  mm.row_scales.groups = groups;
+  mm.row_scales.scale_buffer = mm.dequantize.scale_buffer;
+  mm.row_scales.k = k;
+  mm.row_scales.scales = mm.dequantize.scales;
   return mm;
 }
 
 inline GroupedMm check_grouped_mm(const Tensor& a, const std::optional<Tensor>& a_scales, const Tensor& weight,
                                   const Tensor& weight_scales, const std::optional<Tensor>& offsets, bool ends,
-                                  const Tensor& out) {
+                                  int64_t compute, const Tensor& out) {
   const char* op = kGroupedMm;
   const Argument rows{op, "a", a};
+  const Compute how = check_compute(op, compute);
+  check(a_scales || how == Compute::kExact, op, "a_scales is None; expected scales where compute is 1 (fp8)");
   if (a_scales)
     check_rows(op, rows, {DType::kFloat8E4m3, DType::kUint8});
   else
@@ -281,7 +350,7 @@ inline GroupedMm check_grouped_mm(const Tensor& a, const std::optional<Tensor>& 
   const Weight experts =
       check_weight(op, {op, "weight", weight}, {op, "weight_scales", weight_scales}, groups.count, 1, 2, rows);
   const auto scales = a_scales ? std::optional<Argument>({op, "a_scales", *a_scales}) : std::nullopt;
-  return check_gemm(op, rows, scales, groups, experts, {op, "out", out},
+  return check_gemm(op, rows, scales, groups, experts, how, {op, "out", out},
                     {DType::kBfloat16, DType::kFloat16, DType::kFloat32});
 }
 
@@ -293,7 +362,34 @@ inline GroupedMm check_raw_grouped_mm(const Tensor& a, const Tensor& b, const Te
   check_rows(op, rows, {DType::kFloat8E4m3, DType::kUint8});
   const Groups groups = check_problems(op, rows, problem_sizes, expert_offsets, blockscale_offsets);
   const Weight experts = check_weight(op, {op, "b", b}, {op, "sfb", sfb}, groups.count, 2, 1, rows);
-  return check_gemm(op, rows, scales, groups, experts, {op, "out", out}, {DType::kBfloat16, DType::kFloat16});
+  return check_gemm(op, rows, scales, groups, experts, Compute::kExact, {op, "out", out},
+                    {DType::kBfloat16, DType::kFloat16});
+}
+
+// GEMMs of dense tensors, for the question which implementation they get.
+inline std::vector<GroupedMmParams> check_implementation(int64_t rows, int64_t experts, const std::vector<int64_t>& n,
+                                                         const std::vector<int64_t>& k, Compute compute) {
+  const char* op = kImplementation;
+  check(0 <= rows && rows < kMaxRows, op, "rows is ", rows, "; expected fewer than 2^31");
+  check(1 <= experts && experts <= kMaxExperts, op, "experts is ", experts, "; expected 1 to ", kMaxExperts);
+  check(!n.empty() && n.size() == k.size(), op, "n and k have ", n.size(), " and ", k.size(),
+        " numbers; expected one of each per GEMM");
+  std::vector<GroupedMmParams> gemms;
+  for (size_t i = 0; i < n.size(); ++i) {
+    check_width(op, "n", n[i], "");
+    check_width(op, "k", k[i], "");
+    Weight weight{};
+    weight.n = n[i];
+    weight.k = weight.stride = k[i];
+    weight.expert_stride = n[i] * k[i];
+    Groups groups{};
+    groups.count = experts;
+    groups.rows = rows;
+    GroupedMmParams& p = gemms.emplace_back(gemm_params(groups, weight));
+    static const float any_scale = 1;
+    if (compute == Compute::kFp8) p.a_scales = &any_scale;
+  }
+  return gemms;
 }
 
 // Offsets of a layer's buffers in its workspace, in bytes; sized for the case that every token-expert pair is local.
@@ -343,6 +439,7 @@ inline int64_t check_workspace_bytes(int64_t tokens, int64_t top_k, int64_t expe
 
 // A layer's six steps; gate_up and down are its two GEMMs. place() binds the steps to a workspace.
 struct Moe {
+  Compute compute;
   RouteParams route;
   GatherParams gather;
   GroupedMmParams gate_up;
@@ -358,23 +455,41 @@ struct Moe {
     gather.pair_rows = combine.pair_rows = route.pair_rows;
     gate_up.groups.offsets = down.groups.offsets = route.offsets;
     activate.used_rows = route.offsets + route.experts;
-    gate_up.a = gather.out = base + layout.gathered;
     activate.input = gate_up.out = base + layout.gate_up_out;
-    down.a = activate.out = base + layout.activated;
     combine.input = down.out = base + layout.gathered;
+    place_rows(gather.out, gate_up, base + layout.gathered);
+    place_rows(activate.out, down, base + layout.activated);
   }
-  void set_interleaved(bool interleaved) {
-    gather.interleaved = gate_up.interleaved = activate.interleaved = down.interleaved = interleaved;
+  // After place(): rows as the implementation of the GEMMs reads them.
+  void set_format(RowFormat format) {
+    for (auto [rows, gemm] : {std::pair(&gather.out, &gate_up), std::pair(&activate.out, &down)}) {
+      rows->format = format;
+      gemm->interleaved = format == RowFormat::kBf16Interleaved;
+      if (format != RowFormat::kE4m3) gemm->a_scales = nullptr;
+    }
+  }
+
+ private:
+  // A region has room for bf16 rows. e4m3 rows take half of it, and their scales fit behind them: 4 bytes for at least
+  // 32 elements.
+  void place_rows(GemmRows& rows, GroupedMmParams& gemm, char* region) const {
+    rows.data = region;
+    gemm.a = region;
+    if (compute != Compute::kFp8) return;
+    rows.scales = reinterpret_cast<float*>(region + gemm.groups.rows * gemm.k);
+    gemm.a_scales = rows.scales;
   }
 };
 
 inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, const Tensor& w2, const Tensor& s2,
                      const Tensor& topk_ids, const Tensor& topk_weights, int64_t activation, bool w8a8,
-                     const std::optional<Tensor>& workspace, const Tensor& out) {
+                     const std::optional<Tensor>& workspace, int64_t compute, const Tensor& out) {
   const char* op = kMoe;
   const Argument rows{op, "x", x}, gate_up{op, "w13", w13}, down{op, "w2", w2}, ids{op, "topk_ids", topk_ids},
       weights{op, "topk_weights", topk_weights}, result{op, "out", out};
   check_rows(op, rows, {DType::kBfloat16});
+  const Compute how = check_compute(op, compute);
+  check(w8a8 || how == Compute::kExact, op, "w8a8 is false; expected true where compute is 1 (fp8)");
   check(0 <= activation && activation <= 2, op, "activation is ", activation, "; expected 0, 1 or 2");
   gate_up.rank(3);
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = w13.size(0);
@@ -400,6 +515,7 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   check_apart(op, result, rows);
 
   Moe moe{};
+  moe.compute = how;
   moe.layout = workspace_layout(tokens, top_k, experts, hidden, intermediate);
   if (workspace) {
     const Argument space{op, "workspace", *workspace};
@@ -421,12 +537,12 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   moe.gather.hidden = hidden;
   moe.gather.x = x.const_data_ptr();
   moe.gather.x_stride = row_stride(x);
-  moe.gather.round = w8a8;
+  moe.gather.out.round = moe.activate.out.round = w8a8;
+  moe.gather.out.rowwise = moe.activate.out.rowwise = how == Compute::kFp8;
   moe.gate_up = gemm_params(groups, first);
   moe.activate.max_rows = pairs;
   moe.activate.intermediate = intermediate;
   moe.activate.activation = kind;
-  moe.activate.round = w8a8;
   moe.down = gemm_params(groups, second);
   moe.gate_up.inputs_ready_before_pdl = moe.down.inputs_ready_before_pdl = true;
   moe.combine.tokens = tokens;

@@ -77,10 +77,38 @@ struct QuantizeParams {
   const void* input;  // [rows, k]
   int64_t input_stride;
   DType dtype;    // of input
+  bool rowwise;   // one code per row; its scale blocks have equal codes then
   uint8_t* data;  // e4m3 [rows, k]
   int64_t data_stride;
   uint8_t* scales;  // a group's tiles are written whole, zeros where it has no scale block
   bool clear_rest;  // also zero the tiles behind the last group that has scales
+};
+
+// What a rebase did to some rows, in the order of rows: sums of squares, the largest error / norm of a row and the
+// first row that has it (if it is not 0), elements whose value changed, rows that stayed.
+struct RebaseTally {
+  double error, norm, worst;
+  int64_t worst_row, changed, left;
+};
+
+constexpr int kRebaseRows = 32;  // weight rows of one tally
+
+// out = weight with one code per row (rebase.h). The outputs may be the inputs.
+struct RebaseParams {
+  int64_t experts, n, k;
+  const uint8_t* weight;  // e4m3 [experts, n, k]; strides in bytes
+  int64_t expert_stride, stride;
+  const uint8_t* scales;  // per expert round_up(n, 128) x scale_columns(k), in tiles
+  uint8_t* out;
+  int64_t out_expert_stride, out_stride;
+  uint8_t* out_scales;
+  RebaseTally* tallies;  // scratch: [experts, padded_rows() / kRebaseRows]
+  int64_t* counts;       // elements changed, rows left, worst row
+  double* errors;        // root mean square of all, and of the worst row
+
+  // Rows with scales: those of padding are copied.
+  ABIDING_HD int64_t padded_rows() const { return round_up(n, kScaleTileRows); }
+  ABIDING_HD int64_t units() const { return experts * (padded_rows() / kRebaseRows); }
 };
 
 // Quantizes and dequantizes in one step: out = bf16 of what the quantizer would keep of each element.
@@ -98,7 +126,32 @@ enum class RowFormat {
   kBf16,
   // bf16 with, in every 16 elements, pair 2c + h where pair 4h + c was (c = 0..3, h = 0, 1). Then the e4m3 bytes of a
   // weight row, whose order stays, that one thread's wgmma fragment needs are one word.
-  kBf16Interleaved
+  kBf16Interleaved,
+  // e4m3, with one fp32 scale per row.
+  kE4m3
+};
+
+// How GEMMs compute: exact products of bf16 numbers, or products of e4m3 numbers with one scale per row on FP8 tensor
+// cores. The numbers are those of the operators' argument.
+enum class Compute { kExact = 0, kFp8 = 1 };
+
+// The rows that a layer's kernels write for its GEMMs; dense.
+struct GemmRows {
+  RowFormat format;
+  bool round;    // to what the quantizer would keep; kE4m3 is always quantized
+  bool rowwise;  // with one code per row
+  void* data;
+  float* scales;  // of kE4m3: as GroupedMmParams has them
+};
+
+// The scales of e4m3 rows as GroupedMmParams has them, for the rows of all groups; NaN where a row's codes differ, or
+// the buffer does not hold a group's scales.
+struct RowScalesParams {
+  Groups groups;
+  ScaleBuffer scale_buffer;
+  int64_t k;
+  const uint8_t* scales;
+  float* out;  // [rows]
 };
 
 // bf16 of e4m3 data and scales, for the rows of all groups; NaN where the buffer does not hold a group's scales.
@@ -118,9 +171,10 @@ struct DequantizeParams {
 struct GroupedMmParams {
   Groups groups;
   int64_t n, k;
-  const void* a;  // bf16 [rows, k]
+  const void* a;  // bf16 [rows, k]; where a_scales is set, e4m3
   int64_t a_stride;
-  const uint8_t* weight;  // e4m3 [count, n, k]; strides in bytes
+  const float* a_scales = nullptr;  // [rows], of e4m3 rows: powers of two, or NaN
+  const uint8_t* weight;            // e4m3 [count, n, k]; strides in bytes
   int64_t weight_expert_stride, weight_stride;
   const uint8_t* weight_scales;  // per expert round_up(n, 128) x scale_columns(k), in tiles
   void* out;                     // [rows, n]
@@ -151,15 +205,13 @@ struct RouteParams {
   }
 };
 
-// Permute: out[pair_rows[t, j]] = x[t], as it is or rounded as RoundParams says.
+// Permute: out[pair_rows[t, j]] = x[t].
 struct GatherParams {
   int64_t tokens, top_k, hidden;
   const int32_t* pair_rows;
   const void* x;  // bf16 [tokens, hidden]
   int64_t x_stride;
-  bool round;
-  void* out;  // bf16, dense
-  bool interleaved = false;
+  GemmRows out;
 };
 
 // kSilu: silu(gate) * up. kSwiglu: gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and
@@ -174,9 +226,7 @@ struct ActivateParams {
   int64_t intermediate;      // columns of the result
   const void* input;         // bf16, dense: [rows, 2 intermediate], or [rows, intermediate] for kNone
   Activation activation;
-  bool round;
-  void* out;  // bf16, dense
-  bool interleaved = false;
+  GemmRows out;
   SwigluConstants swiglu;  // of kSwiglu
 };
 

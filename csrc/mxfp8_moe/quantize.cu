@@ -1,4 +1,5 @@
-// The quantizer and its inverse. Four lanes hold a scale block (32 elements), each a 16-byte vector of 8.
+// The quantizer and its inverse, and the scales of e4m3 rows. Four lanes hold a scale block (32 elements), each a
+// 16-byte vector of 8.
 #include "common/launch.cuh"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/quantizer.cuh"
@@ -101,8 +102,10 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
     }
 #pragma unroll
     for (int i = 0; i < kVectorsPerThread; ++i) {
-      uint8_t code;
-      const uint2 bytes = quantize_vec8<T>(packed[i], code);
+      float x[8];
+      unpack<T>(packed[i], x);
+      const uint8_t code = block_code(x);
+      const uint2 bytes = quantize_vec8(x, code);
       const int64_t at = int64_t{at_tile.begin} + at_tile.first + row[i];
       if (exists[i]) *reinterpret_cast<uint2*>(p.data + at * p.data_stride + k) = bytes;
       // The codes of a row's four scale blocks are adjacent among the scales.
@@ -111,6 +114,48 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
       codes |= __shfl_xor_sync(~0u, codes, 8);
       if (vector_of_row == 0) *reinterpret_cast<uint32_t*>(scales + scale_at(row[i], 0, kScaleTileBlocks)) = codes;
     }
+  }
+}
+
+// One code per row. A CTA takes one row of a scale tile at a time, of those of padding as well.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) quantize_rowwise_kernel(QuantizeParams p) {
+  extern __shared__ int memory[];
+  TileTable table(memory, p.groups.count);
+  pdl_wait();
+  pdl_launch_dependents();
+  table.build<kRowThreads>(p.groups, kScaleTileRows);
+  const int tile_columns = static_cast<int>(p.scale_buffer.columns / kScaleTileBlocks);
+  const int row_tiles = table.first[p.groups.count];
+  const int scale_tiles = static_cast<int>(p.scale_buffer.rows / kScaleTileRows);
+  const int all = p.clear_rest ? max(row_tiles, scale_tiles) : row_tiles;
+  for (int64_t unit = blockIdx.x; unit < int64_t{all} * kScaleTileRows; unit += gridDim.x) {
+    const int tile = static_cast<int>(unit / kScaleTileRows), row = static_cast<int>(unit % kScaleTileRows);
+    ScaleTile at_tile{int64_t{tile} * kScaleTileRows, 0, 0, 0};  // of no group
+    bool held = false;
+    if (tile < row_tiles) {
+      const ScaleTile its = scale_tile(table, p.groups, tile);
+      held = p.scale_buffer.holds(its.scale_begin, its.rows);
+      if (held) at_tile = its;
+    }
+    if (!held && !(p.clear_rest && tile < scale_tiles)) continue;
+    uint32_t codes = 0;
+    if (at_tile.first + row < at_tile.rows) {
+      const int64_t at = int64_t{at_tile.begin} + at_tile.first + row;
+      const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.input) + at * p.input_stride);
+      uint8_t* to = p.data + at * p.data_stride;
+      codes = same_codes(quantize_row<T, 8>(
+          static_cast<int>(p.k / 8), [&](int vector) { return from[vector]; },
+          [&](int vector, const float (&x)[8], uint8_t code) {
+            *reinterpret_cast<uint2*>(to + vector * 8) = quantize_vec8(x, code);
+          }));
+    }
+    uint8_t* scales = p.scales + at_tile.scale_begin * p.scale_buffer.columns +
+                      int64_t{at_tile.first} / kScaleTileRows * tile_columns * kScaleTileBytes +
+                      scale_at(row, 0, kScaleTileBlocks);
+    for (int column = threadIdx.x; column < tile_columns; column += kRowThreads)
+      *reinterpret_cast<uint32_t*>(scales + int64_t{column} * kScaleTileBytes) =
+          codes & codes_mask(p.k / kScaleBlock - int64_t{column} * kScaleTileBlocks);
   }
 }
 
@@ -144,6 +189,41 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
   }
 }
 
+// The scales of e4m3 rows: NaN where a row's codes differ. A warp takes a scale tile column by column, and each lane
+// four rows of it.
+__global__ void __launch_bounds__(32) row_scales_kernel(RowScalesParams p) {
+  extern __shared__ int memory[];
+  TileTable table(memory, p.groups.count);
+  pdl_wait();
+  table.build<32>(p.groups, kScaleTileRows);
+  const int tile_columns = static_cast<int>(p.scale_buffer.columns / kScaleTileBlocks);
+  for (int tile = blockIdx.x; tile < table.first[p.groups.count]; tile += gridDim.x) {
+    const ScaleTile at_tile = scale_tile(table, p.groups, tile);
+    const bool held = p.scale_buffer.holds(at_tile.scale_begin, at_tile.rows);
+    const uint8_t* scales = p.scales + at_tile.scale_begin * p.scale_buffer.columns +
+                            int64_t{at_tile.first} / kScaleTileRows * tile_columns * kScaleTileBytes;
+    uint32_t first[4], differing[4] = {};
+#pragma unroll 4
+    for (int column = 0; column < tile_columns; ++column) {
+      if (!held) break;
+      const uint4 codes = reinterpret_cast<const uint4*>(scales + int64_t{column} * kScaleTileBytes)[threadIdx.x];
+      const uint32_t mask = codes_mask(p.k / kScaleBlock - int64_t{column} * kScaleTileBlocks);
+      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (column == 0) first[i] = same_codes(code_of(words[i], 0));
+        differing[i] |= (words[i] ^ first[i]) & mask;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = at_tile.first + 32 * i + static_cast<int>(threadIdx.x);
+      if (row >= at_tile.rows) continue;
+      p.out[at_tile.begin + row] = ue8m0_decode(held && differing[i] == 0 ? code_of(first[i], 0) : uint8_t{255});
+    }
+  }
+}
+
 // As many CTAs as run at once, or as there are work items.
 cudaError_t choose_grid(int64_t items, unsigned* grid) {
   int sms = 0;
@@ -164,7 +244,17 @@ int64_t max_tiles(const Groups& groups, const ScaleBuffer& scales, bool all_scal
 
 cudaError_t run_cuda(const QuantizeParams& p, cudaStream_t stream) {
   unsigned ctas = 0;
-  const int64_t units = max_tiles(p.groups, p.scale_buffer, p.clear_rest) * kQuarters;
+  const int64_t tiles = max_tiles(p.groups, p.scale_buffer, p.clear_rest);
+  if (p.rowwise) {
+    if (p.scale_buffer.columns == 0) return cudaSuccess;
+    const int64_t rows = tiles / (p.scale_buffer.columns / kScaleTileBlocks) * kScaleTileRows;
+    if (const cudaError_t status = choose_grid(rows, &ctas); status != cudaSuccess) return status;
+    return dispatch_16_bit(p.dtype, [&](auto tag) {
+      return launch(quantize_rowwise_kernel<CudaType<decltype(tag)>>,
+                    LaunchConfig{ctas, kRowThreads, TileTable::bytes(p.groups.count)}, stream, p);
+    });
+  }
+  const int64_t units = tiles * kQuarters;
   if (const cudaError_t status = choose_grid(units, &ctas); status != cudaSuccess) return status;
   const unsigned columns = static_cast<unsigned>(p.scale_buffer.columns / kScaleTileBlocks);
   if (columns == 0) return cudaSuccess;
@@ -182,6 +272,14 @@ cudaError_t run_cuda(const DequantizeParams& p, cudaStream_t stream) {
   if (const cudaError_t status = choose_grid(max_tiles(p.groups, p.scale_buffer, false), &grid); status != cudaSuccess)
     return status;
   return launch(dequantize_kernel, with_max_smem({grid, kThreads, TileTable::bytes(p.groups.count)}), stream, p);
+}
+
+cudaError_t run_cuda(const RowScalesParams& p, cudaStream_t stream) {
+  if (p.scale_buffer.columns == 0) return cudaSuccess;
+  unsigned grid = 0;
+  const int64_t tiles = max_tiles(p.groups, p.scale_buffer, false) / (p.scale_buffer.columns / kScaleTileBlocks);
+  if (const cudaError_t status = choose_grid(tiles, &grid); status != cudaSuccess) return status;
+  return launch(row_scales_kernel, with_max_smem({grid, 32, TileTable::bytes(p.groups.count)}), stream, p);
 }
 
 cudaError_t run_cuda(const RoundParams& given, cudaStream_t stream) {

@@ -1,9 +1,19 @@
 // The arithmetic of MXFP8, the same bits on host and device: 32 elements share a UE8M0 code, and each is an e4m3 byte.
+// Where FP8 tensor cores multiply, a row has one code.
 #pragma once
 
-#include "common/numerics.h"
+#include "mxfp8_moe/params.h"
 
 namespace abiding::mxfp8_moe {
+
+// Codes of a row come in words of its scale tiles, the first in the low byte.
+ABIDING_HD uint8_t code_of(uint32_t codes, int block) { return static_cast<uint8_t>(codes >> 8 * block); }
+ABIDING_HD uint32_t same_codes(uint8_t code) { return code * 0x01010101u; }
+
+// The bits of the first `blocks` of a word's codes; the others do not exist, at the end of K.
+ABIDING_HD uint32_t codes_mask(int64_t blocks) {
+  return blocks < kScaleTileBlocks ? (1u << 8 * static_cast<int>(blocks)) - 1 : ~0u;
+}
 
 // Accumulates the largest magnitude of a scale block, starting from NaN: a NaN counts only where all elements are NaN.
 // fmaxf does the same on the device; on the host it lets signaling NaNs through.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Result = Tensor | tuple[Tensor, ...] | None
+Result = Tensor | tuple[Tensor, ...] | str | None
 
 
 def register_fake(name: str, result: Callable[..., Result]) -> None:

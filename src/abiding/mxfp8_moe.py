@@ -34,11 +34,27 @@ BLOCK = 32  # elements per scale block
 TILE_ROWS = 128  # rows per tile of scales
 
 Activation = Literal["silu", "swiglu_oai", "none"]
-Mode = Literal["w8a8", "w8a16"]
+Mode = Literal["w8a8", "w8a16", "fp8"]
+Compute = Literal["exact", "fp8"]
 
 _ops = torch.ops.abiding
-_ACTIVATIONS = get_args(Activation)  # in the order of the operator's numbers
+_ACTIVATIONS, _COMPUTES = get_args(Activation), get_args(Compute)  # in the order of the operators' numbers
 _NAMES = {"input": "x", "a_scales": "a.scales", "weight_scales": "weight_scale"}
+
+
+class Rebased(NamedTuple):
+    """What :func:`rebase` did, in tensors of no dimensions on the device of the weights, so that nothing waits."""
+
+    changed: Tensor
+    """int64: elements whose value changed, of all."""
+    left: Tensor
+    """int64: rows that were left as they were. Weights that have any cannot run in mode "fp8"."""
+    rms: Tensor
+    """float64: the root mean square of the changes, relative to that of the weights; NaN elements aside."""
+    worst_row: Tensor
+    """int64: the row ``e * N + n`` that changed most, relative to itself; -1 if none did."""
+    worst_rms: Tensor
+    """float64: the same number as ``rms``, of that row."""
 
 
 class MXFP8(NamedTuple):
@@ -52,7 +68,9 @@ class MXFP8(NamedTuple):
     scales: Tensor
 
 
-def quantize(x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | None = None) -> MXFP8:
+def quantize(
+    x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | None = None, rowwise: bool = False
+) -> MXFP8:
     r"""Quantize rows to MXFP8, with the scales of each expert in whole tiles.
 
     With amax the largest magnitude of a scale block, ignoring NaN, the scale is the smallest :math:`2^{code - 127}`
@@ -65,6 +83,8 @@ def quantize(x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | 
         x: ``[M, K]`` bfloat16 or float16.
         expert_offsets: ``[E + 1]`` int32, where each expert's rows start, and the total. Default one expert.
         offs: ``[E]`` int32, where each expert's rows end; given instead of ``expert_offsets``.
+        rowwise: whether a row has one code, by its largest magnitude, as ``grouped_mm(compute="fp8")`` takes it. It is
+            MXFP8 like any other, with equal codes.
 
     Returns:
         Data ``[M, K]``, and scales of ``R = (M + 127 * E) // 128 * 128`` rows, enough for any distribution of rows over
@@ -86,7 +106,7 @@ def quantize(x: Tensor, expert_offsets: Tensor | None = None, *, offs: Tensor | 
         device=x.device,
     )
     names = _NAMES | {"offsets": "offs" if ends else "expert_offsets"}
-    call("quantize", names, _ops.mxfp8_quantize.default, x, offsets, ends, data=data, scales=scales)
+    call("quantize", names, _ops.mxfp8_quantize.default, x, offsets, ends, rowwise=rowwise, data=data, scales=scales)
     return MXFP8(data, scales)
 
 
@@ -121,6 +141,7 @@ def grouped_mm(
     expert_offsets: Tensor | None = None,
     *,
     offs: Tensor | None = None,
+    compute: Compute = "exact",
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -134,6 +155,12 @@ def grouped_mm(
         weight_scale: its scales in tiles, ``E * align(N, 128) * align(K / 32, 4)`` bytes.
         expert_offsets: ``[E + 1]`` int32, where each expert's rows start, and the total. Default one expert.
         offs: ``[E]`` int32, where each expert's rows end; given instead of ``expert_offsets``.
+        compute: "exact", or "fp8" for weights that went through :func:`rebase` and rows of ``quantize(...,
+            rowwise=True)`` (bfloat16 rows are quantized so). FP8 tensor cores then add the products of each 128 of K,
+            in fewer bits than float32 has; those sums are added in float32, in the order of K, and the total is
+            multiplied by the scale of the row and then by that of the weight row. Rows and weight rows whose codes
+            differ give NaN. GPUs other than Hopper compute the product of the same operands exactly, and read such rows
+            as they are. :func:`implementation` says which it is.
         out_dtype: the dtype of a new result: bfloat16, float16 or float32.
         out: ``[M, N]`` of one of these dtypes to write to; must not overlap a. Rows of no expert are not written.
 
@@ -146,6 +173,10 @@ def grouped_mm(
         TypeError, ValueError: as :func:`quantize`.
     """
     function = "grouped_mm"
+    if compute not in _COMPUTES:
+        raise ValueError(f"{function}: compute is {compute!r}; expected {' or '.join(_COMPUTES)}")
+    if compute == "fp8" and not isinstance(a, MXFP8):
+        a = _quantized(function, a, expert_offsets, offs)
     data, scales = (a.data, _codes(a.scales)) if isinstance(a, MXFP8) else (a, None)
     check_shape(function, "a", data, ("M", "K"))
     weight = _by_rows(function, "weight", weight)
@@ -156,7 +187,8 @@ def grouped_mm(
         out = torch.empty(data.size(0), weight.size(1), dtype=out_dtype, device=data.device)
     names = _NAMES | {"offsets": "offs" if ends else "expert_offsets"}
     op = _ops.mxfp8_grouped_mm.default
-    call(function, names, op, data, scales, weight, _codes(weight_scale), offsets, ends, out=out)
+    number = _COMPUTES.index(compute)
+    call(function, names, op, data, scales, weight, _codes(weight_scale), offsets, ends, compute=number, out=out)
     return out
 
 
@@ -177,7 +209,8 @@ def linear(
         scale: its scales in tiles, ``align(N, 128) * align(K / 32, 4)`` bytes.
         out: ``[..., N]`` bfloat16, float16 or float32 to write to; must not overlap x. With other than 2 dimensions it
             must be contiguous. Default a new tensor.
-        mode: "w8a16" leaves x bfloat16, "w8a8" puts its rows through :func:`round`.
+        mode: "w8a16" leaves x bfloat16, "w8a8" puts its rows through :func:`round`; "fp8" is :func:`grouped_mm` with
+            ``compute="fp8"``, of a weight that went through :func:`rebase`.
         out_dtype: the dtype of a new result: bfloat16, float16 or float32. Default bfloat16.
 
     Returns:
@@ -206,11 +239,15 @@ def linear(
     if out.dim() != 2 and not out.is_contiguous():
         raise ValueError(f"{function}: out has strides {list(out.stride())}; expected a contiguous tensor")
     rows, result = x.reshape(-1, k), out if out.dim() == 2 else out.view(-1, n)
+    codes = None
     if mode == "w8a8":
         rows = round(rows)
+    elif mode == "fp8":
+        rows, codes = quantize(rows, rowwise=True)
     op = _ops.mxfp8_grouped_mm.default
     names = {"a": "x", "weight_scales": "scale"}
-    call(function, names, op, rows, None, weight[None], _codes(scale), None, False, out=result)
+    compute = _COMPUTES.index("fp8" if mode == "fp8" else "exact")
+    call(function, names, op, rows, codes, weight[None], _codes(scale), None, False, compute=compute, out=result)
     return out
 
 
@@ -237,10 +274,10 @@ def moe(
 
     For token t and its j-th expert e: ``y[t, j] = activation(x[t] @ w13[e].T) @ w2[e].T``, then
     ``out[t] = sum over j of topk_weights[t, j] * y[t, j]``. In mode "w8a8" the input rows of both GEMMs go through
-    :func:`round`. The results of both GEMMs are rounded to bfloat16. The activation is computed in float32 and rounded
-    to bfloat16. The weighted sum over j multiplies and adds in float32, in order, without FMA, and is rounded once. So
-    the layer equals, bit for bit, the composition of this module's functions on one row per pair of a token and an
-    expert.
+    :func:`round`; in mode "fp8" they are ``quantize(..., rowwise=True)``, and the GEMMs have ``compute="fp8"``. The
+    results of both GEMMs are rounded to bfloat16. The activation is computed in float32 and rounded to bfloat16. The
+    weighted sum over j multiplies and adds in float32, in order, without FMA, and is rounded once. So the layer equals,
+    bit for bit, the composition of this module's functions on one row per pair of a token and an expert.
 
     Args:
         x: ``[T, K]`` bfloat16.
@@ -255,7 +292,8 @@ def moe(
         topk_weights: ``[T, top_k]`` float32.
         activation: "silu" is ``g * sigmoid(g) * u``; "swiglu_oai" is ``g * sigmoid(alpha * g) * (u + beta)``, where g
             is the gate, at most ``swiglu_limit``, and u is up, within +-``swiglu_limit``; "none" has no gate.
-        mode: "w8a8" quantizes activations to MXFP8, "w8a16" leaves them bfloat16.
+        mode: "w8a8" quantizes activations to MXFP8, "w8a16" leaves them bfloat16; "fp8" quantizes them with one scale
+            per row for FP8 tensor cores, and needs w13 and w2 from :func:`rebase`.
         expert_map: ``[global experts]`` int32 on the device of x: the local expert of each id, or -1 for an expert of
             another rank. Ids outside of the map, and local experts that do not exist, add nothing. Default: ids are
             local.
@@ -299,16 +337,94 @@ def moe(
         topk_ids,
         topk_weights,
         _ACTIVATIONS.index(activation),
-        mode == "w8a8",
+        mode != "w8a16",
         workspace,
         expert_map=expert_map,
         global_experts=global_experts,
         swiglu_alpha=swiglu_alpha,
         swiglu_beta=swiglu_beta,
         swiglu_limit=swiglu_limit,
+        compute=_COMPUTES.index("fp8" if mode == "fp8" else "exact"),
         out=out,
     )
     return out
+
+
+def implementation(
+    rows: int,
+    experts: int,
+    *shapes: tuple[int, int],
+    compute: Compute = "exact",
+    device: torch.device | str = "cuda",
+) -> str:
+    """The name of the implementation that grouped GEMMs of such sizes run on.
+
+    Which one it is follows from the device and from sizes alone. ``ABIDING_GROUPED_MM=NAME`` pins one for all calls
+    that it can serve: "portable" (every GPU), "sm90", "sm90_fp8" (Hopper); "cpu" and "cpu_fp8" are not to be chosen.
+
+    Args:
+        rows: M, the rows of a; for :func:`moe`, the pairs of a token and an expert that are expected here.
+        experts: E.
+        shapes: N and K of each GEMM. Those of one call get one implementation; a layer has two, ``(2 * I, K), (K, I)``.
+        compute: as in :func:`grouped_mm`; "fp8" for mode "fp8".
+        device: of the tensors.
+
+    Raises:
+        ValueError: an argument is out of range, or the pinned implementation cannot serve such a call.
+    """
+    if compute not in _COMPUTES:
+        raise ValueError(f"implementation: compute is {compute!r}; expected {' or '.join(_COMPUTES)}")
+    op = _ops.mxfp8_implementation.default
+    n, k = [n for n, _ in shapes], [k for _, k in shapes]
+    like = torch.empty(0, device=device)
+    name: str = call("implementation", _NAMES, op, like, rows, experts, n, k, _COMPUTES.index(compute))
+    return name
+
+
+def rebase(weight: Tensor, scales: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor, Rebased]:
+    """Give the scale blocks of each weight row one code: the largest of theirs, to which the bytes of the others move.
+
+    FP8 tensor cores multiply such weights (``compute="fp8"``, mode "fp8"). They are valid MXFP8 with equal codes, which
+    everything else here reads as well. Do it once, at load; weights that are rebased already stay as they are.
+
+    An element ``e4m3 * 2^(code - 127)`` becomes the nearest multiple of the new, larger scale, ties to even. e4m3 keeps
+    its three mantissa bits over 14 powers of two, so next to nothing changes. Of each row:
+
+    - The largest code is that of the scale blocks that count: not those of zeros (or zeros and NaN), which take any
+      code, and not those of code 255. The bytes of the latter become 0x7F, since they are all NaN.
+    - Where codes are equal, nothing changes. NaN bytes of a scale block that moves become 0x7F.
+    - A row is left as it was, and counted in :attr:`Rebased.left`, if the largest element of a scale block that
+      counts would become subnormal, so that even its last bits would get lost: if the code grows by more than 14 where
+      that element is 256 to 448 times the scale, and by one less for each power of two that it is below.
+
+    Args:
+        weight: ``[E, N, K]`` float8_e4m3fn, or uint8 of the same bytes, with K dense; its transposed view ``[E, K,
+            N]``; or ``[N, K]``.
+        scales: its scales in tiles, as :func:`swizzle_scales` makes them.
+        inplace: whether to write to ``weight`` and ``scales``; nothing is copied then. Default new tensors.
+
+    Returns:
+        Weights and scales of the same shapes and dtypes, and what changed.
+
+    Raises:
+        TypeError, ValueError: as :func:`quantize`.
+    """
+    function = "rebase"
+    rows = check_tensor(function, "weight", weight)
+    rows = rows[None] if rows.dim() == 2 else _by_rows(function, "weight", rows)
+    codes = _codes(check_tensor(function, "scales", scales))
+    data = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    new_codes = codes if inplace else torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+    counts = torch.empty(3, dtype=torch.int64, device=rows.device)
+    errors = torch.empty(2, dtype=torch.float64, device=rows.device)
+    names = {"weight_scales": "scales", "out": "weight", "out_scales": "scales"}
+    op = _ops.mxfp8_rebase.default
+    call(function, names, op, rows, codes, out=data, out_scales=new_codes, counts=counts, errors=errors)
+    report = Rebased(counts[0], counts[1], errors[0], counts[2], errors[1])
+    if inplace:
+        return weight, scales, report
+    data = data[0] if weight.dim() == 2 else data if data.shape == weight.shape else data.transpose(1, 2)
+    return data, new_codes.view(scales.dtype), report
 
 
 def workspace_bytes(tokens: int, top_k: int, experts: int, hidden: int, intermediate: int) -> int:
@@ -384,6 +500,13 @@ def unswizzle_scales(scales: Tensor, n: int, k: int) -> Tensor:
     return plain[..., :n, : -(-k // BLOCK)].contiguous().view(scales.dtype)
 
 
+def _quantized(function: str, a: Tensor, expert_offsets: Tensor | None, offs: Tensor | None) -> MXFP8:
+    """bfloat16 rows as ``compute="fp8"`` takes them."""
+    if check_tensor(function, "a", a).dtype != torch.bfloat16:
+        raise TypeError(f"{function}: a has dtype {a.dtype}; expected bfloat16, or MXFP8")
+    return quantize(a, expert_offsets, offs=offs, rowwise=True)
+
+
 def _aligned(size: int, step: int) -> int:
     return -(-size // step) * step
 
@@ -416,10 +539,12 @@ def _by_rows(function: str, name: str, weight: Tensor) -> Tensor:
     return weight.transpose(1, 2) if weight.stride(2) != 1 and weight.stride(1) == 1 else weight
 
 
+register_fake("mxfp8_implementation", lambda *args, **kwargs: "")
 for _name in (
     "mxfp8_experts_quant",
     "cutlass_mxfp8_grouped_mm",
     "mxfp8_quantize",
+    "mxfp8_rebase",
     "mxfp8_round",
     "mxfp8_grouped_mm",
     "mxfp8_moe",

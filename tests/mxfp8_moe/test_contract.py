@@ -22,20 +22,28 @@ GROUPS = "Tensor problem_sizes, Tensor expert_offsets, Tensor blockscale_offsets
 SCHEMAS = {
     "mxfp8_experts_quant": f"(Tensor input, {GROUPS}, Tensor! quant_output, Tensor! scale_factor) -> ()",
     "cutlass_mxfp8_grouped_mm": f"(Tensor a, Tensor b, Tensor sfa, Tensor sfb, Tensor! out, {GROUPS}) -> ()",
-    "mxfp8_quantize": "(Tensor input, Tensor? offsets, bool ends, *, Tensor! data, Tensor! scales) -> ()",
+    "mxfp8_quantize": (
+        "(Tensor input, Tensor? offsets, bool ends, *, bool rowwise=False, Tensor! data, Tensor! scales) -> ()"
+    ),
+    "mxfp8_rebase": (
+        "(Tensor weight, Tensor weight_scales, *, Tensor! out, Tensor! out_scales, Tensor! counts, "
+        "Tensor! errors) -> ()"
+    ),
     "mxfp8_round": "(Tensor input, *, Tensor! out) -> ()",
     "mxfp8_grouped_mm": (
-        "(Tensor a, Tensor? a_scales, Tensor weight, Tensor weight_scales, Tensor? offsets, bool ends, *, Tensor! out) "
-        "-> ()"
+        "(Tensor a, Tensor? a_scales, Tensor weight, Tensor weight_scales, Tensor? offsets, bool ends, *, "
+        "int compute=0, Tensor! out) -> ()"
     ),
     "mxfp8_moe": (
         "(Tensor x, Tensor w13, Tensor s13, Tensor w2, Tensor s2, Tensor topk_ids, Tensor topk_weights, "
         "int activation, bool w8a8, Tensor(a!)? workspace, *, Tensor? expert_map=None, int? global_experts=None, "
-        "float swiglu_alpha=1.702, float swiglu_beta=1., float? swiglu_limit=None, Tensor(b!) out) -> ()"
+        "float swiglu_alpha=1.702, float swiglu_beta=1., float? swiglu_limit=None, int compute=0, "
+        "Tensor(b!) out) -> ()"
     ),
+    "mxfp8_implementation": "(Tensor like, int rows, int experts, int[] n, int[] k, int compute) -> str",
     "mxfp8_moe_workspace_bytes": "(int tokens, int top_k, int experts, int hidden, int intermediate) -> int",
 }
-KERNELS = [name for name in SCHEMAS if name != "mxfp8_moe_workspace_bytes"]
+KERNELS = [name for name in SCHEMAS if name not in ("mxfp8_moe_workspace_bytes", "mxfp8_implementation")]
 
 GEMM = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2, elsewhere=0.2)
@@ -82,6 +90,15 @@ def arguments(name: str, device: torch.device, rows: int = 8) -> tuple[list[Any]
             [i.x, offsets, False],
             {"data": torch.zeros_like(data), "scales": torch.full_like(scales, 3)},
         ),
+        "mxfp8_rebase": (
+            [weight, i.weight_scale],
+            {
+                "out": torch.zeros_like(weight),
+                "out_scales": torch.full_like(i.weight_scale, 3),
+                "counts": torch.full((3,), 7, dtype=torch.int64, device=device),
+                "errors": torch.full((2,), 7, dtype=torch.float64, device=device),
+            },
+        ),
         "mxfp8_round": ([i.x], {"out": torch.zeros_like(i.x)}),
         "mxfp8_grouped_mm": ([data, scales, weight, i.weight_scale, offsets, False], {"out": out}),
     }
@@ -113,12 +130,15 @@ def test_opcheck_without_the_optional_arguments(device: torch.device) -> None:
     expert_map = torch.tensor([1, -1, 0, 3, 2], dtype=torch.int32, device=device)
     options = {"expert_map": expert_map, "global_experts": 5, "swiglu_beta": 0.5, "swiglu_limit": 2.0}
     torch.library.opcheck(operator("mxfp8_moe"), tuple(args), kwargs | options)
+    torch.library.opcheck(operator("mxfp8_moe"), tuple(args), kwargs | {"compute": 1})
     args, kwargs = arguments("mxfp8_grouped_mm", device)
     x = GEMM.make(device).x
     one = (x, None, args[2][:1], args[3][:1].contiguous(), None, False)
     torch.library.opcheck(operator("mxfp8_grouped_mm"), one, kwargs)
+    torch.library.opcheck(operator("mxfp8_grouped_mm"), tuple(args), kwargs | {"compute": 1})
     args, kwargs = arguments("mxfp8_quantize", device)
     torch.library.opcheck(operator("mxfp8_quantize"), (args[0], None, False), kwargs)
+    torch.library.opcheck(operator("mxfp8_quantize"), tuple(args), kwargs | {"rowwise": True})
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -149,6 +169,12 @@ def test_fake_results_look_like_real_ones(rows: int, device: torch.device) -> No
         a = api.quantize(t[0], t[3])
         results = [*a, *api.quantize(t[0]), api.round(t[0]), api.grouped_mm(a, *t[1:4], out_dtype=torch.float16)]
         results += [api.grouped_mm(t[0], t[1].transpose(1, 2), t[2], offs=t[3][1:]), api.moe(*t[4:])]
+        for weight, inplace in ((t[1], False), (t[1].transpose(1, 2), False), (t[1], True)):
+            *rebased, report = api.rebase(weight, t[2], inplace=inplace)
+            results += [*rebased, *report]
+        wide = api.quantize(t[0], t[3], rowwise=True)
+        results += [*wide, api.grouped_mm(wide, *t[1:4], compute="fp8"), api.moe(*t[4:], mode="fp8")]
+        results += [api.grouped_mm(t[0], *t[1:4], compute="fp8"), api.linear(t[0], t[1][0], t[2][0], mode="fp8")]
         results += [api.linear(t[0], t[1][0], t[2][0]), api.linear(t[0].view(2, -1, 96), t[1][0], t[2][0], mode="w8a8")]
         return [looks(x) for x in [*results, api.swizzle_scales(t[1].view(torch.uint8)[..., :3])]]
 
@@ -165,22 +191,36 @@ Step = Callable[..., Any]
 
 
 def gemm_step(x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
-    """W8A8 and W8A16 GEMMs among ordinary operations."""
+    """W8A8, W8A16 and FP8 GEMMs among ordinary operations."""
     a = mxfp8_moe.quantize(x * 2, offsets)
     exact = mxfp8_moe.grouped_mm(a, weight, weight_scale, offsets) * 2
-    return torch.stack([exact, mxfp8_moe.grouped_mm(mxfp8_moe.round(x), weight, weight_scale, offsets)])
+    weight, weight_scale, _ = mxfp8_moe.rebase(weight, weight_scale)
+    fp8 = mxfp8_moe.grouped_mm(x + 1, weight, weight_scale, offsets, compute="fp8")
+    return torch.stack([exact, fp8, mxfp8_moe.grouped_mm(mxfp8_moe.round(x), weight, weight_scale, offsets)])
 
 
 def layer_step(i: tuple[Tensor, ...]) -> Tensor:
     x, *rest = i
+    w13, s13, w2, s2, *routing = rest
+    (w13, s13, _), (w2, s2, _) = mxfp8_moe.rebase(w13, s13), mxfp8_moe.rebase(w2, s2)
+    fp8 = mxfp8_moe.moe(x, w13, s13, w2, s2, *routing, mode="fp8")
     first = mxfp8_moe.moe(x * 0.5, *rest, activation="swiglu_oai", swiglu_limit=3.0, global_experts=9)
     expert_map = torch.tensor([3, -1, 1], dtype=torch.int32, device=x.device)
-    return mxfp8_moe.moe(first + x, *rest, mode="w8a16", expert_map=expert_map, out=torch.empty_like(first))
+    last = mxfp8_moe.moe(first + x, *rest, mode="w8a16", expert_map=expert_map, out=torch.empty_like(first))
+    return torch.stack([fp8, last])
 
 
 def linear_step(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     exact = mxfp8_moe.linear(x * 2, weight, scale, out_dtype=torch.float32)
     return exact + mxfp8_moe.linear(x[0], weight, scale, mode="w8a8")
+
+
+def rebase_step(weight: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+    """Apart, and in place."""
+    data, codes, report = mxfp8_moe.rebase(weight, scales)
+    held, kept = weight.clone(), scales.clone()
+    *_, same = mxfp8_moe.rebase(held, kept, inplace=True)
+    return data, codes, *report, held, kept, *same
 
 
 def assert_compiles(compiled: Callable[[Step], Step], rows: int, device: torch.device) -> None:
@@ -194,6 +234,16 @@ def assert_compiles(compiled: Callable[[Step], Step], rows: int, device: torch.d
 def test_compile(device: torch.device) -> None:
     torch._dynamo.reset()
     assert_compiles(partial(torch.compile, fullgraph=True, backend="aot_eager"), 5, device)
+
+
+def test_rebase_compiles(device: torch.device) -> None:
+    torch._dynamo.reset()
+    i = GEMM.make(device)
+    given = i.weight.view(torch.uint8), i.weight_scale
+    expected = rebase_step(*given)
+    compiled = torch.compile(rebase_step, fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(compiled(*given), expected, strict=True):
+        assert_bitwise_equal(found, wanted)
 
 
 def test_linear_compiles(device: torch.device) -> None:
@@ -257,6 +307,8 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         (LayerCase(16, 256, 128, 8, 2, elsewhere=0.2), 1000),
         (LayerCase(300, 512, 256, 16, 4, "zipf", activation="swiglu_oai", elsewhere=0.1), 100),
         (LayerCase(64, 256, 128, 8, 2, "zipf", mode="w8a16"), 100),
+        (LayerCase(64, 256, 128, 8, 2, "zipf", mode="fp8"), 100),
+        (LayerCase(2000, 256, 160, 8, 2, "zipf", mode="fp8"), 20),
     ],
     ids=str,
 )
@@ -354,7 +406,7 @@ def test_work_is_queued_on_the_current_stream(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16", "fp8"])
 def test_cpu_and_cuda_agree(mode: mxfp8_moe.Mode, cuda: torch.device) -> None:
     """Codes and bytes are equal; sums differ only by their order."""
     here = GemmCase((5, 0, 70), 128, 256).make("cpu")

@@ -13,6 +13,7 @@ from calls import Spoil, assert_function_refuses, assert_operator_refuses, every
 from calls.mxfp8_moe import (
     GEMM,
     LAYER,
+    MM,
     MM_BF16,
     MOE,
     PUBLIC_FUNCTIONS,
@@ -20,6 +21,7 @@ from calls.mxfp8_moe import (
     QUANT,
     QUANTIZE,
     RAW_MM,
+    REBASE,
     ROUND,
     SPOILS,
     WRITTEN,
@@ -52,15 +54,20 @@ def test_operator_refuses(op: str, name: str, spoil: Spoil, device: torch.device
 def spoils_of_public_functions() -> Iterator[Any]:
     for parameters in every(SPOILS):
         op, name, _ = parameters.values
-        # Fewer columns are accepted, with a smaller result.
-        accepted = parameters.id == f"{QUANTIZE}-input-32 columns less"
-        if op in PUBLIC_FUNCTIONS and name not in ("data", "scales", "activation") and not accepted:
+        # Other sizes are accepted, with a result of such a size.
+        accepted = {
+            f"{QUANTIZE}-input-32 columns less",
+            *(f"{REBASE}-weight-32 {of} more" for of in ("rows", "columns")),
+        }
+        written = WRITTEN - {"workspace"} if op == REBASE else {"data", "scales"}
+        numbers = {"activation", "compute", "w8a8", "a_scales"} if op != MM else {"compute"}
+        if op in PUBLIC_FUNCTIONS and name not in written | numbers and parameters.id not in accepted:
             yield parameters
 
 
 @pytest.mark.parametrize(("op", "name", "spoil"), list(spoils_of_public_functions()))
 def test_public_function_refuses(op: str, name: str, spoil: Spoil) -> None:
-    names = {PUBLIC_NAMES.get(one, one) for one in blamed(op, name)}
+    names = {PUBLIC_NAMES.get(one, one) for one in blamed(op, name)} | ({"scales"} if op == REBASE else set())
     assert_function_refuses(well_formed(op), name, spoil, PUBLIC_FUNCTIONS[op], public, names)
 
 
@@ -81,6 +88,20 @@ def test_an_output_in_the_input_is_refused(op: str, device: torch.device) -> Non
     call.raw()
 
 
+def test_a_rebase_is_in_place_or_apart(device: torch.device) -> None:
+    call = well_formed(REBASE, device).remember()
+    memory = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
+    for name, given, shift in (("out", "weight", 16), ("out", "weight", 64), ("out_scales", "weight_scales", 512)):
+        spoiled = dict(call.args)
+        for key, at in ((given, 0), (name, shift)):
+            x = call.args[key]
+            spoiled[key] = memory[at : at + x.numel()].view(x.shape)
+        with pytest.raises(RuntimeError, match=f"{name} overlaps {given}; expected that tensor itself, or memory of"):
+            torch.ops.abiding.mxfp8_rebase(**spoiled)
+        spoiled[name] = spoiled[given]
+        torch.ops.abiding.mxfp8_rebase(**spoiled)
+
+
 def test_public_function_refuses_contradictions() -> None:
     i = GEMM.make()
     assert i.expert_offsets is not None
@@ -95,6 +116,10 @@ def test_public_function_refuses_contradictions() -> None:
     with pytest.raises(TypeError, match="expert_offsets"):
         mxfp8_moe.grouped_mm(i.x, i.weight, i.weight_scale, i.expert_offsets.long())
     layer = LAYER.make()
+    with pytest.raises(ValueError, match="grouped_mm: compute is 'fp4'; expected exact or fp8"):
+        mxfp8_moe.grouped_mm(i.x, i.weight, i.weight_scale, i.expert_offsets, compute="fp4")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"grouped_mm: a has dtype torch.float16; expected bfloat16, or MXFP8"):
+        mxfp8_moe.grouped_mm(i.x.half(), i.weight, i.weight_scale, i.expert_offsets, compute="fp8")
     for option in ({"activation": "gelu"}, {"mode": "w4a4"}):
         with pytest.raises(ValueError, match=r"gelu.*expected one of silu|w4a4.*expected w8a8"):
             layer.run(mxfp8_moe, **option)
@@ -175,6 +200,28 @@ def test_linear_refuses() -> None:
     for change, message in wrong:
         with pytest.raises((TypeError, ValueError), match=rf"linear(: |\(\)){message}"):
             mxfp8_moe.linear(**({"x": x, "weight": weight, "scale": scale} | change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 2, (64, 96)), "rows is -1; expected fewer than 2"),
+        ((1 << 31, 2, (64, 96)), "rows is 2147483648; expected fewer than 2"),
+        ((4, 0, (64, 96)), "experts is 0; expected 1 to 1024"),
+        ((4, 1025, (64, 96)), "experts is 1025; expected 1 to 1024"),
+        ((4, 2), "n and k have 0 and 0 numbers; expected one of each per GEMM"),
+        ((4, 2, (64, 96), (48, 96)), "n is 48; expected a multiple of 32"),
+        ((4, 2, (64, 0)), "k is 0; expected a multiple of 32"),
+    ],
+    ids=str,
+)
+def test_sizes_of_an_implementation_are_checked(arguments: tuple[Any, ...], message: str) -> None:
+    assert mxfp8_moe.implementation(4, 2, (64, 96), device="cpu") == "cpu"
+    assert mxfp8_moe.implementation(4, 2, (64, 96), (96, 32), compute="fp8", device="cpu") == "cpu_fp8"
+    with pytest.raises(ValueError, match=f"^implementation: {message}"):
+        mxfp8_moe.implementation(*arguments, device="cpu")
+    with pytest.raises(ValueError, match=r"^implementation: compute is 'fp4'; expected exact or fp8"):
+        mxfp8_moe.implementation(4, 2, (64, 96), compute="fp4", device="cpu")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("argument", range(5))

@@ -23,6 +23,8 @@ from abiding.testing.cases.mxfp8_moe import (
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 from abiding.testing.guarded import guarded
 
+FP8_LAYERS = [case for case in LAYERS if case.mode == "fp8"]
+
 
 def unit_weights(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The identity matrix as MXFP8."""
@@ -51,11 +53,15 @@ def composition(i: LayerInputs) -> Tensor:
     order = torch.nn.functional.pad(order, (0, ids.numel() - len(order)))
     counts = torch.bincount(ids[ids >= 0], minlength=case.experts)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    kept = mxfp8_moe.round if case.mode == "w8a8" else torch.clone
-    rows = kept(i.x)[order // case.top_k]
-    h = mxfp8_moe.grouped_mm(rows, i.w13, i.s13, offsets)
-    h = kept(activated(h, case.activation).contiguous())
-    down = mxfp8_moe.grouped_mm(h, i.w2, i.s2, offsets).float()
+
+    def product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        if case.mode == "fp8":
+            a = mxfp8_moe.quantize(rows, offsets, rowwise=True)
+            return mxfp8_moe.grouped_mm(a, weight, scales, offsets, compute="fp8")
+        return mxfp8_moe.grouped_mm(mxfp8_moe.round(rows) if case.mode == "w8a8" else rows, weight, scales, offsets)
+
+    h = product(i.x[order // case.top_k], i.w13, i.s13)
+    down = product(activated(h, case.activation).contiguous(), i.w2, i.s2).float()
     row_of = torch.full((ids.numel(),), -1, device=device)
     present = int(counts.sum())
     row_of[order[:present]] = torch.arange(present, device=device)
@@ -81,7 +87,10 @@ def test_layer(case: LayerCase, device: torch.device) -> None:
     spread = exact.nan_to_num().square().mean(1, keepdim=True).sqrt()
     assert_close(out.isnan(), exact.isnan(), name="NaN")
     off = ((out.double() - exact).abs() - 2.0**-8 * exact.abs()).nan_to_num(0) / spread.clamp(min=1e-30)
-    assert case.tokens == 0 or float(off.max()) < 2.0**-5
+    if case.mode == "fp8" and device.type == "cuda":  # sums in fewer bits move more of them, the largest too
+        assert float(off.square().mean().nan_to_num().sqrt()) < 2.0**-6
+    else:
+        assert case.tokens == 0 or float(off.max()) < 2.0**-5
 
 
 SWIGLU: list[dict[str, Any]] = [
@@ -132,7 +141,7 @@ def test_a_nan_in_gate_or_up_alone_survives_the_activation(
     assert bool(mxfp8_moe.moe(x, *arguments, **options).isnan().all())
 
 
-@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[10]], ids=str)
+@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[10], *FP8_LAYERS], ids=str)
 def test_layer_memory(case: LayerCase, device: torch.device) -> None:
     """With a workspace and a strided output of the caller's: nothing outside of them is written, nothing in them is
     read."""
@@ -148,8 +157,9 @@ def test_layer_memory(case: LayerCase, device: torch.device) -> None:
         assert_bitwise_equal(out.tensor, expected)
 
 
-def test_tokens_do_not_depend_on_their_neighbors(device: torch.device) -> None:
-    i = LayerCase(50, 64, 96, 8, 3).make(device)
+@pytest.mark.parametrize("mode", ["w8a8", "fp8"])
+def test_tokens_do_not_depend_on_their_neighbors(mode: mxfp8_moe.Mode, device: torch.device) -> None:
+    i = LayerCase(50, 64, 96, 8, 3, mode=mode).make(device)
     together = i.run(mxfp8_moe)
     for some in (slice(0, 1), slice(7, 9), slice(20, 50)):
         alone = replace(i, x=i.x[some], topk_ids=i.topk_ids[some], topk_weights=i.topk_weights[some])
@@ -185,7 +195,7 @@ def test_expert_map(tokens: int, dtype: torch.dtype, device: torch.device) -> No
         assert_close(mapped, theirs, rtol=2.0**-6, atol=0.05 * float(theirs.float().std()) + 1e-6)
 
 
-@pytest.mark.parametrize("mode", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("mode", ["w8a8", "w8a16", "fp8"])
 def test_the_number_of_global_experts_only_hints(mode: mxfp8_moe.Mode, device: torch.device) -> None:
     """Whatever was hinted, whichever tile shape it makes: the sums differ only by their order."""
     i = LayerCase(90, 2048, 128, 4, 4, mode=mode).make(device)

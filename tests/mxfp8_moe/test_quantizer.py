@@ -10,6 +10,7 @@ import torch
 from mxfp8_rules import APIS, DTYPES, ONE, exact_bytes, exact_code, exact_value
 from torch import Tensor
 
+from abiding import reference
 from abiding.mxfp8_moe import MXFP8
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
 
@@ -74,6 +75,33 @@ def test_special_blocks(api: ModuleType, dtype: torch.dtype, device: torch.devic
     rounded = api.round(blocks.to(device)).cpu()
     assert rounded[0].signbit().tolist() == [True, False] * 16
     assert rounded[3, 3:5].tolist() == [math.inf, -math.inf]
+
+
+@APIS
+@DTYPES
+@pytest.mark.parametrize("k", [32, 96, 128, 1056, 8224])
+def test_one_code_per_row(api: ModuleType, dtype: torch.dtype, k: int, device: torch.device) -> None:
+    """The amax of a row decides; its scale blocks have the same code."""
+    x = torch.randn(150, k) * torch.exp2(
+        torch.randint(-9, 9, (150, -(-k // 32))).repeat_interleave(32, 1)[:, :k].float()
+    )
+    x = x.to(dtype)
+    x[0] = torch.where(torch.arange(k) % 2 == 0, 0.0, -0.0)
+    x[1] = math.nan
+    x[2, ::3], x[3, 1], x[4, -1], x[5, -32:] = math.nan, math.inf, -math.inf, math.nan
+    x[6, :32], x[6, 32:] = math.nan, math.nan
+    x[6, -1] = 3.0
+    amax = torch.where(x.isnan(), 0, x).abs().amax(1)
+    of_rows = torch.tensor([exact_code(float(value)) for value in amax])
+    of_rows = torch.where(x.isnan().all(1), 255, of_rows)
+    codes = of_rows[:, None].expand(-1, k // 32).to(torch.uint8).contiguous()
+    expected = torch.where((of_rows == 255)[:, None], 0x7F, exact_bytes(x, of_rows)).to(torch.uint8)
+    data, scales = api.quantize(x.to(device), rowwise=True)
+    assert_bitwise_equal(data.view(torch.uint8).cpu(), expected, "bytes")
+    assert_bitwise_equal(api.unswizzle_scales(scales, 256, k)[:150].cpu(), codes, "codes")
+    padding = scales.clone()
+    padding.view(-1)[reference.mxfp8_moe.scale_offset(150, k // 32, scales.size(1)).to(device)] = 0
+    assert not padding.any()
 
 
 @APIS

@@ -60,7 +60,7 @@ def test_stream_k_with_many_tiles(cuda: torch.device) -> None:
 @pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_portable_kernel(case: GemmCase, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernel, which other GPUs than Hopper run; e4m3 rows become bfloat16 in the order that it reads."""
-    monkeypatch.setenv("ABIDING_PORTABLE", "1")
+    monkeypatch.setenv("ABIDING_GROUPED_MM", "portable")
     i = case.make(cuda, seed=2)
     rounded, live = mxfp8_moe.round(i.x), i.live()
     out = i.run(mxfp8_moe, rounded)

@@ -93,6 +93,7 @@ def public_calls() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
     weights = {"weight": gemm.weight.view(torch.uint8), "weight_scale": gemm.weight_scale}
     offsets, out = {"expert_offsets": gemm.expert_offsets}, torch.zeros(8, 64)
     yield mxfp8_moe.quantize, {"x": gemm.x, **offsets}
+    yield mxfp8_moe.rebase, {"weight": weights["weight"].clone(), "scales": gemm.weight_scale.clone(), "inplace": True}
     yield mxfp8_moe.round, {"x": gemm.x, "out": torch.zeros_like(gemm.x)}
     yield mxfp8_moe.grouped_mm, {"a": gemm.x, **weights, **offsets, "out": out}
     yield quantized_mm, {"a": data.view(torch.uint8), "scales": codes, **weights, **offsets, "out": out}

@@ -1,8 +1,9 @@
 // The sm_90 grouped GEMM: its configurations, the layout of shared memory and the state that all roles of a CTA share.
 //
-// Swap-AB: wgmma's A operand is weights, from registers, and its B operand is tokens, from shared memory. A CTA tile is
-// kBlockM weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh) and
-// has one producer warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or
+// Swap-AB: wgmma's A operand is weights, and its B operand is tokens, from shared memory. Beside bf16 tokens weights
+// become bf16 in registers (mainloop.cuh); beside e4m3 tokens they stay in shared memory (mainloop_fp8.cuh). A CTA tile
+// is kBlockM weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh)
+// and has one producer warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or
 // four consumer warpgroups, which own 64 weight rows each (mainloop.cuh, epilogue.cuh).
 #pragma once
 
@@ -26,10 +27,11 @@ enum class ClusterMode {
 constexpr int kStagesBeforePdlWait = 2;
 
 // A pipeline stage is one K tile, kBlockK of K, which the mainloop multiplies in two halves.
-template <bool kInterleaved_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
+template <RowFormat kRows_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
           ClusterMode kCluster_, int kCtasPerSm_ = 1>
 struct Config {
-  static constexpr bool kInterleaved = kInterleaved_;  // the order of the tokens' elements (params.h)
+  static constexpr RowFormat kRows = kRows_;  // the tokens
+  static constexpr bool kFp8 = kRows == RowFormat::kE4m3, kInterleaved = kRows == RowFormat::kBf16Interleaved;
   static constexpr TileShape kShape = kShape_;
   static constexpr int kConsumerWarpgroups = kConsumerWarpgroups_, kBlockK = kBlockK_, kStages = kStages_;
   static constexpr ClusterMode kCluster = kCluster_;
@@ -53,14 +55,16 @@ struct Config {
   static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K
 
   // A stage of 64 of K needs two scales per row. As bf16 they take the 4 bytes of the row's four codes, so the producer
-  // warpgroup's spare warps convert them in place, one warp per 128 weight rows.
-  static constexpr bool kConvertedScales = kBlockK / kScaleBlock == 2;
-  static_assert(!kConvertedScales || (kScaleTiles <= 3 && kCluster != ClusterMode::kStreamK));
+  // warpgroup's spare warps convert them in place, one warp per 128 weight rows. Beside e4m3 tokens a weight row has
+  // one scale: a spare warp checks that all of its codes are the same, and makes a float of them.
+  static constexpr bool kConvertedScales = kFp8 || kBlockK / kScaleBlock == 2;
+  static_assert(!kConvertedScales || (kScaleTiles <= 3 && (kFp8 || kCluster != ClusterMode::kStreamK)));
 
   static constexpr uint32_t kWeightBytes = kBlockM * kBlockK;  // per stage
-  // 64 bf16 of K of every token: a row of the 128-byte swizzle.
+  // A slab has kSlabK of K of every token: a row of the 128-byte swizzle.
+  static constexpr int kSlabK = kFp8 ? 128 : 64, kSlabs = kBlockK / kSlabK;
   static constexpr uint32_t kTokenSlabBytes = kBlockN * 128;
-  static constexpr uint32_t kStageBytes = kWeightBytes + kBlockK / 64 * kTokenSlabBytes;
+  static constexpr uint32_t kStageBytes = kWeightBytes + kSlabs * kTokenSlabBytes;
   static constexpr uint32_t kScaleBytes = kScaleTiles * kScaleTileBytes;                                 // per stage
   static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
   static constexpr uint32_t kEpilogueBytes = 16 * 80;                                                    // per warp

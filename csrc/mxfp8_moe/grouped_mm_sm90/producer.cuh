@@ -20,7 +20,7 @@ template <class C>
 __device__ __forceinline__ void load_weights(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
   const KernelParams& a = cta.a;
   const uint32_t barrier = cta.full_barrier(stage);
-  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kScaleBytes + C::kBlockK / 64 * w.n * 128);
+  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kScaleBytes + C::kSlabs * w.n * 128);
   tma_load_3d(cta.weight_smem(stage), cta.weights, k, w.m_tile * C::kBlockM, w.expert, barrier);
 #pragma unroll
   for (int i = 0; i < C::kScaleTiles; ++i) {
@@ -36,16 +36,16 @@ template <class C>
 __device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
   const int boxes = w.n / C::kTmaBoxRows;
 #pragma unroll 1  // unrolled, it does not fit the producer's registers
-  for (int i = 0; i < C::kBlockK / 64; ++i) {
+  for (int i = 0; i < C::kSlabs; ++i) {
     const uint32_t to = cta.token_smem(stage) + i * C::kTokenSlabBytes;
     if constexpr (C::kCluster == ClusterMode::kMulticast) {
       for (int box = cta.cluster_rank; box < boxes; box += 2)
-        tma_load_2d_multicast(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * 64,
+        tma_load_2d_multicast(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * C::kSlabK,
                               w.first_token + box * C::kTmaBoxRows, cta.full_barrier(stage), 3);
     } else {
       for (int box = 0; box < boxes; ++box)
-        tma_load_2d(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * 64, w.first_token + box * C::kTmaBoxRows,
-                    cta.full_barrier(stage));
+        tma_load_2d(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * C::kSlabK,
+                    w.first_token + box * C::kTmaBoxRows, cta.full_barrier(stage));
     }
   }
 }
@@ -78,6 +78,43 @@ __device__ __forceinline__ void produce(const Cta<C>& cta) {
   }
   // Drain: the CTA's shared memory must outlive every load into it and every remote arrival on its barriers.
   for (int i = 0; i < C::kStages; ++i, at.advance()) mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+}
+
+// Beside e4m3 tokens, one warp: a weight row's codes must be the same in all K tiles of a work tile. In the last of
+// them the codes of a row become its scale, a float, which is NaN where they are not.
+template <class C>
+__device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
+  PipelineState<C::kStages> at;
+  for (Scheduler<C> tiles(cta); !tiles.done();) {
+    const WorkTile w = tiles.tile();
+    tiles.advance(w);
+    uint32_t codes = 0, differing = 0;  // of rows l, l + 32, l + 64 and l + 96 of lane l: a byte each, a bit each
+    for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i, at.advance()) {
+      mbarrier_wait(cta.full_barrier(at.stage), at.phase);
+      const uint32_t line = cta.scale_smem(at.stage) + threadIdx.x % 32 * 16;
+      const int existing = cta.a.scale_blocks - i * kScaleTileBlocks;  // blocks that belong to K
+      const uint32_t mask = existing < kScaleTileBlocks ? (1u << 8 * existing) - 1 : ~0u;
+      uint32_t words[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(line));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (i == w.k_begin) codes |= (words[j] & 0xFF) << 8 * j;
+        if ((words[j] ^ __byte_perm(codes, 0, 0x1111 * j)) & mask) differing |= 1u << j;
+      }
+      if (i + 1 == w.k_begin + w.k_tiles) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          words[j] = differing >> j & 1 ? 0x7FC00000 : __float_as_uint(ue8m0_decode(codes >> 8 * j & 0xFF));
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(line), "r"(words[0]), "r"(words[1]),
+                     "r"(words[2]), "r"(words[3])
+                     : "memory");
+        fence_proxy_async();
+      }
+      mbarrier_arrive(cta.ready_barrier(at.stage));
+    }
+  }
 }
 
 // One warp per 128 weight rows: replaces a row's four codes of 128 of K by the two bf16 scales of the stage's 64 of K.

@@ -1,5 +1,5 @@
-// wgmma m64nNk16: a warpgroup adds the product of 64 x 16 bf16 in its registers (A) and 16 x N bf16 in shared memory
-// (B) to fp32 accumulators.
+// wgmma: a warpgroup adds the product of 64 x 32 bytes of K of A and N x 32 bytes of B, which is in shared memory, to
+// fp32 accumulators. m64nNk16 has bf16, and A in registers; m64nNk32 has e4m3, and A in shared memory as well.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The shared-memory descriptor of B: rows of 128 bytes in the 128-byte swizzle, atoms of eight rows (1024 bytes);
-// `offset` is a whole number of atoms, or within a row. Only the low half depends on the address.
+// The shared-memory descriptor of an operand: rows of 128 bytes in the 128-byte swizzle, atoms of eight rows (1024
+// bytes); `offset` is a whole number of atoms, or within a row. Only the low half depends on the address.
 __device__ __forceinline__ uint64_t make_smem_desc_128b(uint32_t address, uint32_t offset) {
   const uint32_t low = (1 << 16 | (address & 0x3FFFF) >> 4) + (offset >> 4);
   return uint64_t{1 << 30 | 1024 >> 4} << 32 | low;
@@ -22,6 +22,8 @@ __device__ __forceinline__ uint64_t make_smem_desc_128b(uint32_t address, uint32
 
 template <int N>
 struct Wgmma;
+template <int N>
+struct WgmmaE4m3;
 
 // Operands 0 .. N/2 - 1 are the accumulators; an instance passes the numbers of those behind them: A's four registers,
 // B's descriptor, and whether to accumulate.
@@ -34,6 +36,17 @@ struct Wgmma;
                    : OPERANDS                                                                                          \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                             \
     }                                                                                                                  \
+  };
+
+#define ABIDING_WGMMA_E4M3(N, SUMS, OPERANDS, rows, tile, add)                                                  \
+  template <>                                                                                                   \
+  struct WgmmaE4m3<N> {                                                                                         \
+    static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b, int32_t accumulate) { \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" add ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #N  \
+                   "k32.f32.e4m3.e4m3 {" SUMS "}, %" rows ", %" tile ", p, 1, 1;\n\t}"                          \
+                   : OPERANDS                                                                                   \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                          \
+    }                                                                                                           \
   };
 
 // Sn lists the accumulators' operand numbers of width n, On their constraints.
@@ -117,5 +130,13 @@ ABIDING_WGMMA(160, S160, ABIDING_LIST(O160), "80", "81", "82", "83", "84", "85")
 ABIDING_WGMMA(192, S192, ABIDING_LIST(O192), "96", "97", "98", "99", "100", "101")
 ABIDING_WGMMA(224, S224, ABIDING_LIST(O224), "112", "113", "114", "115", "116", "117")
 ABIDING_WGMMA(256, S256, ABIDING_LIST(O256), "128", "129", "130", "131", "132", "133")
+ABIDING_WGMMA_E4M3(8, S8, ABIDING_LIST(O8), "4", "5", "6")
+ABIDING_WGMMA_E4M3(16, S16, ABIDING_LIST(O16), "8", "9", "10")
+ABIDING_WGMMA_E4M3(32, S32, ABIDING_LIST(O32), "16", "17", "18")
+ABIDING_WGMMA_E4M3(48, S48, ABIDING_LIST(O48), "24", "25", "26")
+ABIDING_WGMMA_E4M3(64, S64, ABIDING_LIST(O64), "32", "33", "34")
+ABIDING_WGMMA_E4M3(96, S96, ABIDING_LIST(O96), "48", "49", "50")
+ABIDING_WGMMA_E4M3(128, S128, ABIDING_LIST(O128), "64", "65", "66")
+ABIDING_WGMMA_E4M3(160, S160, ABIDING_LIST(O160), "80", "81", "82")
 
 }  // namespace abiding::mxfp8_moe::sm90_mm

@@ -19,17 +19,19 @@ from calls import DEEPER, FLAT, META, Call, Spoil, Spoils, changed, grown, misal
 
 QUANT, RAW_MM = "mxfp8_experts_quant", "cutlass_mxfp8_grouped_mm"
 QUANTIZE, ROUND, MM, MOE = "mxfp8_quantize", "mxfp8_round", "mxfp8_grouped_mm", "mxfp8_moe"
+REBASE = "mxfp8_rebase"
 MM_BF16 = "mxfp8_grouped_mm of bfloat16"
 SIZES = "mxfp8_moe_workspace_bytes"
 MOE_MAPPED = "mxfp8_moe with an expert_map"
 
 GEMM = GemmCase((3, 0, 5), 64, 96)
 LAYER = LayerCase(6, 64, 96, 4, 2)
-WRITTEN = {"quant_output", "scale_factor", "out", "data", "scales", "workspace"}
+WRITTEN = {"quant_output", "scale_factor", "out", "data", "scales", "workspace", "out_scales", "counts", "errors"}
 
 PUBLIC_NAMES = {"input": "x", "offsets": "expert_offsets", "a_scales": "scales", "weight_scales": "weight_scale"}
 PUBLIC_FUNCTIONS: dict[str, Callable[..., Any]] = {
     QUANTIZE: mxfp8_moe.quantize,
+    REBASE: mxfp8_moe.rebase,
     ROUND: mxfp8_moe.round,
     MM: mxfp8_moe.grouped_mm,
     MM_BF16: mxfp8_moe.grouped_mm,
@@ -44,12 +46,14 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., Any]] = {
 def public(call: Call) -> Any:
     a = dict(call.args)
     if call.op == QUANTIZE:
-        return mxfp8_moe.quantize(a["input"], a["offsets"])
+        return mxfp8_moe.quantize(a["input"], a["offsets"], rowwise=a["rowwise"])
+    if call.op == REBASE:
+        return mxfp8_moe.rebase(a["weight"], a["weight_scales"])
     if call.op == ROUND:
         return mxfp8_moe.round(a["input"], out=a["out"])
     if call.op in (MOE, MOE_MAPPED):
         a.update(activation="silu", mode="w8a8")
-        del a["w8a8"]
+        del a["w8a8"], a["compute"]
         return mxfp8_moe.moe(**a)
     rows = a["a"] if call.op == MM_BF16 else MXFP8(a["a"], a["a_scales"])
     return mxfp8_moe.grouped_mm(rows, a["weight"], a["weight_scales"], a["offsets"], out=a["out"])
@@ -98,6 +102,7 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
         guards |= {"topk_weights": keep(layer.topk_weights), "workspace": poison(size, dtype=torch.uint8, dense=True)}
         guards["out"] = poison(moe.tokens, moe.hidden, dtype=torch.bfloat16)
         scalars = {"activation": 0, "w8a8": pick(True, False)}
+        scalars["compute"] = pick(0, 1) if scalars["w8a8"] else 0
         if op == MOE_MAPPED:
             guards["expert_map"] = keep(torch.tensor([2, -1, 0, 3], dtype=torch.int32, device=device), True)
             scalars["global_experts"] = pick(None, 4)
@@ -112,7 +117,7 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
         e4m3 = pick(torch.float8_e4m3fn, torch.uint8)
         if op in (QUANTIZE, ROUND, QUANT):
             guards["input"] = keep(i.x)
-        else:
+        elif op != REBASE:
             guards["a"] = keep(i.x.bfloat16() if op == MM_BF16 else q.data.view(e4m3))
         sizes = torch.tensor(case.sizes)
         starts = (sizes.cumsum(0) - sizes).int().to(device)
@@ -124,11 +129,17 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
             guards["offsets"] = keep(i.expert_offsets, True)
             guards["data"] = poison(*i.x.shape, dtype=e4m3)
             guards["scales"] = poison(*q.scales.shape, dtype=torch.uint8, dense=True)
-            scalars = {"ends": False}
+            scalars = {"ends": False, "rowwise": pick(False, True)}
         elif op == QUANT:
             guards |= groups
             guards["quant_output"] = poison(*i.x.shape, dtype=e4m3)
             guards["scale_factor"] = poison(*q.scales.shape, dtype=torch.uint8, dense=True)
+        elif op == REBASE:
+            guards |= {"weight": keep(i.weight.view(e4m3)), "weight_scales": keep(i.weight_scale, True)}
+            guards["out"] = poison(*i.weight.shape, dtype=e4m3)
+            guards["out_scales"] = poison(*i.weight_scale.shape, dtype=torch.uint8, dense=True)
+            guards["counts"] = poison(3, dtype=torch.int64, dense=True)
+            guards["errors"] = poison(2, dtype=torch.float64, dense=True)
         elif op == ROUND:
             guards["out"] = poison(*i.x.shape, dtype=torch.bfloat16)
         elif op == RAW_MM:
@@ -142,7 +153,7 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
             guards |= {"weight": keep(i.weight.view(e4m3)), "weight_scales": keep(i.weight_scale, True)}
             guards["offsets"] = keep(i.expert_offsets, True)
             guards["out"] = poison(case.rows, case.n, dtype=pick(torch.bfloat16, torch.float16, torch.float32))
-            scalars = {"ends": False}
+            scalars = {"ends": False, "compute": pick(0, 1) if op == MM else 0}
     args = {**{name: guard.tensor for name, guard in guards.items()}, **scalars}
     if op == MM_BF16:
         args["a_scales"] = None
@@ -245,6 +256,27 @@ MM_REST = {"weight": WEIGHT, "weight_scales": WEIGHT_SCALES, "offsets": {**OFFSE
 E4M3 = (torch.int8, torch.float8_e5m2, torch.bfloat16)
 
 
+COMPUTE = {"-1": scalar(-1), "2": scalar(2), "huge": scalar(1 << 62)}
+
+
+def needs_scales(call: Call, name: str) -> None:
+    call.args["compute"] = 1
+
+
+def w8a16_with_fp8(call: Call, name: str) -> bool:
+    call.args["compute"] = 1
+    return False
+
+
+REPORT: dict[str, Spoil] = {
+    "rank 0": changed(lambda x: x[0]),
+    "rank 2": DEEPER,
+    "one more": grown(0, 1),
+    "one less": grown(0, -1),
+    "gaps": strided(2),
+    "meta": META,
+}
+
 SPOILS: Spoils = {
     QUANTIZE: {
         "input": rows(GEMM.k, 8, *OTHER_DTYPES),
@@ -258,9 +290,22 @@ SPOILS: Spoils = {
         "quant_output": written(GEMM.k, 16, *E4M3),
         "scale_factor": SCALES,
     },
+    REBASE: {
+        "weight": WEIGHT,
+        "weight_scales": WEIGHT_SCALES,
+        "out": {**WEIGHT, "expanded": strided(0, GEMM.k, 1), "overlapping": strided(GEMM.n * GEMM.k, 16, 1)},
+        "out_scales": WEIGHT_SCALES,
+        "counts": {**REPORT, "int32": other_dtype(torch.int32), "float64": changed(lambda x: x.double())},
+        "errors": {**REPORT, "float32": other_dtype(torch.float32), "int64": other_dtype(torch.int64)},
+    },
     ROUND: {"input": rows(GEMM.k, 8, *OTHER_DTYPES), "out": written(GEMM.k, 8, torch.float16, *OTHER_DTYPES)},
-    MM: {"a": rows(GEMM.k, 16, *E4M3), "a_scales": SCALES, **MM_REST, "out": MM_OUT},
-    MM_BF16: {"a": rows(GEMM.k, 8, torch.float16, *OTHER_DTYPES), **MM_REST, "out": MM_OUT},
+    MM: {"a": rows(GEMM.k, 16, *E4M3), "a_scales": SCALES, **MM_REST, "out": MM_OUT, "compute": COMPUTE},
+    MM_BF16: {
+        "a": rows(GEMM.k, 8, torch.float16, *OTHER_DTYPES),
+        **MM_REST,
+        "out": MM_OUT,
+        "a_scales": {"none with fp8": needs_scales},
+    },
     RAW_MM: {
         "a": rows(GEMM.k, 16, *E4M3),
         "b": {name: transposed(spoil) for name, spoil in WEIGHT.items()},
@@ -306,6 +351,8 @@ SPOILS: Spoils = {
         },
         "out": written(LAYER.hidden, 8, torch.float16, *OTHER_DTYPES),
         "activation": {"-1": scalar(-1), "3": scalar(3), "huge": scalar(1 << 62)},
+        "compute": COMPUTE,
+        "w8a8": {"false with fp8": w8a16_with_fp8},
     },
     MOE_MAPPED: {
         "expert_map": {

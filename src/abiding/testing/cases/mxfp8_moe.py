@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from abiding.mxfp8_moe import BLOCK, MXFP8, Activation, Mode, swizzle_scales
+from abiding.mxfp8_moe import BLOCK, MXFP8, Activation, Mode, rebase, swizzle_scales, unswizzle_scales
 from abiding.testing.cases import describe
 
 Values = Literal["normal", "zero", "tiny", "huge", "nan", "inf", "bits"]
@@ -78,10 +78,16 @@ class GemmInputs:
     expert_offsets: Tensor | None
     offs: Tensor | None
 
-    def quantize(self, api: Any) -> MXFP8:
+    def quantize(self, api: Any, rowwise: bool = False) -> MXFP8:
         """Call `api.quantize`; `api` is `abiding.mxfp8_moe` or its reference."""
-        result: MXFP8 = api.quantize(self.x, self.expert_offsets, offs=self.offs)
+        result: MXFP8 = api.quantize(self.x, self.expert_offsets, offs=self.offs, rowwise=rowwise)
         return result
+
+    def rebased(self) -> GemmInputs:
+        """The same with rebased weights."""
+        weight, scales, _ = rebase(self.weight, self.weight_scale)
+        n, k = self.case.n, self.case.k
+        return replace(self, weight=weight, weight_scale=scales, codes=unswizzle_scales(scales, n, k))
 
     def run(self, api: Any, a: MXFP8 | Tensor, **options: Any) -> Tensor:
         """Call `api.grouped_mm` on activations `a` that were made from `x`."""
@@ -97,7 +103,7 @@ class GemmInputs:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Sizes, routing and mode of a layer."""
+    """Sizes, routing and mode of a layer. Weights are rebased for mode "fp8"."""
 
     tokens: int
     hidden: int
@@ -127,6 +133,9 @@ class LayerCase:
         width = self.intermediate if self.activation == "none" else 2 * self.intermediate
         w13, s13, _ = expert_weights(self.experts, width, self.hidden, rng)
         w2, s2, _ = expert_weights(self.experts, self.hidden, self.intermediate, rng)
+        if self.mode == "fp8":
+            for weight in ((w13, s13), (w2, s2)):
+                rebase(*weight, inplace=True)
         x = activations(self.values, (self.tokens, self.hidden), torch.bfloat16, rng)
         ids, weights = self.route(rng)
         return LayerInputs(self, x, w13, s13, w2, s2, ids, weights)
@@ -319,6 +328,18 @@ LAYERS = [
     LayerCase(240, 160, 384, 4, 2, "zipf", mode="w8a16"),
     LayerCase(400, 160, 128, 4, 2, "zipf"),
     LayerCase(640, 64, 256, 4, 2, "zipf", mode="w8a16", activation="swiglu_oai"),
+    # One scale per row; with few rows per expert, and with many.
+    LayerCase(5, 64, 96, 4, 2, mode="fp8"),
+    LayerCase(17, 96, 160, 5, 5, "zipf", activation="swiglu_oai", mode="fp8", index_dtype=torch.int32),
+    LayerCase(200, 192, 32, 16, 16, activation="none", mode="fp8"),
+    LayerCase(23, 416, 288, 4, 3, mode="fp8", elsewhere=0.4),
+    LayerCase(3, 64, 64, 4, 2, mode="fp8", elsewhere=1.0),
+    LayerCase(0, 64, 64, 4, 2, mode="fp8"),
+    LayerCase(1, 256, 128, 3, 1, mode="fp8"),
+    LayerCase(12, 160, 64, 4, 2, mode="fp8", values="nan"),
+    LayerCase(12, 160, 64, 4, 2, mode="fp8", values="inf"),
+    LayerCase(250, 512, 384, 4, 2, "zipf", activation="swiglu_oai", mode="fp8"),
+    LayerCase(700, 160, 128, 4, 2, mode="fp8"),
 ]
 
 SHAPES = {

@@ -1,0 +1,32 @@
+// The sm_90 grouped GEMM of e4m3 rows, on the FP8 tensor cores.
+#include "mxfp8_moe/grouped_mm_sm90/launch.cuh"
+
+namespace abiding::mxfp8_moe {
+namespace sm90_mm {
+namespace {
+
+// consumer warpgroups, kBlockK, stages, cluster mode, CTAs per SM
+using StreamK_N16 = Config<RowFormat::kE4m3, TileShape::kStreamK_N16, 2, 128, 5, ClusterMode::kStreamK, 2>;
+using N64 = Config<RowFormat::kE4m3, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
+using N160_Cluster2 = Config<RowFormat::kE4m3, TileShape::kN160_Cluster2, 2, 128, 5, ClusterMode::kMulticast>;
+
+bool supports_fp8(const GroupedMmParams& p) { return p.a_scales && weights_fit_tma(p) && fits_tma(p.a_stride); }
+
+cudaError_t run_fp8(const GroupedMmParams& p, cudaStream_t stream) {
+  int sms = 0;
+  if (const cudaError_t status = multiprocessors(&sms); status != cudaSuccess) return status;
+  const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms);
+  switch (plan.shape) {
+    case TileShape::kStreamK_N16: return launch_config<StreamK_N16>(p, plan.cluster, sms, stream);
+    case TileShape::kN64: return launch_config<N64>(p, 1, sms, stream);
+    default: return launch_config<N160_Cluster2>(p, 2, sms, stream);
+  }
+}
+
+}  // namespace
+}  // namespace sm90_mm
+
+const GroupedMmImpl kGroupedMmSm90Fp8 =
+    sm90_mm::make_impl("sm90_fp8", RowFormat::kE4m3, sm90_mm::supports_fp8, sm90_mm::run_fp8);
+
+}  // namespace abiding::mxfp8_moe

@@ -1,0 +1,62 @@
+// Rebasing: the scale blocks of a weight row get one code, the largest of theirs, and their bytes move down. The
+// arithmetic is the same bits on host and device.
+#pragma once
+
+#include "mxfp8_moe/quantizer.h"
+
+namespace abiding::mxfp8_moe {
+
+// A block counts if it has a nonzero number. `largest` is its largest magnitude byte, NaN aside.
+ABIDING_HD bool is_counted(uint8_t code, int largest) { return code != 255 && largest != 0; }
+
+// The code to which a block cannot move: its largest element would become subnormal and lose bits. Then its row stays
+// as it is. e4m3's exponent field counts from 1; blocks whose largest element is subnormal never move.
+ABIDING_HD int code_too_far(uint8_t code, int largest) { return code + (largest >> 3 > 1 ? largest >> 3 : 1); }
+
+// What decides about a row: the largest code of the blocks that count, the least that is too far for one of them, and
+// whether codes differ.
+struct RowCodes {
+  int top = 0, too_far = 256;
+  bool differ = false;
+
+  ABIDING_HD bool moves() const { return differ && top < too_far; }
+  ABIDING_HD bool stays() const { return differ && top >= too_far; }
+};
+
+// What the values of a block are multiplied by. Blocks that do not count may be any distance from `top`.
+ABIDING_HD int rebase_shift(uint8_t code, uint8_t top) { return top <= code ? 0 : top - code < 15 ? top - code : 15; }
+
+// The byte of an element that moves down by `shift` powers of two: rounded to nearest even, NaN to 0x7F.
+ABIDING_HD uint8_t rebase_byte(uint8_t byte, int shift) { return e4m3_encode(e4m3_decode(byte) * pow2(-shift)); }
+
+// 4^(code - 127), the weight of a block's squares.
+ABIDING_HD double square_scale(uint8_t code) {
+  const uint64_t bits = static_cast<uint64_t>(2 * (code - 127) + 1023) << 52;
+  double scale;
+  memcpy(&scale, &bits, 8);
+  return scale;
+}
+
+// The tally of a row: `error` and `norm` are the sums of the squares of what changed, and of the values before.
+ABIDING_HD RebaseTally tally_of_row(int64_t row, double error, double norm, int64_t changed, bool stays) {
+  return {error, norm, error > 0 ? error / norm : 0, row, changed, stays};
+}
+
+// Adds the tally of later rows.
+ABIDING_HD void add(RebaseTally& tally, const RebaseTally& later) {
+  tally.error += later.error;
+  tally.norm += later.norm;
+  tally.changed += later.changed;
+  tally.left += later.left;
+  if (later.worst > tally.worst) tally.worst = later.worst, tally.worst_row = later.worst_row;
+}
+
+ABIDING_HD void write_report(const RebaseParams& p, const RebaseTally& all) {
+  p.counts[0] = all.changed;
+  p.counts[1] = all.left;
+  p.counts[2] = all.worst > 0 ? all.worst_row : -1;
+  p.errors[0] = all.error > 0 ? sqrt(all.error / all.norm) : 0;
+  p.errors[1] = sqrt(all.worst);
+}
+
+}  // namespace abiding::mxfp8_moe
