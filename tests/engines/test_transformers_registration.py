@@ -39,6 +39,13 @@ def test_register_is_idempotent_and_undone() -> None:
         assert cls.forward.__module__ == fp8.__name__
 
 
+def test_a_mode_that_would_change_the_model_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    before = engine._experts.mode, engine._linear.mode
+    engine.register(mode="fp8")
+    assert "mode is 'fp8'; expected w8a16 or w8a8" in caplog.text
+    assert (engine._experts.mode, engine._linear.mode) == before
+
+
 def test_what_others_put_in_our_place_stays(caplog: pytest.LogCaptureFixture) -> None:
     mapping = type(fp8.ALL_FP8_EXPERTS_FUNCTIONS)._global_mapping
     mapping["abiding"], fp8.FP8GroupedLinear.forward = print, len

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import sys
@@ -160,7 +161,7 @@ def contracts_selection_and_undo() -> None:
     register("0")
     os.environ["ABIDING_VLLM_MOE_MODE"] = "w4a4"
     assert register("moe")["moe"] == "unavailable"
-    assert "expected w8a16 or w8a8" in ours.ENGINE.status()["moe"].reason
+    assert "expected w8a16 or w8a8 or fp8" in ours.ENGINE.status()["moe"].reason
     assert selected() == before
     os.environ["ABIDING_VLLM_MOE_MODE"] = "w8a8"
     assert register("moe, linear")["moe"] == "active"
@@ -218,10 +219,15 @@ def layers_through_vllm() -> None:
         (MoEActivation.SILU, {"swiglu_limit": 0.5}, {"swiglu_limit": 0.5}),
         (MoEActivation.SWIGLUOAI_UNINTERLEAVE, {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}, None),
     )
-    for activation, constants, given in cases:
+    # Modes that are asked for, and what a layer runs in: with a scale that cannot be rebased, not "fp8".
+    modes: tuple[tuple[Any, Any], ...] = (("w8a16", "w8a16"), ("w8a8", "w8a8"), ("fp8", "fp8"), ("fp8", "w8a8"))
+    for (activation, constants, given), (mode, runs_in) in itertools.product(cases, modes):
+        AbidingMxfp8Experts.mode = mode
         given = constants if given is None else given
         w13, s13 = weights(num_experts, 2 * inter, hidden)
         w2, s2 = weights(num_experts, hidden, inter)
+        if mode != runs_in:
+            s13[1, 5, 2] = 90
         plain = [mxfp8_moe.swizzle_scales(s) for s in (s13, s2)]
         parameters = [torch.nn.Parameter(s.clone(), requires_grad=False) for s in (s13, s2)]
         addresses = [p.data_ptr() for p in parameters]
@@ -247,6 +253,10 @@ def layers_through_vllm() -> None:
         assert all(torch.equal(p.data, s) for p, s in zip(parameters, plain, strict=True))
         assert experts.expects_unquantized_inputs
 
+        loaded = [(w13.clone(), plain[0]), (w2.clone(), plain[1])]
+        if mode == "fp8":
+            loaded = [mxfp8_moe.rebase(*pair)[:2] for pair in loaded]
+        lines.clear()
         x = torch.randn(tokens, hidden, generator=g).bfloat16()
         ids = torch.randint(0, 2 * num_experts, (tokens, top_k), generator=g, dtype=torch.int32)
         ids[3] = -1
@@ -278,8 +288,18 @@ def layers_through_vllm() -> None:
         assert result is None
         local = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)])
         name: Any = "silu" if activation is MoEActivation.SILU else "swiglu_oai"
-        expected = mxfp8_moe.moe(x, w13, plain[0], w2, plain[1], local, router, activation=name, mode="w8a16", **given)
+        expected = mxfp8_moe.moe(x, *loaded[0], *loaded[1], local, router, activation=name, mode=runs_in, **given)
         assert torch.equal(out, expected)
+        found = ((w13, parameters[0].data), (w2, parameters[1].data))  # in place, where vLLM loaded them
+        for (w, s), (new, codes) in zip(found, loaded, strict=True):
+            assert torch.equal(w.view(torch.uint8), new.view(torch.uint8))
+            assert torch.equal(s, codes)
+        if mode == "fp8":
+            assert not torch.equal(parameters[0].data, plain[0])
+            end = "1 rows cannot be rebased, so this layer runs in w8a8" if runs_in == "w8a8" else ""
+            assert [line for line in lines if "rebased experts for fp8" in line and line.endswith(end)], lines
+        else:
+            assert not lines, lines
         assert isinstance(experts.finalize_weight_and_reduce_impl(), modular_kernel.TopKWeightAndReduce)
 
     # The linear kernel that vLLM chooses.

@@ -8,12 +8,14 @@ cannot compute stay with transformers, with one log line per reason.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import get_args
 
 from abiding.engines._jobs import Engine, Status
 from abiding.engines.transformers._experts import Experts
 from abiding.engines.transformers._linear import Linear
 from abiding.mxfp8_moe import Mode
+
+# Not "fp8": it would change the weights, which stay in the model for transformers to save and to compute with.
+MODES: tuple[Mode, ...] = ("w8a16", "w8a8")
 
 _experts, _linear = Experts(), Linear()
 
@@ -39,8 +41,8 @@ def register(jobs: Iterable[str] = ("experts", "linear"), *, mode: Mode = "w8a16
         mode: what experts do with activations, as in :func:`abiding.mxfp8_moe.moe`: "w8a16" leaves them bfloat16,
             "w8a8" quantizes them to MXFP8. Linear layers follow. With any other mode nothing changes.
     """
-    if mode not in get_args(Mode):
-        ENGINE.log.warning("abiding: mode is %r; expected %s", mode, " or ".join(get_args(Mode)))
+    if mode not in MODES:
+        ENGINE.log.warning("abiding: mode is %r; expected %s", mode, " or ".join(MODES))
         return ENGINE.status()
     _experts.mode = _linear.mode = mode
     return ENGINE.register(jobs)

@@ -37,6 +37,7 @@ class AbidingMxfp8Experts(mk.FusedMoEExpertsModular):
         for scale in (self.w1_scale, self.w2_scale):
             _swizzle_in_place(scale)
         self._constants = swiglu_constants(moe_config, quant_config)
+        self._layer_mode: Mode | None = None if self.mode == "fp8" else self.mode
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -119,6 +120,7 @@ class AbidingMxfp8Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        mode = self._layer_mode or self._rebase(w1, w2)
         if apply_router_weight_on_input:  # vLLM has multiplied the rows already
             topk_weights = torch.ones_like(topk_weights)
         mxfp8_moe.moe(
@@ -130,13 +132,37 @@ class AbidingMxfp8Experts(mk.FusedMoEExpertsModular):
             topk_ids,
             topk_weights,
             activation=ACTIVATIONS[activation],
-            mode=self.mode,
+            mode=mode,
             expert_map=expert_map,
             global_experts=global_num_experts,
             **self._constants,
             workspace=workspace2.view(torch.uint8),
             out=output,
         )
+
+    def _rebase(self, w13: Tensor, w2: Tensor) -> Mode:
+        """Rebase the weights of this layer in place, and return the mode that they allow.
+
+        vLLM hands the weights over with a call only. The first one is its profiling run, which belongs to the load and
+        comes before graphs are captured.
+        """
+        if w13.is_cuda and torch.cuda.is_current_stream_capturing():
+            _log_once("abiding: the first call of experts is captured in a graph, too late to rebase; they run in w8a8")
+            return "w8a8"
+        reports = [
+            mxfp8_moe.rebase(weight, scale, inplace=True)[2]
+            for weight, scale in ((w13, self.w1_scale.data), (w2, self.w2_scale.data))
+        ]
+        left = sum(int(report.left) for report in reports)
+        self._layer_mode = "w8a8" if left else "fp8"
+        _log(
+            f"abiding: rebased experts for fp8: {sum(int(report.changed) for report in reports)} of "
+            f"{w13.numel() + w2.numel()} elements changed, relative rms {max(float(r.rms) for r in reports):.1e}, "
+            f"of the worst row {max(float(r.worst_rms) for r in reports):.1e}"
+            + (f"; {left} rows cannot be rebased, so this layer runs in w8a8" if left else ""),
+            warn=left > 0,
+        )
+        return self._layer_mode
 
 
 def unsupported(config: Any) -> str | None:
@@ -202,11 +228,15 @@ def preferring_ours(stock: Callable[[Any, Any], Any], ours: Any) -> Callable[[An
     return select
 
 
-@cache
-def _log_once(line: str) -> None:
+def _log(line: str, *, warn: bool) -> None:
     from abiding.engines.vllm import ENGINE
 
-    ENGINE.log.warning(line)
+    (ENGINE.log.warning if warn else ENGINE.log.info)(line)
+
+
+@cache
+def _log_once(line: str) -> None:
+    _log(line, warn=True)
 
 
 def _swizzle_in_place(scale: Tensor) -> None:

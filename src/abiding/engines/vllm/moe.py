@@ -13,7 +13,7 @@ from abiding.mxfp8_moe import Mode
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle.mxfp8"
 MODULAR_KERNEL = "vllm.model_executor.layers.fused_moe.modular_kernel"
 MODE_VARIABLE = "ABIDING_VLLM_MOE_MODE"
-MODES: tuple[Mode, ...] = ("w8a16", "w8a8")
+MODES: tuple[Mode, ...] = ("w8a16", "w8a8", "fp8")
 
 # FusedMoEExperts as :mod:`abiding.engines.vllm.experts` implements it.
 EXPERTS_METHODS = (
