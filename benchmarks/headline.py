@@ -36,11 +36,13 @@ ALL_REDUCE = Headline("all-reduce, CUDA graph", "multi_gpu", "graph", {})
 QK_NORM = Headline("MiniMax M2 QK norm, CUDA graph", "multi_gpu", "qk_norm graph", {})
 MOE_SHAPES = Headline("MXFP8 MoE layer, w8a16", "mxfp8_moe", "moe_w8a16", {"routing": "uniform"})
 MOE_M2 = replace(MOE_SHAPES, job="MXFP8 MoE layer, MiniMax M2", params={**MOE_SHAPES.params, "shape": "minimax-m2"})
+MOE_M2_FP8 = replace(MOE_M2, job=f"{MOE_M2.job}, fp8", op="moe_fp8")
 HEADLINES = (
     PROLOGUE.at("256 tokens", tokens=256),
     ALL_REDUCE.at("64 KiB", bytes=65536),
     QK_NORM.at("64 tokens", tokens=64),
-    *(MOE_M2.at("1 token" if tokens == 1 else f"{tokens} tokens", tokens=tokens) for tokens in (1, 8, 100, 512, 8192)),
+    *(MOE_M2.at(f"{tokens} tokens", tokens=tokens) for tokens in (8, 512)),
+    *(MOE_M2_FP8.at(f"{tokens} tokens", tokens=tokens) for tokens in (8, 512, 8192)),
 )
 
 

@@ -7,15 +7,17 @@ Only times are compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from abiding import mxfp8_moe as api
-from abiding.mxfp8_moe import Mode
+from abiding.mxfp8_moe import MXFP8, Compute, Mode
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, rotated_ids
 from abiding.testing.timing import Timing, call_us, graph_us, rotations
 from benchmarks.base import Benchmark, Settings, say
@@ -29,7 +31,8 @@ Calls = list[Callable[[], object]]
 LONG_US = 300.0
 """Calls with a larger roofline bound are timed with fewer repetitions."""
 
-MODES: dict[str, Mode] = {"moe": "w8a8", "moe_w8a16": "w8a16"}
+GEMM_OPS = {"grouped_mm", "grouped_mm_e4m3", "grouped_mm_fp8"}
+MODES: dict[str, Mode] = {"moe": "w8a8", "moe_w8a16": "w8a16", "moe_fp8": "fp8"}
 """The mode of a layer, by the operator's name in results."""
 CPU_CASES = [LayerCase(tokens, 256, 128, 8, 2, name="small") for tokens in (1, 8)]
 QUICK_TOKENS = (1, 32, 2048)
@@ -54,8 +57,15 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
 def target_us(case: CaseResult) -> float | None:
     """The target of a GEMM: a fraction of the roofline, plus 2.5 µs for the launch up to 2048 tokens; with e4m3 rows at
     most 10 % more than with bfloat16 rows. The target of a layer: at one token the bound and 12 µs; up to 256 tokens
-    the larger of 0.95 of the best peer's time and bound / 0.95 + 6 µs; from 512 tokens on a fraction of that peer's."""
+    the larger of 0.95 of the best peer's time and bound / 0.95 + 6 µs; from 512 tokens on a fraction of that peer's.
+    On FP8 tensor cores, fractions of the exact kernels' time: up to 512 tokens all of it for a GEMM, then 0.90, and no
+    more than 1.05 of torch's row-wise scaled GEMM; for a layer from 512 tokens on 0.80, 0.68 and 0.70."""
     tokens, bound_us = int(case.params["tokens"]), case.bound_us
+    if case.op in ("grouped_mm_fp8", "moe_fp8"):
+        exact = float(case.params["exact_us"])
+        if case.op == "moe_fp8":
+            return exact * (1 if tokens < 512 else 0.80 if tokens < 2048 else 0.68 if tokens < 8192 else 0.70)
+        return exact if tokens <= 512 else min(0.90 * exact, 1.05 * min(case.peers.values(), default=math.inf))
     if case.op == "grouped_mm":
         if tokens > 2048:
             rows_per_expert = tokens * int(case.params["top_k"]) / int(case.params["experts"])
@@ -84,7 +94,12 @@ def row(case: CaseResult) -> str:
 
 
 BENCHMARK = Benchmark(
-    "mxfp8_moe", (*MODES, "grouped_mm", "grouped_mm_e4m3", "quantize", "round"), "tokens", measure, row, target_us
+    "mxfp8_moe",
+    (*MODES, "grouped_mm", "grouped_mm_e4m3", "grouped_mm_fp8", "quantize", "round"),
+    "tokens",
+    measure,
+    row,
+    target_us,
 )
 
 
@@ -99,12 +114,17 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
     libraries = [] if real_ids else libraries
     gemms = (Gemm("GEMM1", layer.w13, layer.s13), Gemm("GEMM2", layer.w2, layer.s2))
     for gemm in gemms:
-        if {"grouped_mm", "grouped_mm_e4m3"} & set(settings.ops) and not real_ids:
-            peers = [*_bf16(gemm), *(peer for library in libraries for peer in library.gemms(gemm, cases))]
-            for op in ("grouped_mm", "grouped_mm_e4m3"):
+        api.rebase(gemm.weight, gemm.scale, inplace=True)  # as compute="fp8" needs them; others read them as well
+    for gemm in gemms:
+        if GEMM_OPS & set(settings.ops) and not real_ids:
+            peers = {
+                "grouped_mm": [*_bf16(gemm), *(peer for library in libraries for peer in library.gemms(gemm, cases))],
+                "grouped_mm_fp8": _scaled(gemm),
+            }
+            for op in sorted(GEMM_OPS & set(settings.ops)):
                 for case in cases:
-                    if op in settings.ops and (op == "grouped_mm" or case.routing == "uniform"):
-                        yield _time_gemm(op, case, gemm, peers, settings)
+                    if op == "grouped_mm" or case.routing == "uniform":
+                        yield _time_gemm(op, case, gemm, peers.get(op, []), settings)
     modes = {op: mode for op, mode in MODES.items() if op in settings.ops}
     if modes:
         layers = [library.layer(*gemms, cases) for library in libraries]
@@ -127,21 +147,31 @@ def _time_gemm(op: str, case: LayerCase, gemm: Gemm, peers: list[Peer], settings
     device = settings.device
     routings = _routings(case, gemm, device)
     flops = 2.0 * len(routings[0].rows) * gemm.n * gemm.k
-    bound_us = settings.roofline.bound_us(routings[0].bytes(gemm), flops)
+    bound_us = settings.roofline.bound_us(routings[0].bytes(gemm), flops / 2 if op == "grouped_mm_fp8" else flops)
     outs = [one.rows.new_empty(len(one.rows), gemm.n) for one in routings]
 
-    def ours(quantized: bool) -> Calls:
+    def ours(op: str) -> Calls:
         calls: Calls = []
         for one, out in zip(routings, outs, strict=True):
-            a = api.quantize(one.rows, one.offsets) if quantized else one.rows
-            calls.append(partial(api.grouped_mm, a, gemm.weight, gemm.scale, one.offsets, out=out))
+            a: Tensor | MXFP8 = one.rows
+            compute: Compute = "exact"
+            if op == "grouped_mm_e4m3":
+                a = api.quantize(one.rows, one.offsets)
+            elif op == "grouped_mm_fp8":
+                a, compute = api.quantize(one.rows, one.offsets, rowwise=True), "fp8"
+            calls.append(partial(api.grouped_mm, a, gemm.weight, gemm.scale, one.offsets, compute=compute, out=out))
         return calls
 
     params = _params(case) | {"gemm": gemm.name, "n": gemm.n, "k": gemm.k}
-    timing = _time(ours(op == "grouped_mm_e4m3"), bound_us, device)
-    if op == "grouped_mm_e4m3":
-        params["bfloat16_us"] = round(_time(ours(False), bound_us, device).us, 3)
-        return CaseResult.of(op, params, timing, {}, l2_warm=False, bound_us=bound_us)
+    if op == "grouped_mm_fp8":
+        rows = len(routings[0].rows)
+        params["implementation"] = api.implementation(
+            rows, case.experts, (gemm.n, gemm.k), compute="fp8", device=device
+        )
+    timing = _time(ours(op), bound_us, device)
+    if op != "grouped_mm":
+        other = {"grouped_mm_e4m3": "bfloat16_us", "grouped_mm_fp8": "exact_us"}[op]
+        params[other] = round(_time(ours("grouped_mm"), bound_us, device).us, 3)
     theirs = {peer.name: _time([peer.call(one) for one in routings], bound_us, device) for peer in peers}
     return CaseResult.of(op, params, timing, theirs, l2_warm=False, bound_us=bound_us)
 
@@ -223,10 +253,16 @@ def layer_calls(layer: LayerInputs, case: LayerCase, device: torch.device) -> La
 def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerPeer], settings: Settings) -> CaseResult:
     device = settings.device
     ours = layer_calls(layer, case, device)
-    bound_us = settings.roofline.bound_us(ours.bytes, ours.flops)
+    bound_us = settings.roofline.bound_us(ours.bytes, ours.flops / 2 if op == "moe_fp8" else ours.flops)
     theirs = {peer.name: _time([peer.call(one) for one in ours.sets], bound_us, device) for peer in peers}
     params = _params(case) | {"mode": case.mode}
     timing = _time(ours.calls, bound_us, device)
+    if op == "moe_fp8":
+        shapes = ((layer.w13.size(1), layer.w13.size(2)), (layer.w2.size(1), layer.w2.size(2)))
+        pairs = case.tokens * case.top_k
+        params["implementation"] = api.implementation(pairs, case.experts, *shapes, compute="fp8", device=device)
+        exact = layer_calls(layer, replace(case, mode="w8a8"), device)
+        params["exact_us"] = round(_time(exact.calls, bound_us, device).us, 3)
     return CaseResult.of(op, params, timing, theirs, l2_warm=False, bound_us=bound_us)
 
 
@@ -243,6 +279,23 @@ def _libraries(settings: Settings) -> list[Library]:
         except Exception as error:  # a peer that fails to load must not keep ours from being timed
             say(f"{path} is skipped: {error!r}")
     return found
+
+
+def _scaled(gemm: Gemm) -> list[Peer]:
+    """torch's GEMM of e4m3 rows and weights with one scale per row, and sums that stay in the tensor core: less exact,
+    and what such weights would run on if each row had one scale."""
+    if gemm.weight.device.type != "cuda":
+        return []
+    weight = gemm.weight.view(torch.float8_e4m3fn).transpose(1, 2)
+    scales = torch.ones(gemm.weight.size(0), gemm.n, device=gemm.weight.device)
+
+    def call(routed: Routed) -> Callable[[], object]:
+        rows = routed.rows.to(torch.float8_e4m3fn)
+        ones = torch.ones(len(rows), device=rows.device)
+        product = partial(torch._scaled_grouped_mm, rows, weight, ones, scales, offs=routed.offsets[1:])
+        return partial(product, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return [Peer("fp8 row-wise", call)]
 
 
 def _bf16(gemm: Gemm) -> list[Peer]:
