@@ -26,7 +26,7 @@ test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2
 
 engines: setup ## check our code against vLLM's and transformers' own Python, oldest and newest release
-	@timeout 600 $(BIN)/python tools/engines/fetch.py build/engines; status=$$?; \
+	@timeout 600 $(BIN)/python tools/fetch_engines.py build/engines; status=$$?; \
 	if [ $$status = 3 ]; then echo "skipped: the engines' packages are not to be had here"; exit 0; fi; \
 	if [ $$status != 0 ]; then exit $$status; fi; \
 	ABIDING_REQUIRE_ENGINES=1 timeout 600 $(BIN)/python -m pytest --quiet -n 2 tests/engines/test_vllm.py || exit; \
@@ -51,31 +51,32 @@ bench: $(if $(GPU),setup) ## time every kernel group into benchmarks/results (ne
 ifeq ($(GPU),)
 	@echo "benchmarks need a GPU, and none is visible here"
 else
-	$(BIN)/abiding bench
+	$(BIN)/python -m benchmarks
 endif
 
 multi-gpu: $(if $(GPU),setup) ## check and time the collectives between several GPUs, in less than 8 minutes
 ifeq ($(GPU),)
-	@echo "this needs several GPUs, and none is visible here; benchmarks/multi_gpu.py --device cpu rehearses it"
+	@echo "this needs several GPUs, and none is visible here; python -m benchmarks.multi_gpu --device cpu rehearses it"
 else
-	$(BIN)/python benchmarks/multi_gpu.py
+	$(BIN)/python -m benchmarks.multi_gpu
 endif
 
-docs: setup ## rewrite the README's tables and the plots from benchmarks/results
-	$(BIN)/abiding report
-	$(BIN)/python tools/engines/report.py docs
+docs: setup ## write docs/results, the README's table and the plots from benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove whatever was built, .venv too
 	rm -rf build dist .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
+	@echo "Setting up .venv: torch and build tools, a minute or two and the download of torch"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$(TORCH)" scikit-build-core cmake ninja
 	touch $@
 
 # The name of the stamp says what is installed now; the objects of every setting stay in build/editable.
 build/installed-%: .venv/ready $(SOURCES)
+	@echo "Compiling: 1 to 4 minutes on two cores for the CPU, 5 to 10 with the CUDA binary"
 	ABIDING_CUDA=$* $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	rm -f build/installed-*
 	touch $@

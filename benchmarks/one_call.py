@@ -2,12 +2,12 @@ r"""One call of an operator on a benchmark's inputs, for a profiler; three warm-
 
     METRICS=gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
     ncu --clock-control none --kernel-name regex:prologue --launch-skip 3 --metrics $METRICS \
-        python benchmarks/one_call.py prologue --tokens 64 --heads 128
+        python -m benchmarks.one_call prologue --tokens 64 --heads 128
 
 A layer is two GEMMs and four kernels around them. This shows at which instructions the warps of the GEMMs stall:
 
     ncu --kernel-name regex:grouped_mm --launch-skip 6 --section SourceCounters --section WarpStateStats --page source \
-        python benchmarks/one_call.py moe --tokens 512 --shape minimax-m3-ep8
+        python -m benchmarks.one_call moe --tokens 512 --shape minimax-m3-ep8
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import argparse
 import torch
 
 from abiding import mla_prologue, mxfp8_moe
-from abiding.testing.benchmarks.limits import CALLS
 from abiding.testing.cases import mla_prologue as prologue_cases
 from abiding.testing.cases import mxfp8_moe as moe_cases
+from benchmarks.limits import CALLS
 
 
 def prologue(tokens: int, heads: int) -> None:

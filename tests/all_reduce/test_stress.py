@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abiding import Communicator
 from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
-from abiding.testing.stress import Stress, plan
+from benchmarks.stress import Stress, plan
 
 
 def run_call(stresses: list[Stress], index: int, rank: int, comm: Communicator) -> dict[int, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,14 +117,6 @@ def test_one_wrong_scale_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None
     status, text = demo()
     assert status == 1
     assert "WRONG w8a8: quantized activations: 1 of" in text
-
-
-def test_unknown_groups_and_missing_results_are_told(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["bench", "nothing"])
-    assert result.exit_code == 2
-    result = CliRunner().invoke(app, ["report", "--results", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "holds no result files" in result.output
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(python: Any) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import abiding.reference.mxfp8_moe as reference
-from abiding.testing import mxfp8_checkpoint
-from abiding.testing.mxfp8_checkpoint import Calls, layer_errors, relative_error
+from benchmarks.engines import mxfp8_checkpoint
+from benchmarks.engines.mxfp8_checkpoint import Calls, layer_errors, relative_error
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -21,7 +21,7 @@ def scenario(
     if os.environ.get("ABIDING_REQUIRE_ENGINES") != "1":
         pytest.skip("importing vLLM takes long; `make engines` unpacks it and runs these")
     if request.param is None:
-        pytest.fail("no release of vLLM is unpacked under build/engines; tools/engines/fetch.py does that")
+        pytest.fail("no release of vLLM is unpacked under build/engines; tools/fetch_engines.py does that")
 
     return lambda name: python(PROGRAM, request.param, name).stdout
 

@@ -1,10 +1,10 @@
-"""The command `abiding`, also `python -m abiding`: `demo`, `doctor`, `bench`, `report`, `audit`."""
+"""The command `abiding`, also `python -m abiding`: `demo`, `doctor`, `audit`, `abi`."""
 
 from __future__ import annotations
 
 import sys
 
-_EXTRA = ("typer", "rich", "matplotlib", "elftools", "torch_abi_audit")
+_EXTRA = ("typer", "rich", "elftools", "torch_abi_audit")
 
 
 def main() -> None:

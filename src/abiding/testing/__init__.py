@@ -1,5 +1,4 @@
-"""Shared by tests, benchmarks and the command line: comparison, guarded tensors, timing, results, the cases of
-groups."""
+"""Shared by tests, benchmarks and the demo: comparison, guarded tensors, timing, ranks, the cases of groups."""
 
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, max_error, max_ulps, round_once, ulp_distance
 from abiding.testing.guarded import POISON, GuardedTensor, guarded

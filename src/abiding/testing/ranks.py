@@ -66,7 +66,7 @@ def run_processes(
     """Call ``function(rank, *args)`` in ``ranks`` new processes that form torch.distributed's default group, on gloo.
 
     Args:
-        function: a top-level function; the processes import it by its file, so that test files need no package.
+        function: a top-level function; the processes import its module by name, or by its file if it is in no package.
         ranks: number of processes.
         args: picklable arguments.
         timeout_s: then the processes are killed, and those that have not ended count as failed.
@@ -145,7 +145,7 @@ def _rank_main(
 
 
 def _module(file: str, name: str) -> ModuleType:
-    if name in sys.modules or Path(file).is_relative_to(Path(__file__).parents[1]):
+    if name in sys.modules or Path(file).with_name("__init__.py").exists():
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

@@ -14,8 +14,7 @@ from torch import Tensor
 from abiding import Communicator, reduce_rms, reference
 from abiding.cli.demo.section import Row, Say, Section
 from abiding.testing import assert_bitwise_equal, assert_close
-from abiding.testing.benchmarks.reduce_rms import unfused_qk_norm
-from abiding.testing.cases.reduce_rms import RmsCase
+from abiding.testing.cases.reduce_rms import RmsCase, unfused_qk_norm
 from abiding.testing.ranks import processes_us, run_processes
 
 RANKS = 2

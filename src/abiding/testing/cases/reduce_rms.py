@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from abiding.reference.reduce_rms import normalized
@@ -151,3 +152,17 @@ CORNER = [
 ]
 
 PERFORMANCE = [RmsCase.minimax_m2(tokens, ranks) for ranks in (2, 4) for tokens in (1, 16, 128, 1024)]
+
+
+def unfused_qk_norm(inputs: RmsInputs, ranks: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The QK norm without the operator: PyTorch operators around an all-reduce of the sums of squares."""
+    case = inputs.case
+    parts = [part.float() for part in inputs.rows.split([case.q, case.kv or 0, case.kv or 0], 1)[:2]]
+    sums = torch.stack([part.square().sum(1) for part in parts])
+    dist.all_reduce(sums, group=group)
+    weights = [weight for weight in (inputs.wq, inputs.wk) if weight is not None]
+    outs = []
+    for part, total, weight in zip(parts, sums, weights, strict=True):
+        scale = torch.rsqrt(total / (ranks * part.shape[1]) + case.eps)
+        outs.append((part * scale[:, None] * weight.float()).to(case.dtype))
+    return outs

@@ -1,0 +1,1 @@
+"""Whole models inside vLLM and transformers, with our kernels and without."""

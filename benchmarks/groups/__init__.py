@@ -1,0 +1,74 @@
+"""The cases of each kernel group, timed with their peers on one device in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import abiding
+from abiding.testing.timing import Roofline
+from benchmarks.base import Benchmark, Settings, say
+from benchmarks.groups import all_reduce, mla_prologue, mxfp8_moe, reduce_rms
+from benchmarks.result_file import RESULTS, Results
+from benchmarks.tables import about, of_op, targets_met
+
+GROUPS: dict[str, Benchmark] = {
+    one.BENCHMARK.group: one.BENCHMARK for one in (mla_prologue, all_reduce, reduce_rms, mxfp8_moe)
+}
+
+
+def run(
+    group: str,
+    *,
+    peers: Sequence[Path] = (),
+    output: Path | None = None,
+    quick: bool = False,
+    ops: Sequence[str] = (),
+    commit: str | None = None,
+) -> Results:
+    """Time a group's cases and print them in a table.
+
+    Args:
+        group: one of `GROUPS`.
+        peers: the files that hold the peers' kernels, timed in the same run: shared libraries, for some groups wheels.
+        output: the folder, or the .json file, to write the results to. By default a whole run on a GPU writes to
+            `benchmarks/results` and any other run writes nothing. If it holds results of this GPU, a run of some `ops`
+            replaces only those.
+        quick: time a few sizes only. On a CPU this is always so.
+        ops: the operators to time, all by default.
+        commit: recorded in the results; that of the checkout by default.
+    """
+    benchmark = GROUPS[group]
+    unknown = sorted(set(ops) - set(benchmark.ops))
+    if unknown:
+        raise ValueError(f"ops {unknown}; expected some of {list(benchmark.ops)}")
+    benchmark.prepare()
+    device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
+    if device.type == "cpu":
+        say(f"No CUDA kernels here, so this times the CPU kernels: {abiding.cuda_unavailable_reason()}")
+    if output is None and device.type == "cuda" and not quick and not ops:
+        output = RESULTS
+
+    say("Measuring the roofline: a large copy, a large GEMM")
+    roofline = Roofline.measure(device)
+    results = Results.begin(group, device, roofline, commit)
+    say(f"{results.gpu}: copy {roofline.copy_gbps:.0f} GB/s, bf16 GEMM {roofline.matmul_tflops:.0f} TFLOP/s")
+    path = results.path_in(output) if output is not None else None
+    older = Results.read(path) if ops and path is not None and path.exists() else None
+    settings = Settings(device, roofline, tuple(peers), quick or device.type == "cpu", tuple(ops) or benchmark.ops)
+    for case in benchmark.measure(settings):
+        results.cases.append(case)
+        theirs = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
+        say(f"{case.op} {benchmark.row(case)}, {benchmark.axis} {case.params[benchmark.axis]}, "
+            f"{case.cache_state}: {case.us:.2f} µs{theirs}, bound {case.bound_us:.2f}")  # fmt: skip
+        if output is not None:
+            (older.replaced(results) if older else results).write(output)
+    parts = [about(results)]
+    for op in dict.fromkeys(case.op for case in results.cases):
+        parts += [f"`{op}`, µs per call:", of_op(results, benchmark, op)]
+    print("\n\n".join(filter(None, [*parts, targets_met(results, benchmark, benchmark.ops)])))
+    if path is not None:
+        say(f"Wrote {path}")
+    return results

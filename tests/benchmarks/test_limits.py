@@ -1,0 +1,102 @@
+"""Nsight Compute's CSV becomes utilization by unit of the GPU, and a table with one column per number of tokens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import abiding
+from benchmarks import limits
+from benchmarks.result_file import CaseResult, Param, Results
+from benchmarks.tables import fill
+
+CSV = """==PROF== Connected to process 12
+==PROF== Disconnected from process 12
+"ID","Kernel Name","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"lts__throughput.avg.pct_of_peak_sustained_elapsed",\
+"sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",\
+"smsp__inst_issued.avg.pct_of_peak_sustained_active"
+"","","%","ns","%","%","%"
+"0","grouped_mm_kernel<1, 2>","52.4","387,424","62.36","60.55","40.78"
+"1","grouped_mm_kernel<1, 2>","51","196512","60.5","59","39.25"
+"""
+
+
+def test_utilization_and_microseconds_of_each_kernel() -> None:
+    first, second = limits.parse(CSV)
+    assert first == {"device memory": 52.4, "L2": 62.36, "tensor cores": 60.55, "issue slots": 40.78, "us": 387.424}
+    assert second["us"] == 196.512
+
+
+def test_other_lines_are_left_out() -> None:
+    assert limits.parse(CSV + "\n==WARNING== The clock was not held.\n") == limits.parse(CSV)
+
+
+def test_what_has_no_kernels_or_no_number_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="no kernels:\n==PROF== No kernels"):
+        limits.parse("==PROF== No kernels were profiled.\n")
+    with pytest.raises(RuntimeError, match="ncu shows 'n/a' as dram__throughput"):
+        limits.parse(CSV.replace('"52.4"', '"n/a"'))
+
+
+def test_without_a_gpu_or_tools_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(abiding, "has_cuda_kernels", lambda: False)
+    with pytest.raises(RuntimeError, match="this needs a GPU"):
+        limits.measure(["minimax-m3-ep8"], [1])
+    monkeypatch.setattr(abiding, "has_cuda_kernels", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="ncu is not on the PATH"):
+        limits.measure(["minimax-m3-ep8"], [1])
+
+
+def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """One that does what `script` does, in place of the driver's."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_clock_and_power_are_those_of_the_second_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    samples = ("345, 70.25, Active", "1980, 600.5, Active", "1500, 690.00, Active", "1410, 700, Not Active")
+    script = "; ".join(f"echo '{sample}'" for sample in samples) + '; touch "$0.done"; exec sleep 60'
+    nvidia_smi(tmp_path, monkeypatch, script)
+    with limits._watch(torch.device("cpu")) as board:
+        while not (tmp_path / "nvidia-smi.done").exists():
+            time.sleep(0.01)
+    assert (board.mhz, board.watts, board.capped) == (1455, 695, 0.5)
+
+
+def test_a_silent_board_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "echo 'Field \"power.draw.instant\" is not valid'")
+    with pytest.raises(RuntimeError, match="neither clock nor power:\nField"), limits._watch(torch.device("cpu")):
+        time.sleep(0.5)
+
+
+def test_tables_have_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
+    cases = []
+    for tokens in (32, 1):
+        params: dict[str, Param] = {"tokens": tokens, "shape": "s", "mhz": 1980, "watts": 400 + tokens, "capped": 0.25}
+        cases.append(CaseResult("layer", params, 15.6, 0.0, l2_warm=False, bound_us=7.8))
+    for name, percent in zip(limits.GEMMS, (72.4, 30.0), strict=True):
+        profiled: dict[str, Param] = {"tokens": 32, "shape": "s"}
+        profiled |= dict.fromkeys(limits.UTILIZATION_METRICS, percent)
+        cases.append(CaseResult(name, profiled, 9.0, 0.0, l2_warm=False, bound_us=0.0))
+    some = Results(limits.GROUP, "NVIDIA H200", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, cases)
+    assert Results.read(some.write(tmp_path)) == some
+
+    document = f"<!-- {limits.MARKER} -->\nold\n<!-- /{limits.MARKER} -->\n"
+    lines = fill(document, limits.MARKER, [limits.to_markdown(some)]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert cells[0] == ["", "tokens", "1", "32"]
+    assert ["s", "µs", "16", "16"] in cells
+    assert ["s", "of the bound", "50 %", "50 %"] in cells
+    assert ["s", "board power, W", "401", "432"] in cells
+    assert ["s", "power cap active", "25 %", "25 %"] in cells
+    assert ["", "tokens", "32"] in cells, "only one layer was profiled"
+    assert ["s", "tensor cores busy", "72 / 30 %"] in cells
+    assert ["s", "µs", "9 / 9"] in cells
+    assert "old" not in lines

@@ -1,0 +1,35 @@
+"""The command line `python -m benchmarks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.result_file import Results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "argument group: invalid choice: 'nothing'"),
+        (["--op", "moe"], "--op moe without a group"),
+        (["mxfp8_moe", "--op", "nothing"], r"ops ['nothing']; expected some of ['"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_group_is_timed_into_the_named_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "some.json"
+    assert main(["mla_prologue", "--quick", "--op", "gather_kv", "--commit", "abc", "--output", str(path)]) == 0
+    found = Results.read(path)
+    assert (found.group, found.commit) == ("mla_prologue", "abc")
+    assert {case.op for case in found.cases} == {"gather_kv"}
+    assert "`gather_kv`, µs per call:" in capsys.readouterr().out
