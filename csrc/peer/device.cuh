@@ -163,33 +163,35 @@ class CallScope {
   __device__ __forceinline__ int64_t slot_offset() const { return epoch_ % kSlots * slot_bytes(channel_); }
 
   // Loads words[i] from slot_ptr(first + i) for each pending source, and this thread's tag until it is there. The loads
-  // are independent, so several take no longer than one.
-  template <int kCount, class Words, class IsPending, class SlotPtr>
+  // are independent, so several take no longer than one. Without kTag, the tag is left to end().
+  template <bool kTag = true, int kCount, class Words, class IsPending, class SlotPtr>
   __device__ __forceinline__ void load_pending(Words (&words)[kCount], int first, IsPending is_pending,
                                                SlotPtr slot_ptr) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       if (is_pending(first + i)) words[i] = load_volatile(slot_ptr(first + i));
     // After the words, which are sent after the tag: where they have arrived, it nearly always has.
+    if constexpr (!kTag) return;
     tag_ = {~kEmpty, ~kEmpty};
     if (tag_at_ != 0) tag_ = load_volatile(tag_slot());
   }
 
   // Polls until the words of all pending sources from `first` on and this thread's tag have arrived, and empties the
   // words in memory. load_pending() must have loaded them just before. False: the call is over.
-  template <int kCount, class Words, class IsPending, class SlotPtr>
+  template <bool kTag = true, int kCount, class Words, class IsPending, class SlotPtr>
   __device__ __forceinline__ bool receive(Words (&words)[kCount], int first, IsPending is_pending, SlotPtr slot_ptr) {
     // The latency of the call is in this loop: as little as possible stands between two polls, and behind the last one.
     int polls = ok_ ? kPollsPerCheck : 1;
     uint64_t since = 0;
     while (true) {
-      uint32_t all = min_word(tag_);
+      uint32_t all = kTag ? min_word(tag_) : ~kEmpty;
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
         if (is_pending(first + i)) all = min(all, min_word(words[i]));
       if (all != kEmpty) break;
       if (--polls == 0) {
         // The words of another call may never come.
+        if (tag_at_ != 0) tag_ = load_volatile(tag_slot());
         if (tag_at_ != 0 && min_word(tag_) != kEmpty && differ(tag_, own_tag(peers_))) stop_for_tag();
         int missing = tag_rank_;
 #pragma unroll
@@ -199,12 +201,12 @@ class CallScope {
         if (!ok_) return false;
         polls = kPollsPerCheck;
       }
-      load_pending(words, first, is_pending, slot_ptr);
+      load_pending<kTag>(words, first, is_pending, slot_ptr);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       if (is_pending(first + i)) store_volatile(slot_ptr(first + i), Words{});
-    if (tag_at_ != 0) {
+    if (kTag && tag_at_ != 0) {
       store_volatile(tag_slot(), uint2{});
       tag_at_ = 0;
       // Not in end(): warps that wait for words of another call may be awaited at a barrier before that.

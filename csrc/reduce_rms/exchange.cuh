@@ -20,8 +20,18 @@ struct Lane {
       : part(static_cast<int>(lane / 16)), rank(static_cast<int>(lane % 16)) {}
 };
 
+// Whether the lanes of a kernel poll the tags of the call beside its data; if not, after it. On sm_80 the kernels that
+// hold many vectors (CtaTile::vectors_per_thread) have no registers for that.
+#if __CUDA_ARCH__ >= 900
+template <int kVectors>
+constexpr bool kTagBesideData = true;
+#else
+template <int kVectors>
+constexpr bool kTagBesideData = 0 <= kVectors && kVectors <= 2;
+#endif
+
 // Exchange over a communicator's workspaces.
-template <int kParts>
+template <int kParts, bool kTag>
 class WorkspaceExchange {
  public:
   __device__ __forceinline__ WorkspaceExchange(const Peers& peers, Lane lane)
@@ -62,8 +72,8 @@ class WorkspaceExchange {
     uint32_t word[1];
     const auto is_pending = [](int) { return true; };
     const auto slot_ptr = [&](int) { return from_; };
-    scope_.load_pending(word, lane_.rank, is_pending, slot_ptr);
-    const bool ok = scope_.receive(word, lane_.rank, is_pending, slot_ptr);
+    scope_.load_pending<kTag>(word, lane_.rank, is_pending, slot_ptr);
+    const bool ok = scope_.receive<kTag>(word, lane_.rank, is_pending, slot_ptr);
     return ok ? __uint_as_float(peer::decode(word[0])) : kNan;
   }
   // False: the results of this CTA are to be NaN.
@@ -147,8 +157,8 @@ class TableExchange {
 };
 
 // The exchange of a kernel whose parameter is Endpoint: Peers or TableParams.
-template <class Endpoint, int kParts>
+template <class Endpoint, int kParts, bool kTag>
 using ExchangeOver =
-    std::conditional_t<std::is_same_v<Endpoint, Peers>, WorkspaceExchange<kParts>, TableExchange<kParts>>;
+    std::conditional_t<std::is_same_v<Endpoint, Peers>, WorkspaceExchange<kParts, kTag>, TableExchange<kParts>>;
 
 }  // namespace abiding::reduce_rms

@@ -206,8 +206,9 @@ __device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const R
     for_vectors([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
   // From here to the first use of the row, everything overlaps with its loads.
   const Lane own(threadIdx.x % 32);
-  ExchangeOver<Endpoint, kParts> exchange(endpoint, own);
+  ExchangeOver<Endpoint, kParts, kTagBesideData<kVectors>> exchange(endpoint, own);
   exchange.begin();
+  if constexpr (!kTagBesideData<kVectors> && sizeof(T) == 2) exchange.check_claim();  // or ptxas spills it
   if (kWeightsEarly && has_token) load_weights();
   exchange.find_slots(row);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
@@ -282,7 +283,7 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   pdl_wait();
-  ExchangeOver<Endpoint, kParts> exchange(endpoint, own);
+  ExchangeOver<Endpoint, kParts, kTagBesideData<kInSmem ? kRowInSmem : kRowReadTwice>> exchange(endpoint, own);
   exchange.begin();
   exchange.check_claim();
   exchange.find_slots(warp);
@@ -297,7 +298,8 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
       __syncwarp();
       row = held;
     }
-    constexpr int kBatch = kInSmem ? 4 : 2;  // as registers allow
+    constexpr bool kFewRegisters = !kTagBesideData<kRowInSmem> && sizeof(T) == 4;
+    constexpr int kBatch = kInSmem && !kFewRegisters ? 4 : 2;  // as registers allow
     V vectors[kBatch], weights[kBatch];
     float sums[kParts] = {};
 #pragma unroll
