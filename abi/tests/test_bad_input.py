@@ -60,10 +60,15 @@ TOKENS = (
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def both(folder: Path, data: bytes) -> bytes:
-    """Lint and migrate a text; what it becomes."""
+def _written(folder: Path, data: bytes) -> Path:
     path = folder / "fuzz.cu"
     path.write_bytes(data)
+    return path
+
+
+def both(folder: Path, data: bytes) -> bytes:
+    """Lint and migrate a text; what it becomes."""
+    path = _written(folder, data)
     lint.run([path], Config(root=folder))
     result = migrate.run([path], Config(root=folder))
     return result.files[0].after if result.files else data
@@ -104,6 +109,44 @@ def test_dangling_link_and_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.cpp")
     problems = lint.run([tmp_path], Config(root=tmp_path)).problems
     assert problems == (("link.cpp", "no such file"), ("pipe.cpp", "not a regular file"))
+
+
+def test_a_file_and_links_to_it_are_one_file(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    header = tmp_path / "src" / "b.h"
+    header.write_text("at::Tensor b;\n")
+    (tmp_path / "src" / "a.cpp").symlink_to("b.h")  # comes first
+    (tmp_path / "src" / "loop").symlink_to(tmp_path)
+    (tmp_path / "src" / "self.cpp").symlink_to("self.cpp")
+    (tmp_path / "include").symlink_to("src")
+    (tmp_path / "c.cpp").write_text('#include "include/b.h"\nat::Tensor c;\n')
+    config = Config(root=tmp_path)
+    report = lint.run([tmp_path, tmp_path / "include" / "b.h"], config)
+    assert [f.path for f in report.findings] == ["c.cpp", "src/b.h"]
+    assert report.problems == (("src/self.cpp", "no such file"),)
+    migrate.write(migrate.run([tmp_path], config))
+    assert (tmp_path / "src" / "a.cpp").is_symlink()
+    assert header.read_text() == "#include <torch/csrc/stable/tensor.h>\ntorch::stable::Tensor b;\n"
+
+
+def test_root_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.cpp").write_text(GOOD)
+    (tmp_path / "link").symlink_to("real")
+    report = lint.run([tmp_path / "link"], Config(root=tmp_path / "link", exclude=("b*",)))
+    assert [f.path for f in report.findings] == ["a.cpp"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_first_line_behind_a_byte_order_mark(newline: str, tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    text = f"#include <torch/extension.h>{newline}at::Tensor a;{newline}"
+    findings = lint.run([_written(tmp_path, mark + text.encode())], Config(root=tmp_path)).findings
+    assert [(f.line, f.column, f.rule.code) for f in findings][:1] == [(1, 11, "INC001")]
+    want = text.replace("torch/extension.h", "torch/csrc/stable/tensor.h").replace("at::", "torch::stable::")
+    assert both(tmp_path, mark + text.encode()) == mark + want.encode()
+    # What stays for a person is marked behind the mark, which is no mark any more in the middle of a file.
+    assert both(tmp_path, mark + b"#define X(t) at::nothing(t)\n").startswith(mark + b"// ABI-TODO(ABI001)")
 
 
 def test_latin_1_survives(tmp_path: Path) -> None:

@@ -199,3 +199,14 @@ def test_command_and_hook_exit_by_findings(module: list[str], tmp_path: Path) ->
     assert missing.returncode == 2
     assert missing.stderr.strip().endswith("none.cpp: no such file or folder")
     assert len(missing.stderr.strip().splitlines()) == 1
+
+
+def test_includes_from_the_top_of_the_project_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "pack" / "deep").mkdir(parents=True)
+    (tmp_path / "pack" / "t.h").write_text("#include <torch/extension.h>\nat::Tensor g();\n")
+    path = tmp_path / "pack" / "deep" / "a.cpp"
+    path.write_text("#include <pack/t.h>\nauto a = g().numel();\nauto b = g().is_floating_point();\n")
+    findings = lint.run([path], Config(root=tmp_path)).findings
+    assert {(f.path, f.rule.code) for f in findings} == {
+        ("pack/t.h", "INC001"), ("pack/t.h", "TYP001"), ("pack/deep/a.cpp", "MET047")
+    }  # fmt: skip

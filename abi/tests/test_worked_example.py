@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from abiding_abi import headers, lint, migrate, ratchet, verify
-from abiding_abi.compilers import find_cxx, target_macro
+from abiding_abi.compilers import find_cxx
 from abiding_abi.lint import Config
 from abiding_abi.versions import OLDEST, parse
+from extension import build
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "rolling"
 COMPARE = """
@@ -95,14 +96,3 @@ def test_verify_build_load_and_audit(migrated: Path) -> None:
     assert audited.min_torch_version is not None
     assert parse(audited.min_torch_version) <= OLDEST
     assert ratchet.unstable_symbols(library) == {}
-
-
-def build(source: Path, library: Path, include: Path) -> None:
-    """The command of the documentation."""
-    where = "import pathlib, torch; print(pathlib.Path(torch.__file__).parent / 'lib')"
-    found = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-DTORCH_STABLE_ONLY"]
-    command += [f"-DTORCH_TARGET_VERSION={target_macro(OLDEST)}", "-isystem", str(include), str(source)]
-    command += ["-o", str(library), f"-L{found}", "-Wl,--no-as-needed", "-ltorch"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

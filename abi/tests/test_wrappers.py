@@ -17,6 +17,7 @@ from abiding_abi import headers, wrappers
 from abiding_abi.cli import app
 from abiding_abi.compilers import compile_stable, find_cxx, target_macro
 from abiding_abi.errors import UserError
+from abiding_abi.lint.engine import index
 from abiding_abi.versions import OLDEST
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +58,12 @@ COMPOSED = {
     "full_int": "full({2}, 2)",
     "full_bool": "full({2}, true)",
     "full_float": "full({2}, 2.f)",
+    "full_exact": "full({2}, std::numeric_limits<int64_t>::max(), ScalarType::Long)",
+    "full_half": "full({2}, torch::headeronly::Half(2.5f), abi_ops::options(a))",
+    "full_like_exact": "full_like(a, (int64_t{1} << 53) + 1, ScalarType::Long)",
+    "new_full_exact": "new_full(a, {2}, -(int64_t{1} << 53) - 1, ScalarType::Long)",
+    "fill_": "fill_(abi_ops::empty_like(a), 3)",
+    "fill_tensor": "fill_(abi_ops::empty_like(a), abi_ops::tensor(2.5))",
     "rand": "rand({2}, abi_ops::options(a))",
     "randn": "randn({2})",
     "randint": "randint(9, {20})",
@@ -161,6 +168,12 @@ def test_every_wrapper_alone_and_all_compile_for_the_oldest_torch(release: heade
         if name in wrappers.NAMES:
             source.write_text(wrappers.header([name]))
             assert compile_stable(source, release.include, OLDEST) == [], name
+
+
+def test_every_wrapped_operator_is_known_to_the_rules() -> None:
+    """So that a member or a function for which there is a wrapper is never left for a person."""
+    known = {*index().methods, *index().names}
+    assert {op.name for op in wrappers.operators()} - known == set()
 
 
 @pytest.fixture(scope="module")

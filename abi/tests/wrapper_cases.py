@@ -61,7 +61,14 @@ ARGUMENTS: dict[str, list[list[Any]]] = {
     "mm.out": [[X, Y.T, torch.empty(3, 3)]], "matmul.out": [[X, Y.T, torch.empty(3, 3)]],
     "bmm.out": [[X[None], Y.T[None].contiguous(), torch.empty(1, 3, 3)]], "cat.out": [[[X, Y], 0, torch.empty(6, 4)]],
     "multinomial": [[P, 2]], "resize_": [[X, [2, 2]]],
-    "sort": [[X, 1, True]], "unbind.int": [[X, 1]],
+    "sort": [[X, 1, True]], "unbind.int": [[X, 1]], "log10": [[P]], "asin": [[X / 4]], "acos": [[X / 4]],
+    "sqrt_": [[P]], "log_": [[P]], "rsqrt_": [[P]], "lgamma": [[P]], "erfinv": [[X / 4]], "median.dim": [[X, 1, True]],
+    "fmod.Tensor": [[X, Y]], "tensor_split.sections": [[X, 3, 1]], "lerp.Tensor": [[X, Y, P]], "cdist": [[X, Y, 1.0]],
+    "equal": [[X, X.clone()], [X, Y]], "inverse": [[SQUARE]], "cummax": [[X, 1]], "cummin": [[X, 1]],
+    "kthvalue": [[X, 2, 1]], "uniform_": [[X, -1.0, 3.0]], "normal_": [[X, 1.0, 2.0]], "exponential_": [[X, 2.0]],
+    "bernoulli_.float": [[X, 0.25]], "as_strided": [[X, [2, 2], [1, 4], 1]], "vdot": [[X[0], Y[0]]],
+    "cumsum_": [[X, 1]], "unique_consecutive": [[X.round(), True, True], [X.round(), False, False, 0]],
+    "bucketize.Tensor": [[X, Y[:, 0].sort().values]],
 }  # fmt: skip
 BINARY = {"div.Tensor", "div_.Tensor", "mul.Tensor", "mul_.Tensor", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor"}
 BINARY |= {"gt.Tensor", "ge.Tensor", "maximum", "minimum", "floor_divide", "remainder.Tensor", "logical_and"}
@@ -95,6 +102,12 @@ COMPOSED: dict[str, Any] = {
     "full_int": lambda a: torch.full((2,), 2),
     "full_bool": lambda a: torch.full((2,), True),
     "full_float": lambda a: torch.full((2,), 2.0),
+    "full_exact": lambda a: torch.full((2,), 2**63 - 1),
+    "full_half": lambda a: torch.full((2,), 2.5, dtype=a.dtype),
+    "full_like_exact": lambda a: torch.full_like(a, 2**53 + 1, dtype=torch.int64),
+    "new_full_exact": lambda a: a.new_full((2,), -(2**53) - 1, dtype=torch.int64),
+    "fill_": lambda a: torch.empty_like(a).fill_(3),
+    "fill_tensor": lambda a: torch.empty_like(a).fill_(torch.tensor(2.5)),
     "rand": lambda a: torch.rand(2, dtype=a.dtype),
     "randn": lambda a: torch.randn(2),
     "randint": lambda a: torch.randint(9, (20,)),

@@ -43,8 +43,6 @@ def migrated(package: Package, place: str = "migrated") -> tuple[Package, dict[s
     start = time.process_time()
     result = migrate.run(own_files(copy.folder, SOURCES + HEADERS), lint.Config(root=copy.folder))
     took = time.process_time() - start
-    for path in result.modules:
-        path.parent.mkdir(parents=True, exist_ok=True)
     migrate.write(result)
     left = Counter(item.rule for file in result.files for item in file.todos)
     counts: dict[str, object] = {"version": package.version, "findings": len(before), "left": sum(left.values())}

@@ -34,7 +34,10 @@ result_type.Tensor roll rsqrt scatter.src scatter_.src scatter_add scatter_add_ 
 sigmoid sign sin slice.Tensor softmax.int sort split.Tensor split_with_sizes sqrt square squeeze stack std.dim
 sum sum.dim_IntList swapaxes t take tanh topk trace tril triu trunc tile transpose_ squeeze_ unsqueeze_ t_ mm.out
 matmul.out bmm.out cat.out multinomial resize_ type_as unbind.int unfold unique_dim view_as
-view_as_complex view_as_real vstack where.self
+view_as_complex view_as_real vstack where.self round tan sinh cosh asin acos atan log10 exp2 sgn lgamma erfinv frac abs_
+exp_ sqrt_ neg_ sigmoid_ tanh_ relu_ log_ sin_ cos_ floor_ ceil_ round_ reciprocal_ rsqrt_ median median.dim fmod.Tensor
+tensor_split.sections lerp.Tensor cdist equal inverse cummax cummin kthvalue uniform_ normal_ random_ exponential_
+bernoulli_.float as_strided vdot cumsum_ unique_consecutive bucketize.Tensor argwhere
 """
 ASK = """
 import json, sys, torch

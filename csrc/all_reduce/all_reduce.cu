@@ -38,8 +38,8 @@ struct CtaRange {
   __device__ __forceinline__ bool has_vector() const { return static_cast<int>(threadIdx.x) < count; }
 };
 
-// The rank with which this thread exchanges the call's tags. They take the last warp, which has no vectors if the message
-// is small, so that it polls for nothing else.
+// The rank with which this thread exchanges the call's tags. They take the last warp, which has no vectors if the
+// message is small, so that it polls for nothing else.
 __device__ __forceinline__ int tag_rank() { return static_cast<int>(threadIdx.x) - static_cast<int>(blockDim.x - 32); }
 
 // Software pipeline over the thread's vectors: calls each stage with k, a vector's index in the range, kBatch vectors

@@ -11,8 +11,7 @@ namespace abiding::all_reduce {
 template <class Scope>
 struct Operators {
   static void run(const char* op, const char* argument, int64_t handle, const char* name, const Tensor& input,
-                  const Tensor& out) {
-    AllReduceParams p = check_message(op, name, input, out);
+                  AllReduceParams p) {
     const Scope scope(input);
     peer::with_communicator(op, argument, handle, name, input, [&](const peer::Communicator& communicator) {
       if (p.numel == 0) return;
@@ -23,10 +22,15 @@ struct Operators {
 
   static void all_reduce_raw(int64_t fa, const Tensor& inp, const Tensor& out, int64_t reg_buffer,
                              int64_t reg_buffer_sz_bytes) {
-    const int64_t bytes = inp.numel() * static_cast<int64_t>(inp.element_size());
+    const AllReduceParams p =
+        check_message("all_reduce", "inp", inp, out);  // as upstream's, out may have another shape
+    const int64_t bytes = p.numel * size_of(p.dtype);
     check(reg_buffer == 0 || bytes <= reg_buffer_sz_bytes, "all_reduce", "inp has ", bytes, " bytes; expected at most ",
           reg_buffer_sz_bytes, ", what reg_buffer_sz_bytes says");
-    run("all_reduce", "fa", fa, "inp", inp, out);  // as upstream's, out may have another shape
+    check(reg_buffer == 0 || peer::owns(reg_buffer, inp.is_cuda(), reg_buffer_sz_bytes), "all_reduce", "reg_buffer is ",
+          reg_buffer, "; expected 0, or the address of ", reg_buffer_sz_bytes,
+          " bytes or more that this process has allocated or opened by these operators");
+    run("all_reduce", "fa", fa, "inp", inp, p);
   }
 
   static void all_reduce_out(const Tensor& input, const Tensor& state, int64_t comm, const Tensor& out) {
@@ -34,13 +38,14 @@ struct Operators {
     Argument("all_reduce", "state", state).same_device(in);
     check(input.sizes().equals(out.sizes()), "all_reduce", "out has shape ", result.shape(), "; expected ", in.shape(),
           " as input");
-    run("all_reduce", "comm", comm, "input", input, out);
+    run("all_reduce", "comm", comm, "input", input, check_message("all_reduce", "input", input, out));
   }
 
   static Tensor all_reduce(const Tensor& input, const Tensor& state, int64_t comm) {
     // Checked before the output is made: overlapping strides can span any amount of memory.
-    Argument("all_reduce", "input", input).dense();
-    Tensor out = new_empty_strided("all_reduce", input, input.sizes(), input.strides());
+    const Argument in{"all_reduce", "input", input};
+    in.dense();
+    const Tensor out = new_empty_strided(in, input.sizes(), input.strides());
     all_reduce_out(input, state, comm, out);
     return out;
   }

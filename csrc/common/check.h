@@ -66,6 +66,23 @@ inline DType dtype_from_torch(int32_t code) {
   return 0 <= code && code < 64 ? table.dtypes[code] : DType::kOther;
 }
 
+// The name of torch's code of a dtype, also of those that no kernel takes.
+inline const char* dtype_name(int32_t code) {
+  const DType known = dtype_from_torch(code);
+  if (known != DType::kOther) return traits_of(known).name;
+  const std::pair<int32_t, const char*> others[] = {{aoti_torch_dtype_uint16(), "uint16"},
+                                                    {aoti_torch_dtype_uint32(), "uint32"},
+                                                    {aoti_torch_dtype_uint64(), "uint64"},
+                                                    {aoti_torch_dtype_complex32(), "complex32"},
+                                                    {aoti_torch_dtype_complex64(), "complex64"},
+                                                    {aoti_torch_dtype_complex128(), "complex128"},
+                                                    {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"},
+                                                    {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"}};
+  for (const auto& [other, name] : others)
+    if (other == code) return name;
+  return traits_of(known).name;
+}
+
 inline std::ostream& write(std::ostream& text, const torch::headeronly::IntHeaderOnlyArrayRef& values) {
   text << "[";
   for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
@@ -77,9 +94,13 @@ class Argument {
  public:
   Argument(const char* op, const char* name, const Tensor& tensor) : op_(op), name_(name), tensor_(tensor) {
     check(tensor.defined(), op, name, " is undefined; expected a tensor");
-    int32_t code = -1;
-    aoti_torch_get_dtype(tensor.get(), &code);
-    dtype_ = dtype_from_torch(code);
+    aoti_torch_get_dtype(tensor.get(), &code_);
+    dtype_ = dtype_from_torch(code_);
+    // Freed, as sharded data parallelism does with parameters. Such a tensor keeps its sizes, and a view an address.
+    int64_t bytes = 0;
+    aoti_torch_get_storage_size(tensor.get(), &bytes);
+    check(bytes > 0 || tensor.numel() == 0, op, name, " has shape ", shape(),
+          " over storage that was freed; expected a tensor with memory");
   }
 
   const Argument& dtype(std::initializer_list<DType> accepted) const {
@@ -87,11 +108,11 @@ class Argument {
       if (candidate == dtype_) return *this;
     std::string names;
     for (DType candidate : accepted) names += (names.empty() ? "" : " or ") + std::string(traits_of(candidate).name);
-    fail(op_, name_, " has dtype ", traits_of(dtype_).name, "; expected dtype ", names);
+    fail(op_, name_, " has dtype ", dtype_name(code_), "; expected dtype ", names);
   }
   const Argument& same_dtype(const Argument& other) const {
-    if (dtype_ != other.dtype_)
-      fail(op_, name_, " has dtype ", traits_of(dtype_).name, "; expected dtype ", traits_of(other.dtype_).name, " as ",
+    if (code_ != other.code_)
+      fail(op_, name_, " has dtype ", dtype_name(code_), "; expected dtype ", dtype_name(other.code_), " as ",
            other.name_);
     return *this;
   }
@@ -113,14 +134,14 @@ class Argument {
   }
   const Argument& contiguous() const {
     check(tensor_.is_contiguous(), op_, name_, " has shape ", shape(), " and strides ", strides(),
-          "; expected a contiguous tensor");
+          "; expected a contiguous tensor, as ", name_, ".contiguous() is");
     return *this;
   }
   // The last dimension has stride 1; every other stride is a multiple of `step` elements.
   const Argument& dense_rows(int64_t step) const {
     const int64_t last = tensor_.dim() - 1;
     check(tensor_.size(last) <= 1 || tensor_.stride(last) == 1, op_, name_, " has strides ", strides(),
-          "; expected stride 1 in the last dimension");
+          "; expected stride 1 in the last dimension, as ", name_, ".contiguous() has");
     for (int64_t d = 0; d < last; ++d)
       check(tensor_.size(d) <= 1 || tensor_.stride(d) % step == 0, op_, name_, " has strides ", strides(),
             "; expected multiples of ", step, " elements, so that rows stay aligned");
@@ -145,14 +166,20 @@ class Argument {
           "; expected memory without gaps or overlaps");
     return *this;
   }
+  // Only GPU kernels move whole vectors: on a CPU the data need lie on no more than multiples of its elements. Tensors
+  // that are mapped from a file may lie anywhere.
   const Argument& aligned(uintptr_t bytes) const {
-    check(reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes == 0, op_, name_, " starts at an address that is ",
-          reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes, " bytes past a multiple of ", bytes,
-          "; expected data aligned to ", bytes, " bytes");
+    return aligned_on_cpu_too(tensor_.is_cpu() ? static_cast<uintptr_t>(tensor_.element_size()) : bytes);
+  }
+  const Argument& aligned_on_cpu_too(uintptr_t bytes) const {
+    const uintptr_t past = reinterpret_cast<uintptr_t>(tensor_.data_ptr()) % bytes;
+    check(past == 0, op_, name_, " starts at an address that is ", past, " bytes past a multiple of ", bytes,
+          "; expected data aligned to ", bytes, " bytes, as that of ", name_, ".clone() is");
     return *this;
   }
 
   const Tensor& tensor() const { return tensor_; }
+  const char* op() const { return op_; }
   const char* name() const { return name_; }
   DType dtype() const { return dtype_; }
   // Parts of messages. They are formatted only when an error is raised, so that a valid call does not pay for it.
@@ -195,6 +222,7 @@ class Argument {
   const char* op_;
   const char* name_;
   const Tensor& tensor_;
+  int32_t code_ = -1;  // torch's
   DType dtype_ = DType::kOther;
 };
 
@@ -209,10 +237,12 @@ void check_index_values(const char* op, const Scope& scope, std::initializer_lis
   }
 }
 
-// A new tensor with the dtype and device of `like`. It calls the C shim, because looking up the operator by its name
-// takes as long as the rest of a small call. Torch's error text does not cross the C boundary, so ours names the size.
+// A new tensor with the dtype and device of an argument, whose sizes decide its own. It calls the C shim, because
+// looking up the operator by its name takes as long as the rest of a small call. Torch's error text does not cross the
+// C boundary, so ours names the size.
 template <class Sizes, class Strides>
-Tensor new_empty_strided(const char* op, const Tensor& like, const Sizes& sizes, const Strides& strides) {
+Tensor new_empty_strided(const Argument& argument, const Sizes& sizes, const Strides& strides) {
+  const Tensor& like = argument.tensor();
   int32_t dtype = 0, device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -227,14 +257,16 @@ Tensor new_empty_strided(const char* op, const Tensor& like, const Sizes& sizes,
     bytes *= static_cast<double>(size);
     shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   }
-  fail(op, "no memory for an output of shape [", shape, "], ", bytes / (1 << 30), " GiB; expected that much free");
+  fail(argument.op(), argument.name(), " has shape ", argument.shape(),
+       ", and there is no memory for a tensor of shape [", shape, "]; expected ", bytes / (1 << 30),
+       " GiB that are free, or a smaller ", argument.name());
 }
 
-inline Tensor new_empty(const char* op, const Tensor& like, const std::vector<int64_t>& sizes) {
+inline Tensor new_empty(const Argument& argument, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
-  return new_empty_strided(op, like, sizes, strides);
+  return new_empty_strided(argument, sizes, strides);
 }
 
 }  // namespace abiding

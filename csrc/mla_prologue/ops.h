@@ -48,7 +48,7 @@ inline void check_record_cache(const char* op, const Argument& cache, int64_t bl
 inline void check_full_cache(const char* op, const Argument& cache, int64_t block_size, int64_t element_size) {
   cache.rank(3).size(2, kHeadDim).dense_rows(16 / element_size).no_overlap().aligned(16);
   check(cache.tensor().size(1) == block_size && block_size >= 1, op, "cache_block_size is ", block_size,
-        "; expected the cache's own, as in shape ", cache.shape());
+        "; expected the cache's own, 1 or more, as in shape ", cache.shape());
 }
 
 // Q and its output. `out` may alias q row for row; under any other overlap a row's output would overwrite another row's
@@ -108,8 +108,8 @@ inline void check_kv(const char* op, const Argument& kv, const Argument& cache, 
   params.cache = static_cast<uint8_t*>(cache.tensor().mutable_data_ptr());
   params.pages = cache.tensor().size(0);
   params.block_size = block_size;
-  check(params.tokens * (params.padded_heads + 1) < kMaxRows, op, "q has ", params.tokens, " tokens of ",
-        params.padded_heads, " heads; expected fewer than 2^31 rows per call");
+  check(params.tokens * (params.padded_heads + 1) < kMaxRows, op, "kv has ", params.tokens, " tokens, with ",
+        params.padded_heads, " heads of Q each; expected fewer than 2^31 rows of both per call");
 }
 
 // The output of the operator that returns one. Its sizes are checked before memory is allocated.
@@ -118,7 +118,7 @@ inline Tensor allocate_out(const Tensor& q, int64_t padded_heads) {
   q_in.dtype({DType::kBfloat16, DType::kFloat16}).rank(3).size(2, kHeadDim);
   check(padded_heads >= q.size(1) && padded_heads < kMaxRows, kQuantInsert, "q_head_padded is ", padded_heads,
         "; expected at least the ", q.size(1), " heads of q and less than 2^31");
-  return new_empty(kQuantInsert, q, {q.size(0), padded_heads, int64_t{kHeadDim}});
+  return new_empty(q_in, {q.size(0), padded_heads, int64_t{kHeadDim}});
 }
 
 inline PrologueParams check_quant_insert(const Tensor& q, const Tensor& kv, const Tensor& cache, const Tensor& slots,

@@ -23,7 +23,7 @@ struct Operators {
     if (mm.gemm.groups.rows == 0) return;
     const auto& impl = choose_grouped_mm(op, scope, mm.gemm);
     if (!mm.quantized) return scope.run(mm.gemm, impl);
-    const Tensor rows = new_empty(op, a, {a.size(0), 2 * a.size(1)});  // bf16, in bytes
+    const Tensor rows = new_empty({op, "a", a}, {a.size(0), 2 * a.size(1)});  // bf16, in bytes
     mm.dequantize.out = rows.mutable_data_ptr();
     mm.gemm.a = rows.const_data_ptr();
     mm.gemm.a_stride = mm.dequantize.out_stride;
@@ -71,7 +71,7 @@ struct Operators {
     const Scope scope(x);
     check_index_values(kMoe, scope, {expert_rule(p.route), expert_map_rule(p.route)});
     if (p.route.tokens == 0) return;
-    const Tensor space = workspace ? *workspace : new_empty(kMoe, w13, {p.layout.bytes});
+    const Tensor space = workspace ? *workspace : new_empty({kMoe, "w13", w13}, {p.layout.bytes});
     p.place(space.mutable_data_ptr());
     scope.run(p.route);
     if (p.route.experts > 0) {

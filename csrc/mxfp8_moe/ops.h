@@ -73,7 +73,8 @@ inline uint8_t* check_scales(const Argument& scales, const Argument& device, con
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
   check(tensor.numel() == 0 || last == tensor.numel() - 1, op, scales.name(), " has shape ", scales.shape(),
-        " and strides ", scales.strides(), "; expected memory without gaps");
+        " and strides ", scales.strides(), "; expected memory without gaps or overlaps, as ", scales.name(),
+        ".contiguous() has");
   return static_cast<uint8_t*>(scales.aligned(kAlignment).tensor().data_ptr());
 }
 
@@ -326,13 +327,14 @@ inline Workspace workspace_layout(int64_t tokens, int64_t top_k, int64_t experts
 inline void check_pairs(const char* op, int64_t tokens, int64_t top_k, int64_t experts) {
   check(1 <= top_k && top_k <= kMaxTopK, op, "top_k is ", top_k, "; expected 1 to ", kMaxTopK);
   check(0 <= tokens && tokens * top_k < kMaxRows, op, "tokens is ", tokens,
-        "; expected fewer than 2^31 for all of top_k");
+        "; expected 0 or more, and fewer than 2^31 pairs with the ", top_k, " experts of a token");
   check(0 <= experts && experts <= kMaxExperts, op, "experts is ", experts, "; expected 0 to ", kMaxExperts);
 }
 
 inline int64_t check_workspace_bytes(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden,
                                      int64_t intermediate) {
-  check(tokens < kMaxRows, kWorkspaceBytes, "tokens is ", tokens, "; expected fewer than 2^31");
+  check(0 <= tokens && tokens < kMaxRows, kWorkspaceBytes, "tokens is ", tokens,
+        "; expected 0 or more, and fewer than 2^31");
   check_pairs(kWorkspaceBytes, tokens, top_k, experts);
   check_width(kWorkspaceBytes, "hidden", hidden, "");
   check_width(kWorkspaceBytes, "intermediate", intermediate, "");
@@ -401,9 +403,9 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
   moe.layout = workspace_layout(tokens, top_k, experts, hidden, intermediate);
   if (workspace) {
     const Argument space{op, "workspace", *workspace};
-    space.dtype({DType::kUint8}).rank(1).contiguous().aligned(kAlignment).same_device(rows);
+    space.dtype({DType::kUint8}).rank(1).contiguous().aligned_on_cpu_too(kAlignment).same_device(rows);
     check(workspace->size(0) >= moe.layout.bytes, op, "workspace has shape ", space.shape(), "; expected at least [",
-          moe.layout.bytes, "] for ", tokens, " tokens");
+          moe.layout.bytes, "] for ", tokens, " tokens, as mxfp8_moe_workspace_bytes says");
   }
   const int64_t pairs = tokens * top_k;
   Groups groups{};

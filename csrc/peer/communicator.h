@@ -19,9 +19,11 @@ constexpr int64_t kMemoryHandleBytes = 64;  // as of a cudaIpcMemHandle_t
 // workspace to other processes; it is not the Handle of a communicator.
 struct MemoryBackend {
   bool is_cuda;
-  // Zeroed, on the current device. Writes kMemoryHandleBytes to `memory_handle`.
-  void* (*allocate)(int64_t bytes, uint8_t* memory_handle);
-  void* (*open)(const uint8_t* memory_handle, int64_t* bytes);  // leaves `bytes` as it is where it cannot be known
+  // Zeroed, on the current device. Writes kMemoryHandleBytes to `memory_handle`. Errors name `op` and its argument
+  // size.
+  void* (*allocate)(const char* op, int64_t bytes, uint8_t* memory_handle);
+  // Leaves `bytes` as it is where it cannot be known. Errors name `op` and its argument mem_handle.
+  void* (*open)(const char* op, const uint8_t* memory_handle, int64_t* bytes);
   void (*close)(void* opened);
   void (*free)(void* allocated);
   void (*clear)(void* at, int64_t bytes);  // zeroes; synchronous
@@ -69,6 +71,10 @@ using Handle = int64_t;
 Communicator* acquire(Handle handle);
 void release(Communicator* communicator);
 
+// Whether the address is that of memory of this kind, of at least so many bytes, that operators of this process have
+// allocated or opened (peer/buffers.h). Each binary has it, too.
+bool owns(int64_t address, bool is_cuda, int64_t bytes);
+
 [[noreturn]] inline void refuse(const char* op, const char* argument, Handle handle) {
   fail(op, argument, " is ", handle,
        "; expected the handle of a communicator that is open in this process (a fork needs its own)");
@@ -105,11 +111,12 @@ const MemoryBackend* cuda_memory_backend();  // null: the CUDA binary is not loa
 
 }  // namespace abiding::peer
 
-// Exported by the CPU binary. The Python loader hands the first two to the CUDA binary, the CUDA binary's MemoryBackend
-// to the third, and Python's functions to the last.
+// Exported by the CPU binary. The Python loader hands the first three to the CUDA binary, the CUDA binary's
+// MemoryBackend to the fourth, and Python's functions to the last.
 extern "C" {
 __attribute__((visibility("default"))) abiding::peer::Communicator* abiding_peer_acquire(abiding::peer::Handle handle);
 __attribute__((visibility("default"))) void abiding_peer_release(abiding::peer::Communicator* communicator);
+__attribute__((visibility("default"))) bool abiding_peer_owns(int64_t address, bool is_cuda, int64_t bytes);
 __attribute__((visibility("default"))) void abiding_peer_use_cuda(const abiding::peer::MemoryBackend* memory);
 __attribute__((visibility("default"))) void abiding_peer_use_python(const abiding::peer::Python* python);
 }

@@ -66,9 +66,9 @@ const char* remedy(int error) {
   }
 }
 
-void* map(int file, int64_t bytes, bool own) {
+void* map(const char* op, const char* argument, int file, int64_t bytes, bool own) {
   void* at = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, 0);
-  check(at != MAP_FAILED, "peer", "size is ", bytes, " bytes, which cannot be mapped: ", std::strerror(errno),
+  check(at != MAP_FAILED, op, argument, " is of ", bytes, " bytes, which cannot be mapped: ", std::strerror(errno),
         "; expected ", remedy(errno));
   std::lock_guard lock(tables_mutex());
   mappings()[at] = {bytes, own ? file : -1};
@@ -95,16 +95,15 @@ void write_owner_pid(void* workspace, int64_t bytes) {
     static_cast<Header*>(workspace)->pid = static_cast<uint32_t>(getpid());
 }
 
-void* allocate(int64_t bytes, uint8_t* memory_handle) {
-  check(bytes > 0, "peer", "size is ", bytes, "; expected more than 0 bytes");
+void* allocate(const char* op, int64_t bytes, uint8_t* memory_handle) {
   File file{memfd_create("abiding", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
   struct stat status{};
   const bool made = file.number >= 0 && ftruncate(file.number, bytes) == 0 &&
                     fcntl(file.number, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0 &&
                     fstat(file.number, &status) == 0;
-  check(made, "peer", "size is ", bytes, " bytes, which cannot be shared: ", std::strerror(errno), "; expected ",
+  check(made, op, "size is ", bytes, " bytes, which cannot be shared: ", std::strerror(errno), "; expected ",
         remedy(errno));
-  void* at = map(file.number, bytes, true);
+  void* at = map(op, "size", file.number, bytes, true);
   write_owner_pid(at, bytes);
   FileHandle name{};
   std::memcpy(name.kind, kFileHandle, sizeof kFileHandle);
@@ -116,26 +115,31 @@ void* allocate(int64_t bytes, uint8_t* memory_handle) {
   return at;
 }
 
-void* open(const uint8_t* memory_handle, int64_t* bytes) {
+void* open(const char* op, const uint8_t* memory_handle, int64_t* bytes) {
   FileHandle name;
   std::memcpy(&name, memory_handle, sizeof name);
-  check(is_cpu_memory_handle(memory_handle), "peer",
-        "handle is of another kind; expected one of memory that a process of this host shares");
   const std::string path = "/proc/" + std::to_string(name.pid) + "/fd/" + std::to_string(name.file);
-  const File file{::open(path.c_str(), O_RDWR | O_CLOEXEC)};
-  const int error = errno;
+  // Not a path of anybody's choice: a device or a pipe might not return from open().
   struct stat status{};
-  check(file.number >= 0, "peer", "handle leads to ", path, ", which does not open: ", std::strerror(error),
+  File file{-1};
+  int error = stat(path.c_str(), &status) == 0 ? 0 : errno;
+  check(error != 0 || S_ISREG(status.st_mode), op, "mem_handle leads to ", path,
+        ", which is no memory; expected memory that was allocated by these operators");
+  if (error == 0) {
+    file.number = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK);
+    error = errno;
+  }
+  check(file.number >= 0, op, "mem_handle leads to ", path, ", which does not open: ", std::strerror(error),
         "; expected ",
         error == ENOENT ? "a running process of this container that has not freed the memory" : remedy(error));
-  check(fstat(file.number, &status) == 0 && status.st_ino == name.inode && status.st_size == name.bytes, "peer",
-        "handle leads to ", path, ", which is now another file; expected memory that its owner has not freed");
+  check(fstat(file.number, &status) == 0 && status.st_ino == name.inode && status.st_size == name.bytes, op,
+        "mem_handle leads to ", path, ", which is now another file; expected memory that its owner has not freed");
   // Of any other file the owner could take pages away, which would end this process at its next access.
   const int seals = fcntl(file.number, F_GET_SEALS);
-  check(seals >= 0 && (seals & F_SEAL_SHRINK), "peer", "handle leads to ", path,
-        ", which is not sealed; expected memory that was allocated here");
+  check(seals >= 0 && (seals & F_SEAL_SHRINK), op, "mem_handle leads to ", path,
+        ", which is not sealed; expected memory that was allocated by these operators");
   *bytes = name.bytes;
-  return map(file.number, name.bytes, false);
+  return map(op, "mem_handle", file.number, name.bytes, false);
 }
 
 void close(void* opened) { unmap(opened, false); }

@@ -28,10 +28,20 @@ void clear(void* at, int64_t bytes) {
   STD_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-void* allocate(int64_t bytes, uint8_t* memory_handle) {
+// Refuses an argument by what CUDA says of it.
+template <class... Parts>
+void check_cuda(cudaError_t error, const char* op, const Parts&... parts) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that no later check reports it again
+  fail(op, parts...);
+}
+
+void* allocate(const char* op, int64_t bytes, uint8_t* memory_handle) {
   const RelaxedCapture relaxed;
   void* memory = nullptr;
-  STD_CUDA_CHECK(cudaMalloc(&memory, static_cast<size_t>(bytes)));
+  const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes));
+  check_cuda(error, op, "size is ", bytes, " bytes, which CUDA does not allocate: ", cudaGetErrorString(error),
+             "; expected less, or more free memory on the GPU");
   try {
     clear(memory, bytes);
     cudaIpcMemHandle_t ipc;
@@ -44,11 +54,13 @@ void* allocate(int64_t bytes, uint8_t* memory_handle) {
   return memory;
 }
 
-void* open(const uint8_t* memory_handle, int64_t*) {
+void* open(const char* op, const uint8_t* memory_handle, int64_t*) {
   cudaIpcMemHandle_t ipc;
   std::memcpy(&ipc, memory_handle, sizeof ipc);
   void* memory = nullptr;
-  STD_CUDA_CHECK(cudaIpcOpenMemHandle(&memory, ipc, cudaIpcMemLazyEnablePeerAccess));
+  const cudaError_t error = cudaIpcOpenMemHandle(&memory, ipc, cudaIpcMemLazyEnablePeerAccess);
+  check_cuda(error, op, "mem_handle is not opened by CUDA: ", cudaGetErrorString(error),
+             "; expected the handle of memory of another running process, on a GPU that this one can reach");
   return memory;
 }
 
@@ -97,11 +109,13 @@ void read(void* to, const void* from, int64_t bytes) {
 
 Communicator* (*acquire_communicator)(Handle) = nullptr;
 void (*release_communicator)(Communicator*) = nullptr;
+bool (*owns_address)(int64_t, bool, int64_t) = nullptr;
 
 }  // namespace
 
 Communicator* acquire(Handle handle) { return acquire_communicator ? acquire_communicator(handle) : nullptr; }
 void release(Communicator* communicator) { release_communicator(communicator); }
+bool owns(int64_t address, bool is_cuda, int64_t bytes) { return owns_address(address, is_cuda, bytes); }
 
 const MemoryBackend* cuda_memory_backend() {
   static const MemoryBackend memory = [] {
@@ -124,12 +138,14 @@ const MemoryBackend* cuda_memory_backend() {
 
 }  // namespace abiding::peer
 
-// How the Python loader introduces the two binaries to each other: takes the CPU binary's abiding_peer_acquire and
-// abiding_peer_release, returns what its abiding_peer_use_cuda takes.
+// How the Python loader introduces the two binaries to each other: takes the CPU binary's abiding_peer_acquire,
+// abiding_peer_release and abiding_peer_owns, returns what its abiding_peer_use_cuda takes.
 extern "C" __attribute__((visibility("default"))) const abiding::peer::MemoryBackend* abiding_cuda_connect(
-    abiding::peer::Communicator* (*acquire)(abiding::peer::Handle), void (*release)(abiding::peer::Communicator*)) {
+    abiding::peer::Communicator* (*acquire)(abiding::peer::Handle), void (*release)(abiding::peer::Communicator*),
+    bool (*owns)(int64_t, bool, int64_t)) {
   using namespace abiding::peer;
   acquire_communicator = acquire;
   release_communicator = release;
+  owns_address = owns;
   return cuda_memory_backend();
 }

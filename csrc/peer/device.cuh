@@ -82,13 +82,13 @@ __device__ __forceinline__ bool is_cta_leader() { return (threadIdx.x | threadId
 
 // A CTA's part in one call. begin() claims the CTA's epoch, end() publishes the next one.
 //
-// The tags of the call travel beside its data: as many threads as there are other ranks send one each, and poll one each
-// in the loop in which they poll for data. Invariant: every CTA compares the tags of all ranks before it ends. A CTA that
-// another rank's call does not have waits until its CTA 0, which every call has, has found the tags to differ.
+// The tags of the call travel beside its data: as many threads as there are other ranks send one each, and poll one
+// each in the loop in which they poll for data. Invariant: every CTA compares the tags of all ranks before it ends. A
+// CTA that another rank's call does not have waits until its CTA 0, which every call has, has found the tags to differ.
 class CallScope {
  public:
-  // This thread exchanges tags with rank `tag_rank`, unless that is this rank or none. Every other rank needs one thread
-  // in the CTA.
+  // This thread exchanges tags with rank `tag_rank`, unless that is this rank or none. Every other rank needs one
+  // thread in the CTA.
   __device__ __forceinline__ CallScope(const Peers& peers, Channel channel, int tag_rank)
       : peers_(peers), channel_(channel), tag_rank_(tag_rank) {}
 
@@ -103,9 +103,9 @@ class CallScope {
     poison_ = load_cached(&own->poison);
   }
 
-  // Sends this thread's tag; all threads of the CTA call this. Ordering: a stopped rank must not send the call's. Its CTA
-  // may be the first of this index since the calls differed, and meet one that still waits in that call: equal tags would
-  // join two calls.
+  // Sends this thread's tag; all threads of the CTA call this. Ordering: a stopped rank must not send the call's. Its
+  // CTA may be the first of this index since the calls differed, and meet one that still waits in that call: equal tags
+  // would join two calls.
   __device__ __forceinline__ void send_tag() {
     ok_ = poison_ == 0;
     if (tag_rank_ < 0 || tag_rank_ >= peers_.ranks || tag_rank_ == peers_.rank) return;
@@ -118,16 +118,16 @@ class CallScope {
               epoch_ % kSlots * static_cast<uint32_t>(slot_bytes(kTags)) + region * peers_.region_bytes[kTags];
   }
 
-  // Reports a second kernel on another stream. end() does it, too; kernels whose registers are too few to hold the claim
-  // until then call it earlier, and wait for the claim.
+  // Reports a second kernel on another stream. end() does it, too; kernels whose registers are too few to hold the
+  // claim until then call it earlier, and wait for the claim.
   __device__ __forceinline__ void check_claim() {
     if (is_cta_leader() && claim_ != epoch_)
       report_fault(peers_, poison_word(Fault::kConcurrent, peers_.rank, peers_.rank), epoch_, 0);
     claim_ = epoch_;
   }
 
-  // Publishes the next epoch once the tags of all ranks are there. False: the results of this CTA are to be NaN, whatever
-  // has been written.
+  // Publishes the next epoch once the tags of all ranks are there. False: the results of this CTA are to be NaN,
+  // whatever has been written.
   __device__ __forceinline__ bool end() {
     if (tag_at_ != 0 && ok_) {
       uint32_t no_words[1];

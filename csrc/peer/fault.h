@@ -86,8 +86,9 @@ template <class Body>
 void with_communicator(const char* op, const char* argument, Handle handle, const char* name, const Tensor& tensor,
                        const Body& body) {
   const CommunicatorRef communicator(op, argument, handle);
-  check(communicator->memory->is_cuda == tensor.is_cuda(), op, argument, " was made for another kind of device than ",
-        name, " is on; expected the same");
+  check(communicator->memory->is_cuda == tensor.is_cuda(), op, argument, " was made for ",
+        communicator->memory->is_cuda ? "CUDA" : "host", " memory, and ", name,
+        " is on another kind of device; expected ", name, " there, or a communicator for its device");
   check_running(op, *communicator);
   body(*communicator);
   if (!communicator->memory->is_cuda) check_running(op, *communicator);

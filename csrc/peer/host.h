@@ -87,8 +87,8 @@ struct HostAccess {
   };
 };
 
-// A rank's part in one call, which takes as many epochs as the message needs. The constructor claims the epoch and sends
-// the tag, end() publishes the next epoch.
+// A rank's part in one call, which takes as many epochs as the message needs. The constructor claims the epoch and
+// sends the tag, end() publishes the next epoch.
 template <class Access>
 class HostCallScope {
  public:
@@ -118,8 +118,8 @@ class HostCallScope {
     }
   }
 
-  // Waits for the tag of every other rank, to be called once, before any receive(): only a rank that makes the same call
-  // sends as many words as this one waits for. False: the call is over.
+  // Waits for the tag of every other rank, to be called once, before any receive(): only a rank that makes the same
+  // call sends as many words as this one waits for. False: the call is over.
   bool receive_tags() {
     for (int source = 0; source < peers_.ranks; ++source) {
       if (source == peers_.rank) continue;

@@ -1,86 +1,20 @@
 // The operators that make, steer and end a communicator, which every collective takes by its handle.
-#include <map>
+#include <algorithm>
 #include <tuple>
-#include <utility>
 
 #include "common/registration.h"
+#include "peer/buffers.h"
 #include "peer/fault.h"
-#include "peer/tables.h"
 
 namespace abiding::peer {
 namespace {
 
-const MemoryBackend& require_cuda_memory_backend(const char* op) {
+const MemoryBackend& require_cuda_memory_backend(const char* op, const char* argument) {
   const MemoryBackend* memory = cuda_memory_backend();
-  check(memory != nullptr, op, "CUDA memory needs abiding's CUDA binary, which is not loaded; expected a CUDA build");
+  check(memory != nullptr, op, argument,
+        " is of CUDA memory, and abiding's CUDA binary is not loaded; expected host "
+        "memory, or a build with CUDA under a torch with CUDA");
   return *memory;
-}
-
-// Memory that was allocated or opened here. A buffer is given back when neither its caller nor a communicator needs it.
-struct Buffer {
-  const MemoryBackend* memory;
-  void* address;
-  int64_t bytes;  // -1: unknown, as that of CUDA memory of another process
-  bool opened;
-  uint32_t forks = peer::forks();
-
-  Buffer(const MemoryBackend* memory, void* address, int64_t bytes, bool opened)
-      : memory(memory), address(address), bytes(bytes), opened(opened) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() {
-    try {
-      give_back();
-    } catch (const std::exception&) {  // there is no caller left to tell
-    }
-  }
-  void give_back() {
-    void* at = std::exchange(address, nullptr);
-    if (memory->is_cuda && forks != peer::forks()) return;  // the memory of the process that this one was forked from
-    if (at) opened ? memory->close(at) : memory->free(at);
-  }
-};
-
-// The buffers that callers hold, by address.
-class Buffers {
- public:
-  int64_t add(const MemoryBackend& memory, void* address, int64_t bytes, bool opened) {
-    const auto key = reinterpret_cast<int64_t>(address);
-    auto buffer = std::make_shared<Buffer>(&memory, address, bytes, opened);
-    std::lock_guard lock(tables_mutex());
-    all_[key].swap(buffer);
-    return key;
-  }
-
-  // Null: not the address of memory that was allocated or opened here, and not given back since.
-  std::shared_ptr<Buffer> find(int64_t ptr) {
-    std::lock_guard lock(tables_mutex());
-    const auto found = all_.find(ptr);
-    return found == all_.end() ? nullptr : found->second;
-  }
-
-  // Ends the caller's hold on a buffer.
-  void remove(const char* op, int64_t ptr, bool opened) {
-    std::shared_ptr<Buffer> buffer;
-    {
-      std::lock_guard lock(tables_mutex());
-      const auto found = all_.find(ptr);
-      check(found != all_.end() && found->second->opened == opened, op, "ptr is ", ptr, "; expected what ",
-            opened ? "open_mem_handle" : "allocate_shared_buffer_and_handle", " returned, once");
-      buffer = std::move(found->second);
-      all_.erase(found);
-    }
-    if (buffer.use_count() == 1) buffer->give_back();  // here, where a failure can raise
-  }
-
- private:
-  std::map<int64_t, std::shared_ptr<Buffer>> all_;
-};
-
-// Never destroyed, as the registry.
-Buffers& buffers() {
-  static auto* const one = new Buffers;
-  return *one;
 }
 
 // --- memory
@@ -88,13 +22,13 @@ Buffers& buffers() {
 std::tuple<int64_t, Tensor> allocate(const char* op, const MemoryBackend& memory, int64_t size) {
   check(size > 0, op, "size is ", size, "; expected a number of bytes, 1 or more");
   Tensor handle = torch::stable::empty({kMemoryHandleBytes}, torch::headeronly::ScalarType::Byte);
-  void* allocated = memory.allocate(size, static_cast<uint8_t*>(handle.mutable_data_ptr()));
-  return {buffers().add(memory, allocated, size, false), handle};
+  void* allocated = memory.allocate(op, size, static_cast<uint8_t*>(handle.mutable_data_ptr()));
+  return {add_buffer(memory, allocated, size, false), handle};
 }
 
 std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
   const char* op = "allocate_shared_buffer_and_handle";
-  return allocate(op, require_cuda_memory_backend(op), size);
+  return allocate(op, require_cuda_memory_backend(op, "size"), size);
 }
 std::tuple<int64_t, Tensor> allocate_shared_memory_and_handle(int64_t size) {
   return allocate("allocate_shared_memory_and_handle", cpu_memory_backend(), size);
@@ -107,18 +41,28 @@ int64_t open_mem_handle(const Tensor& mem_handle) {
   check(mem_handle.numel() == kMemoryHandleBytes, op, "mem_handle has shape ", handle.shape(), "; expected [",
         kMemoryHandleBytes, "]");
   const auto* bytes = static_cast<const uint8_t*>(mem_handle.const_data_ptr());
-  const MemoryBackend& memory = is_cpu_memory_handle(bytes) ? cpu_memory_backend() : require_cuda_memory_backend(op);
+  const MemoryBackend& memory =
+      is_cpu_memory_handle(bytes) ? cpu_memory_backend() : require_cuda_memory_backend(op, "mem_handle");
   int64_t size = -1;
-  void* const opened = memory.open(bytes, &size);
-  return buffers().add(memory, opened, size, true);
+  void* const opened = memory.open(op, bytes, &size);
+  return add_buffer(memory, opened, size, true);
 }
 
-void close_mem_handle(int64_t ptr) { buffers().remove("close_mem_handle", ptr, true); }
-void free_shared_buffer(int64_t ptr) { buffers().remove("free_shared_buffer", ptr, false); }
+void close_mem_handle(int64_t ptr) { remove_buffer("close_mem_handle", ptr, true); }
+void free_shared_buffer(int64_t ptr) { remove_buffer("free_shared_buffer", ptr, false); }
 
 // --- a communicator's life
 
 int64_t meta_size() { return kWorkspaceBytes; }
+
+// The buffer at ipc_tensors[r].
+std::shared_ptr<Buffer> require_buffer(const char* op, const std::vector<int64_t>& ipc_tensors, int64_t r,
+                                       bool is_cuda) {
+  auto buffer = find_buffer(ipc_tensors[r], is_cuda);
+  check(buffer != nullptr, op, "ipc_tensors[", r, "] is ", ipc_tensors[r], "; expected the address of ",
+        is_cuda ? "CUDA" : "host", " memory that this process has allocated or opened by these operators");
+  return buffer;
+}
 
 int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& rank_data, int64_t rank, bool) {
   const char* op = "init_custom_ar";
@@ -129,13 +73,13 @@ int64_t init_custom_ar(const std::vector<int64_t>& ipc_tensors, const Tensor& ra
   auto communicator = std::make_unique<Communicator>();
   communicator->rank = static_cast<int>(rank);
   communicator->ranks = static_cast<int>(ranks);
-  communicator->memory = rank_data.is_cuda() ? &require_cuda_memory_backend(op) : &cpu_memory_backend();
+  communicator->memory = rank_data.is_cuda() ? &require_cuda_memory_backend(op, "rank_data") : &cpu_memory_backend();
   for (int64_t r = 0; r < ranks; ++r) {
-    const auto buffer = buffers().find(ipc_tensors[r]);
-    check(buffer && buffer->memory == communicator->memory, op, "ipc_tensors[", r, "] is ", ipc_tensors[r],
-          "; expected the address of ", rank_data.is_cuda() ? "CUDA" : "host",
-          " memory, as rank_data is on, that was allocated or opened here");
-    check(buffer->bytes < 0 || buffer->bytes >= kWorkspaceBytes, op, "ipc_tensors[", r, "] has ", buffer->bytes,
+    const auto first = std::find(ipc_tensors.begin(), ipc_tensors.end(), ipc_tensors[r]) - ipc_tensors.begin();
+    check(first == r, op, "ipc_tensors[", r, "] is ", ipc_tensors[r], ", as ipc_tensors[", first,
+          "]; expected memory of its own for each rank");
+    const auto buffer = require_buffer(op, ipc_tensors, r, rank_data.is_cuda());
+    check(buffer->holds(kWorkspaceBytes), op, "ipc_tensors[", r, "] has ", buffer->bytes,
           " bytes; expected meta_size() or more, ", kWorkspaceBytes);
     communicator->workspaces[r] = reinterpret_cast<uint8_t*>(ipc_tensors[r]);
     communicator->buffers.push_back(buffer);
@@ -166,9 +110,12 @@ void dispose(int64_t fa) {
 
 // Messages are never sent from a caller's own memory, so there is nothing to register. Engines call these all the same.
 void register_buffer(int64_t fa, const std::vector<int64_t>& ipc_tensors) {
-  const int ranks = CommunicatorRef("register_buffer", "fa", fa)->ranks;
-  check(static_cast<int>(ipc_tensors.size()) == ranks, "register_buffer", "ipc_tensors has ", ipc_tensors.size(),
+  const char* op = "register_buffer";
+  const CommunicatorRef communicator(op, "fa", fa);
+  const int ranks = communicator->ranks;
+  check(static_cast<int>(ipc_tensors.size()) == ranks, op, "ipc_tensors has ", ipc_tensors.size(),
         " entries; expected one for each of ", ranks, " ranks");
+  for (int64_t r = 0; r < ranks; ++r) require_buffer(op, ipc_tensors, r, communicator->memory->is_cuda);
 }
 std::tuple<std::vector<int64_t>, std::vector<int64_t>> get_graph_buffer_ipc_meta(int64_t fa) {
   const CommunicatorRef communicator("get_graph_buffer_ipc_meta", "fa", fa);
@@ -183,7 +130,8 @@ void register_graph_buffers(int64_t fa, const std::vector<std::vector<int64_t>>&
 
 void configure(int64_t fa, double timeout_s, int64_t max_blocks, int64_t one_shot_bytes) {
   const CommunicatorRef communicator("configure", "fa", fa);
-  check(timeout_s > 0 && timeout_s < 1e9, "configure", "timeout_s is ", timeout_s, "; expected seconds, more than 0");
+  check(timeout_s > 0 && timeout_s < 1e9, "configure", "timeout_s is ", timeout_s,
+        "; expected seconds, more than 0 and less than 1e9");
   check(1 <= max_blocks && max_blocks <= kMaxCtas, "configure", "max_blocks is ", max_blocks,
         "; expected 1 or more and at most ", kMaxCtas);
   check(one_shot_bytes >= -1, "configure", "one_shot_bytes is ", one_shot_bytes,

@@ -1,8 +1,10 @@
 #include "common/cpu.h"
 
 #include <cmath>
+#include <memory>
 #include <vector>
 
+#include "peer/buffers.h"
 #include "peer/host.h"
 #include "reduce_rms/operators.h"
 
@@ -49,25 +51,59 @@ void normalize(const ReduceRmsParams& p, int ranks, const std::vector<float>& su
   });
 }
 
+// Upstream's table, checked: where it leads, and what keeps that mapped during a call.
+struct Table {
+  int rank, ranks;
+  uint64_t timeout_ns;
+  uint32_t* counters;
+  int64_t slot_bytes;
+  uint8_t* slots[peer::kMaxRanks];
+  std::vector<std::shared_ptr<peer::Buffer>> buffers;
+};
+
+// `words` is how many a rank sends to each other rank.
+Table check_table(const TableParams& p, int64_t words, const char* op) {
+  Table table{};
+  table.rank = p.rank;
+  table.ranks = p.ranks;
+  table.timeout_ns = p.timeout_ns;
+  const auto require = [&](int entry, int64_t bytes) {
+    void* const address = p.pointers[entry];
+    const auto buffer = peer::find_buffer(reinterpret_cast<int64_t>(address), false);
+    check(buffer && buffer->holds(bytes), op, "workspace[", entry, "] is ", reinterpret_cast<int64_t>(address),
+          "; expected the address of ", bytes, " bytes or more that this process has allocated or opened by ",
+          "abiding_custom_ar's operators");
+    table.buffers.push_back(buffer);
+    return address;
+  };
+  const int ranks = p.ranks;
+  table.counters = static_cast<uint32_t*>(require(3 * ranks, 3 * sizeof(uint32_t)));
+  table.slot_bytes = static_cast<const int64_t*>(require(3 * ranks + 1, 2 * sizeof(int64_t)))[1];
+  const int64_t needed = round_up(words * 4, 16) * ranks;
+  check(table.slot_bytes >= needed, op, "workspace has slots of ", table.slot_bytes, " bytes; expected at least ",
+        needed);
+  check(table.slot_bytes % 16 == 0 && table.slot_bytes < INT64_MAX / peer::kSlots, op, "workspace has slots of ",
+        table.slot_bytes, " bytes; expected a multiple of 16, as many as there is memory for");
+  for (int rank = 0; rank < ranks; ++rank)
+    table.slots[rank] = static_cast<uint8_t*>(require(2 * ranks + rank, peer::kSlots * table.slot_bytes));
+  return table;
+}
+
 // Replaces each sum by that of all ranks, in rank order, over upstream's table; NaN where a rank does not send in time.
-void sum_over_table(const TableParams& table, std::vector<float>& sums, int parts) {
-  auto* counters = static_cast<uint32_t*>(table.pointers[3 * table.ranks]);
-  const int64_t slot_bytes = static_cast<const int64_t*>(table.pointers[3 * table.ranks + 1])[1];
-  const int64_t region_bytes = slot_bytes / table.ranks / 16 * 16;
-  const uint32_t epoch = HostAccess::load(&counters[2]);
+void sum_over_table(const Table& table, std::vector<float>& sums) {
+  const int64_t region_bytes = table.slot_bytes / table.ranks / 16 * 16;
+  const uint32_t epoch = HostAccess::load(&table.counters[2]);
   const auto slot_ptr = [&](int receiver, int source) {
-    auto* buffer = static_cast<uint8_t*>(table.pointers[2 * table.ranks + receiver]);
-    return reinterpret_cast<uint32_t*>(buffer + epoch % peer::kSlots * slot_bytes + source * region_bytes);
+    return reinterpret_cast<uint32_t*>(table.slots[receiver] + epoch % peer::kSlots * table.slot_bytes +
+                                       source * region_bytes);
   };
   const auto count = static_cast<int64_t>(sums.size());
-  if (count * 4 > region_bytes)
-    fail(parts == 2 ? "minimax_allreduce_rms_qk" : "minimax_allreduce_rms", "workspace has slots of ", slot_bytes,
-         " bytes; expected at least ", count * 4 * table.ranks);
   for (int peer = 0; peer < table.ranks; ++peer)
     for (int64_t i = 0; peer != table.rank && i < count; ++i)
       HostAccess::store(slot_ptr(peer, table.rank) + i,
                         peer::encode(float_bits(sums[static_cast<size_t>(i)])) ^ kTableEmpty);
   std::vector<float> total(sums.size());
+  bool stopped = false;  // after a timeout, or an interrupt
   for (int source = 0; source < table.ranks; ++source) {
     peer::Header unknown{};
     HostAccess::Wait wait(table.ranks);
@@ -76,8 +112,10 @@ void sum_over_table(const TableParams& table, std::vector<float>& sums, int part
       if (source != table.rank) {
         uint32_t* from = slot_ptr(table.rank, source) + i;
         uint32_t wire = HostAccess::load(from);
-        while (wire == kTableEmpty && wait.pause(unknown, table.timeout_ns) == peer::Fault::kNone)
+        while (wire == kTableEmpty && !stopped) {
+          stopped = wait.pause(unknown, table.timeout_ns) != peer::Fault::kNone;
           wire = HostAccess::load(from);
+        }
         value = wire == kTableEmpty ? NAN : bits_float(peer::decode(wire ^ kTableEmpty));
         HostAccess::store(from, kTableEmpty);
       }
@@ -86,7 +124,7 @@ void sum_over_table(const TableParams& table, std::vector<float>& sums, int part
   }
   sums = total;
   HostAccess::fence();
-  HostAccess::store(&counters[2], epoch + 1);
+  HostAccess::store(&table.counters[2], epoch + 1);
 }
 
 // Calls sum_over_ranks(sums) between the two passes over the rows.
@@ -109,8 +147,10 @@ void run_cpu(const ReduceRmsParams& p, const peer::Peers& peers) {
   });
 }
 
-void run_cpu(const ReduceRmsParams& p, const TableParams& table) {
-  reduce_and_normalize(p, table.ranks, [&](std::vector<float>& sums) { sum_over_table(table, sums, p.part_count); });
+void run_cpu(const ReduceRmsParams& p, const TableParams& params) {
+  const char* op = p.part_count == 2 ? "minimax_allreduce_rms_qk" : "minimax_allreduce_rms";
+  const Table table = check_table(params, p.tokens * p.part_count, op);
+  reduce_and_normalize(p, table.ranks, [&](std::vector<float>& sums) { sum_over_table(table, sums); });
 }
 
 ABIDING_KERNELS(abiding, CPU, reduce_rms, m) { Operators<CpuScope>::implement(m); }

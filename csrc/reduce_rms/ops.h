@@ -52,7 +52,7 @@ inline RmsNorm check_rms_norm(const char* op, const char* input_name, const Tens
   check_weight(scale, rows);
   scale.size(0, input.size(1), ", the columns of ", input_name);
   check_eps(op, eps);
-  Tensor out = new_empty(op, input, {input.size(0), input.size(1)});
+  Tensor out = new_empty(rows, {input.size(0), input.size(1)});
   ReduceRmsParams p = params(rows, input, eps);
   p.parts[p.part_count++] = part(weight, out);
   return {p, out};
@@ -73,7 +73,7 @@ inline QkNorm check_qk_norm(const char* op, const Tensor& qkv, const char* weigh
   check(qkv.size(1) == q_width + 2 * k_width, op, "qkv has shape ", rows.shape(), "; expected ", q_width + 2 * k_width,
         " columns, q's ", q_width, " and twice k's ", k_width);
   check_eps(op, eps);
-  Tensor q = new_empty(op, qkv, {qkv.size(0), q_width}), k = new_empty(op, qkv, {qkv.size(0), k_width});
+  Tensor q = new_empty(rows, {qkv.size(0), q_width}), k = new_empty(rows, {qkv.size(0), k_width});
   ReduceRmsParams p = params(rows, qkv, eps);
   p.parts[p.part_count++] = part(weight_q, q);
   p.parts[p.part_count++] = part(weight_k, k);

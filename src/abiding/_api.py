@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,15 @@ def call(function: str, names: Mapping[str, str], op: torch._ops.OpOverload, *ar
 
 
 def translated(error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
-    """Translate an operator's argument error to a TypeError or ValueError; other errors are returned unchanged."""
+    """Translate an operator's argument error to a TypeError, a ValueError, or an OutOfMemoryError for a result that no
+    memory is left for; other errors are returned unchanged."""
     text = next((line for line in str(error).splitlines() if line.startswith("abiding::")), "")
     if match := re.match(r"abiding::\w+: (?P<complaint>\w+.*; expected .*)", text):
         # "a" names an argument at the start, and after "as" and "overlaps"; elsewhere it is the article.
         words = r"(?!a\b)\w+|^a\b|(?<=\bas )a\b|(?<=\boverlaps )a\b"
         complaint = re.sub(words, lambda word: names.get(word[0], word[0]), match["complaint"])
+        if " there is no memory for " in text:
+            return torch.OutOfMemoryError(f"{function}: {complaint}")
         return (TypeError if re.search(r" has dtype | is undefined;", text) else ValueError)(f"{function}: {complaint}")
     mismatch = r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
     if match := re.search(mismatch, str(error)):
@@ -62,9 +65,26 @@ def check_shape(function: str, name: str, tensor: object, shape: tuple[int | str
     raise ValueError(f"{function}: {name} has shape {list(sizes)}; expected [{', '.join(map(str, shape))}]")
 
 
+def check_dtype(function: str, name: str, tensor: Tensor, accepted: Sequence[torch.dtype], like: str = "") -> None:
+    """Raise TypeError unless the dtype is accepted, or is that of the argument ``like``, in the operators' words."""
+    if tensor.dtype not in accepted:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{function}: {name} has dtype {found}; expected dtype {names}" + (f" as {like}" if like else "")
+        )
+
+
+def check_device(function: str, name: str, tensor: Tensor, other: Tensor, like: str) -> None:
+    """Raise ValueError unless the tensor is on the device of the argument ``like``, in the operators' words."""
+    if tensor.device != other.device:
+        raise ValueError(f"{function}: {name} is on {tensor.device}; expected device {other.device} as {like}")
+
+
 def check_holds_its_values(function: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a lazily negated or conjugated view, as the operators do."""
-    if tensor.is_neg() or tensor.is_conj():
+    """Raise TypeError unless the argument is a tensor, ValueError for a lazily negated or conjugated view, as the
+    operators do."""
+    if check_tensor(function, name, tensor).is_neg() or tensor.is_conj():
         kind, method = ("negated", "neg") if tensor.is_neg() else ("conjugated", "conj")
         raise ValueError(
             f"{function}: {name} is a lazily {kind} view; expected a tensor that holds its values, "

@@ -115,7 +115,7 @@ def _load_cuda() -> str | None:
     binary, cpu = ctypes.CDLL(str(path)), ctypes.CDLL(str(_find("libabiding.so")))
     # The CPU binary owns the communicator registry; each binary implements the peer memory of its own device type.
     binary.abiding_cuda_connect.restype = ctypes.c_void_p
-    memory = binary.abiding_cuda_connect(cpu.abiding_peer_acquire, cpu.abiding_peer_release)
+    memory = binary.abiding_cuda_connect(cpu.abiding_peer_acquire, cpu.abiding_peer_release, cpu.abiding_peer_owns)
     cpu.abiding_peer_use_cuda(ctypes.c_void_p(memory))
     needed, found = binary.abiding_cuda_runtime_version(), binary.abiding_cuda_driver_version()
     if found // 1000 < needed // 1000:

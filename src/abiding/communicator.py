@@ -34,7 +34,7 @@ from abiding._peer_memory import PeerMemory, connect, own_tensors, refuse_to_cop
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_ops = torch.ops.abiding
+_ALL_REDUCE, _ALL_REDUCE_OUT = torch.ops.abiding.all_reduce.default, torch.ops.abiding.all_reduce.out
 _PUBLIC_NAMES = {"input": "x"}
 _CLOSE_TIMEOUT_S = 10.0
 _CALL_BYTES = 128  # of the name of a call and its sizes
@@ -171,6 +171,8 @@ class Communicator:
     def _set_peer_memory(self, memory: PeerMemory | None, unavailable: str | None) -> None:
         self._memory, self._unavailable = memory, unavailable
         self._handle = -1 if memory is None else memory.handle
+        # Of a message that goes through peer memory; -1: none does.
+        self._most_bytes = self.max_bytes if memory is not None and self.ranks > 1 else -1
         with own_tensors():
             self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
         if memory is not None:
@@ -182,9 +184,10 @@ class Communicator:
         """Sum ``x`` over all ranks; float32, float16 and bfloat16 accumulate in float32 in rank order, rounded once.
 
         Args:
-            x: the message, of any size (also empty) and any alignment. A dense order of strides is preserved. Not
-                modified unless ``out`` is x.
-            out: the output, with the shape, strides and dtype of x; may be x itself. Default: a new tensor.
+            x: the message, of any size (also empty) and any alignment. A dense order of strides is preserved, whichever
+                route the message takes. Not modified unless ``out`` is x.
+            out: the output, with the shape, strides and dtype of x, in memory of its own; may be x itself. If x's
+                memory has gaps or overlaps, any strides without overlaps. Default: a new tensor.
 
         Returns:
             ``out``, or a new tensor.
@@ -193,27 +196,45 @@ class Communicator:
             RuntimeError: the communicator has stopped or is closed; the message names the operator and the rank.
             TypeError, ValueError: an argument's dtype, device or layout is not accepted.
         """
+        result: Tensor
+        # The host has a microsecond or two: most calls are made here, and what they need is looked up once. The
+        # operator looks at devices and strides itself.
+        if (
+            isinstance(x, Tensor)
+            and x.numel() * x.itemsize <= self._most_bytes
+            and x.dtype in DTYPES
+            and x.is_contiguous()
+            and not (x.requires_grad or getattr(out, "requires_grad", False) or self._interrupted)
+        ):
+            try:
+                if out is None:
+                    result = _ALL_REDUCE(x, self._token, self._handle)
+                    return result
+                _ALL_REDUCE_OUT(x, self._token, self._handle, out=out)
+                return out
+            except RuntimeError as error:
+                self.check_device("all_reduce", "x", x)
+                raise self._explained(error, "all_reduce", _PUBLIC_NAMES) from None
         route = self.explain(x)
         if route.backend == "abiding":
             if out is None:
-                result: Tensor = self.run("all_reduce", _PUBLIC_NAMES, _ops.all_reduce.default, (x,))
+                result = self.run("all_reduce", _PUBLIC_NAMES, _ALL_REDUCE, (x,))
                 return result
-            self.run("all_reduce", _PUBLIC_NAMES, _ops.all_reduce.out, (x,), out=out)
+            self.run("all_reduce", _PUBLIC_NAMES, _ALL_REDUCE_OUT, (x,), out=out)
             return out
-        self._check_open("all_reduce")
+        self.check_open("all_reduce")
         for name, tensor in (("x", x), ("out", x if out is None else out)):
             _api.check_holds_its_values("all_reduce", name, tensor)
-        if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
-            raise ValueError(
-                f"all_reduce: out is {out.dtype}{list(out.shape)} on {out.device}; "
-                f"expected {x.dtype}{list(x.shape)} on {x.device} as x"
-            )
+        if out is not None:
+            _check_out(x, out)
         with torch.no_grad():
             if route.backend == "copy":
                 return x.clone() if out is None else out.copy_(x)
             self.agree("all_reduce", f"{x.numel()} {str(x.dtype).removeprefix('torch.')} elements")
-            result = x.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(result, group=self.group)
+            result = x.clone()
+            # Backends want contiguous tensors; the order of the strides is the same on all ranks.
+            flat = result if result.is_contiguous() else result.as_strided((result.numel(),), (1,))
+            dist.all_reduce(flat, group=self.group)
             return result if out is None else out.copy_(result)
 
     def explain(self, tensor: Tensor) -> Route:
@@ -281,10 +302,13 @@ class Communicator:
         try:
             return op(*tensors, self._token, self._handle, *rest, **out)
         except RuntimeError as error:
-            self._check_open(function)
-            if fault := self.fault:
-                raise RuntimeError(fault) from None
-            raise _api.translated(error, function, names) from None
+            raise self._explained(error, function, names) from None
+
+    def _explained(self, error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
+        """What to raise for an operator's error; raises itself if the communicator is closed."""
+        self.check_open(function)
+        fault = self.fault
+        return RuntimeError(fault) if fault else _api.translated(error, function, names)
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -307,7 +331,7 @@ class Communicator:
 
         An eager call raises by itself; the replay of a CUDA graph cannot.
         """
-        self._check_open("check")
+        self.check_open("check")
         self._synchronize()
         if self._memory is not None and (fault := self._memory.fault(look=True)):
             raise RuntimeError(fault)
@@ -319,7 +343,7 @@ class Communicator:
             RuntimeError: a rank did not arrive within twice the timeout, as long as two ranks' errors may lie apart, or
                 has closed or ended; the message names it. The call can be repeated.
         """
-        self._check_open("reset")
+        self.check_open("reset")
         if self._memory is None:
             return
         self._synchronize()
@@ -331,7 +355,12 @@ class Communicator:
             self._memory.wait_at_barrier(Step.CLEARED, self._resets, self.timeout_s)
             self._interrupted = None
         except RuntimeError as error:
-            raise RuntimeError(f"abiding::reset: {error}; expected all {self.ranks} ranks to call it") from None
+            # A rank that is late may come; one that has left will not.
+            may_come = " missing after " in str(error)
+            remedy = (
+                f"all {self.ranks} ranks to call it" if may_come else "a new Communicator of the ranks that are left"
+            )
+            raise RuntimeError(f"abiding::reset: {error}; expected {remedy}") from None
 
     def close(self) -> None:
         """Free the peer memory once all ranks have called it, or after min(timeout_s, 10 s). In a fork: at once."""
@@ -375,7 +404,8 @@ class Communicator:
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.ranks}, {self.device}, {self.state})"
 
-    def _check_open(self, function: str) -> None:
+    def check_open(self, function: str) -> None:
+        """Raise unless the communicator is open, and was made in this process."""
         if self._closed:
             raise RuntimeError(f"abiding::{function}: communicator is closed; expected an open one")
         if self._is_fork():
@@ -417,6 +447,42 @@ def checked(function: str, comm: object) -> Communicator:
     if not isinstance(comm, Communicator):
         raise TypeError(f"{function}: comm is a {type(comm).__name__}; expected a Communicator")
     return comm
+
+
+def _check_out(x: Tensor, out: Tensor) -> None:
+    """The checks of csrc/all_reduce/ops.h, in its words, for routes that do not come to the operator."""
+    function = "all_reduce"
+    if out.shape != x.shape:
+        raise ValueError(f"{function}: out has shape {list(out.shape)}; expected {list(x.shape)} as x")
+    _api.check_dtype(function, "out", out, [x.dtype], "x")
+    _api.check_device(function, "out", out, x, "x")
+    layout = f"{function}: out has shape {list(out.shape)} and strides {list(out.stride())}; expected "
+    if not is_dense(x.shape, x.stride()):
+        if _overlaps_itself(out):
+            raise ValueError(layout + "memory without overlaps")
+        return
+    if not is_dense(out.shape, out.stride()):
+        raise ValueError(layout + "memory without gaps or overlaps")
+    if any(size > 1 and a != b for size, a, b in zip(x.shape, x.stride(), out.stride(), strict=True)):
+        raise ValueError(f"{layout}{list(x.shape)} and {list(x.stride())} as x")
+    if torch.compiler.is_compiling():  # addresses are not known yet
+        return
+    begin, end, bytes_ = x.data_ptr(), out.data_ptr(), x.numel() * x.element_size()
+    if begin != end and abs(begin - end) < bytes_:
+        raise ValueError(f"{function}: out overlaps x; expected memory of its own, or exactly that of x")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return False
+    span = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1
+    ):
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False
 
 
 def _check_group(group: object) -> None:

@@ -76,11 +76,11 @@ def qnorm_rope_kv_insert(
     quantization blocks of 64 with ``scale = 2^ceil(log2(max(amax, 1e-4) / 448))``; its last 64 are stored unquantized.
 
     Args:
-        q: ``[T, H, 512]`` bfloat16 or float16; rows are dense and 16-byte aligned, with any row strides. Not modified
-            unless ``out`` is q.
+        q: ``[T, H, 512]`` bfloat16 or float16; rows are dense and, on a GPU, 16-byte aligned, with any row strides. Not
+            modified unless ``out`` is q.
         kv: ``[T, 512]`` of q's dtype, already normalized.
-        cache: ``uint8[pages, ...]`` as described above, written in place; 8-byte aligned, with a page stride of at
-            least 584 * block_size.
+        cache: ``uint8[pages, ...]`` as described above, written in place; on a GPU 8-byte aligned; with a page stride
+            of at least 584 * block_size.
         slots: ``[T' <= T]`` int32 or int64: ``page * block_size + index in the page``. Rows with a negative slot, and
             rows from T' on, are not inserted.
         positions: ``[T]`` int32 or int64, rows of ``cos_sin``.

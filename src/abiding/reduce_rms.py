@@ -15,12 +15,15 @@ accepted.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from abiding._api import check_holds_its_values, check_shape
+from abiding._api import check_device, check_dtype, check_holds_its_values
 from abiding._fakes import register_fake
-from abiding.communicator import Communicator, checked
+from abiding.communicator import DTYPES, Communicator, checked
 
 _ops = torch.ops.abiding
 _PUBLIC_NAMES = {"input": "x", "weight_q": "wq", "weight_k": "wk"}
@@ -47,10 +50,12 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
     if comm.unavailable_reason is None:
         result: Tensor = comm.run("rms_norm", _PUBLIC_NAMES, _ops.reduce_rms.default, (x, weight), eps)
         return result
-    check_shape("rms_norm", "x", x, ("T", "d"))
-    check_shape("rms_norm", "weight", weight, (x.size(1),))
-    for name, tensor in (("x", x), ("weight", weight)):
-        check_holds_its_values("rms_norm", name, tensor)
+    _check_arguments("rms_norm", "x", x, {"weight": weight}, eps)
+    if weight.numel() != x.size(1):
+        raise ValueError(
+            f"rms_norm: weight has shape {list(weight.shape)}; expected size {x.size(1)} in dimension 0, "
+            "the columns of x"
+        )
     return _scaled("rms_norm", [x], [weight], comm, eps)[0]
 
 
@@ -75,23 +80,50 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
         op = _ops.reduce_rms_qk.default
         result: tuple[Tensor, Tensor] = comm.run("qk_norm", _PUBLIC_NAMES, op, (qkv, wq, wk), eps)
         return result
-    check_shape("qk_norm", "wq", wq, ("q",))
-    check_shape("qk_norm", "wk", wk, ("kv",))
-    check_shape("qk_norm", "qkv", qkv, ("T", wq.numel() + 2 * wk.numel()))
-    for name, tensor in (("qkv", qkv), ("wq", wq), ("wk", wk)):
-        check_holds_its_values("qk_norm", name, tensor)
+    _check_arguments("qk_norm", "qkv", qkv, {"wq": wq, "wk": wk}, eps)
+    if qkv.size(1) != wq.numel() + 2 * wk.numel():
+        raise ValueError(
+            f"qk_norm: qkv has shape {list(qkv.shape)}; expected {wq.numel() + 2 * wk.numel()} columns, q's "
+            f"{wq.numel()} and twice k's {wk.numel()}"
+        )
     q, k, _ = qkv.split([wq.numel(), wk.numel(), wk.numel()], dim=1)
     q, k = _scaled("qk_norm", [q, k], [wq, wk], comm, eps)
     return q, k
+
+
+def _check_arguments(function: str, name: str, rows: Tensor, weights: Mapping[str, Tensor], eps: float) -> None:
+    """The checks of csrc/reduce_rms/ops.h, in its words, for ranks whose calls do not come to the operator."""
+    for each, tensor in ((name, rows), *weights.items()):
+        check_holds_its_values(function, each, tensor)
+        check_device(function, each, tensor, rows, name)
+    check_dtype(function, name, rows, DTYPES)
+    if rows.dim() != 2:
+        raise ValueError(f"{function}: {name} has shape {list(rows.shape)}; expected 2 dimensions")
+    if rows.size(1) > 1 and rows.stride(1) != 1:
+        raise ValueError(
+            f"{function}: {name} has strides {list(rows.stride())}; expected stride 1 in the last dimension, "
+            f"as {name}.contiguous() has"
+        )
+    for each, weight in weights.items():
+        check_dtype(function, each, weight, [rows.dtype], name)
+        if weight.dim() != 1:
+            raise ValueError(f"{function}: {each} has shape {list(weight.shape)}; expected 1 dimensions")
+        if not weight.is_contiguous():
+            raise ValueError(
+                f"{function}: {each} has shape {list(weight.shape)} and strides {list(weight.stride())}; "
+                f"expected a contiguous tensor, as {each}.contiguous() is"
+            )
+    if not isinstance(eps, int | float):
+        raise TypeError(f"{function}: eps is a {type(eps).__name__}; expected a float")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{function}: eps is {eps:g}; expected a finite number, not negative")
 
 
 def _scaled(
     function: str, parts: list[Tensor], weights: list[Tensor], comm: Communicator, eps: float
 ) -> tuple[Tensor, ...]:
     """The fallback for ranks without peer memory: plain PyTorch around the communicator's all-reduce."""
-    for part, weight in zip(parts, weights, strict=True):
-        if weight.dtype != part.dtype:
-            raise TypeError(f"{function}: weight has dtype {weight.dtype}; expected {part.dtype} as the rows")
+    comm.check_open(function)
     widths = " + ".join(str(part.size(1)) for part in parts)
     dtype = str(parts[0].dtype).removeprefix("torch.")
     comm.agree(function, f"{parts[0].size(0)} rows of {widths} {dtype} columns")

@@ -52,13 +52,33 @@ WRONG: dict[str, tuple[Callable[[Tensor], tuple[Any, ...]], type[Exception], str
         "out has .*; expected memory without gaps or overlaps",
     ),
     "out overlaps": (lambda t: (t[:8], t[4:12]), ValueError, "all_reduce: out overlaps x; expected memory of its own"),
+    "out one element behind": (lambda t: (t[:8], t[7:15]), ValueError, "all_reduce: out overlaps x; expected"),
+    "out one element ahead": (lambda t: (t[7:15], t[:8]), ValueError, "all_reduce: out overlaps x; expected"),
+    "out is one element": (
+        lambda t: (t[:8], t[16:17].expand(8)),
+        ValueError,
+        r"out has shape \[8\] and strides \[0\]; expected memory without gaps or overlaps",
+    ),
+    "out of strides in another order": (
+        lambda t: (t[:24].view(2, 3, 4), t[24:48].view(3, 2, 4).transpose(0, 1)),
+        ValueError,
+        r"strides \[4, 8, 1\]; expected \[2, 3, 4\] and \[12, 4, 1\] as x",
+    ),
 }
 
 
+# Ranks and max_bytes: over peer memory, through torch.distributed, alone.
+ROUTES = {"abiding": (2, 8 << 20), "torch.distributed": (2, 0), "copy": (1, 8 << 20)}
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str, device: torch.device) -> None:
+def test_wrong_arguments(name: str, route: str, device: torch.device) -> None:
+    """The same refusal on every route, before another rank is involved."""
     make, error, text = WRONG[name]
-    with virtual_ranks(2, device) as comms:
+    ranks, max_bytes = ROUTES[route]
+    with virtual_ranks(ranks, device, max_bytes=max_bytes) as comms:
+        assert comms[0].explain(base(device)).backend == route
         memory = base(device)
         refusal(lambda: comms[0].all_reduce(*make(memory)), error, text)
         assert_bitwise_equal(memory, base(device))
@@ -91,7 +111,13 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (raw.init_custom_ar, ([4096, 0], data, 0, True), r"ipc_tensors\[0\] is 4096; expected the address"),
             (raw.init_custom_ar, ([4096, 4096], data, 2, True), "rank is 2; expected 0 or more and less than 2"),
             (raw.init_custom_ar, ([4096, 4096], data, -1, True), "rank is -1"),
+            (raw.init_custom_ar, ([memory.own] * 2, data, 0, True), r"ipc_tensors\[1\] is \d+, as ipc_tensors\[0\]"),
             (raw.register_buffer, (fa, [1]), "ipc_tensors has 1 entries; expected one for each of 2 ranks"),
+            (
+                raw.register_buffer,
+                (fa, [memory.own, 4096]),
+                r"ipc_tensors\[1\] is 4096; expected the address",
+            ),
             (raw.register_graph_buffers, (fa, [[]], [[]]), "handles and offsets have 1 and 1 entries"),
             (raw.configure, (fa, 0.0, 8), "timeout_s is 0; expected seconds"),
             (raw.configure, (fa, 1.0, 0), "max_blocks is 0; expected 1 or more"),
@@ -101,8 +127,15 @@ def test_raw_operators_check_their_arguments(device: torch.device) -> None:
             (raw.open_mem_handle, (handle[:63],), r"mem_handle has shape \[63\]; expected \[64\]"),
             (raw.open_mem_handle, (handle.int(),), "mem_handle has dtype int32; expected dtype uint8"),
             (raw.close_mem_handle, (4096,), "ptr is 4096; expected what open_mem_handle returned, once"),
-            (raw.free_shared_buffer, (memory.own + 64,), "what allocate_shared_buffer_and_handle returned"),
+            (raw.free_shared_buffer, (memory.own + 64,), "what allocate_shared_buffer_and_handle or"),
             (raw.all_reduce, (fa, x, x, 4096, 8), "inp has 256 bytes; expected at most 8"),
+            (raw.all_reduce, (fa, x, x, 4096, 1 << 10), "reg_buffer is 4096; expected 0, or the address of 1024 bytes"),
+            (
+                raw.all_reduce,
+                (fa, x, x, memory.own, 1 << 40),
+                "reg_buffer is .*; expected 0, or the address",
+            ),
+            (raw.all_reduce, (fa, x, x, x.data_ptr(), 1 << 10), "reg_buffer is .*; expected 0, or"),
             (raw.all_reduce, (fa, x.double(), x.double(), 0, 0), "inp has dtype float64; expected"),
             (raw.all_reduce, (fa, x[::2], x[::2], 0, 0), "inp has .*; expected memory without gaps"),
             (
@@ -152,7 +185,7 @@ def test_memory_of_a_process_that_has_ended_is_refused(python: Callable[..., Any
     """Its handle is refused, also if another process has the same process id by now."""
     made = python(Path("make_handle.py"))
     handle = torch.tensor(ast.literal_eval(made.stdout), dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=r"handle leads to .*; expected a running process"):
+    with pytest.raises(RuntimeError, match=r"open_mem_handle: mem_handle leads to .*; expected a running process"):
         raw.open_mem_handle(handle)
     _, own = raw.allocate_shared_memory_and_handle(64)
     own[16:24] += 1

@@ -7,10 +7,12 @@ import io
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +153,8 @@ def test_a_fork_cannot_speak_for_the_rank() -> None:
     for name, text in found.items():
         assert "RuntimeError: abiding::" in text, (name, text)
         assert f"communicator belongs to rank 0's process {pid}, of which this one" in text, (name, text)
+
+
+def test_a_fork_has_tables_of_its_own(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Its lock is free, its entries are copies, and those of its parent stay."""
+    assert python(Path("fork_tables.py")).stdout == "{0: 100}\n"

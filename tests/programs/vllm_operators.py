@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls.collectives import minimax_tables
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm_schemas import BF16, FP8, LATER, QUANT, QUANT_ARGUMENTS, TENSORS
@@ -332,16 +333,14 @@ def minimax_reduce_rms_is_served_and_compiles() -> None:
         q, k = torch.ops._C.minimax_allreduce_rms_qk(rows, wq, wk, table, 32, 8, 0, 1, 1e-6)
         return q, k, torch.ops._C.minimax_allreduce_rms(rows[:, :32].contiguous(), wq, table, 0, 1, 1e-6)
 
-    slots, counters = torch.full((3 * 4096,), -0.0), torch.zeros(3, dtype=torch.int32)
-    sizes = torch.tensor([0, 16384])
-    table = torch.tensor([0, 0, slots.data_ptr(), counters.data_ptr(), sizes.data_ptr()])
-    rows, wq, wk = torch.randn(5, 48), torch.randn(32), torch.randn(8)
-    q, k, single = call(rows, wq, wk, table)
-    for out, x, w in ((q, rows[:, :32], wq), (k, rows[:, 32:40], wk), (single, rows[:, :32], wq)):
-        torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, x.shape[1:], w, 1e-6))
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(rows, wq, wk, table), (q, k, single), strict=True):
-        assert_bitwise_equal(actual, expected)
+    with minimax_tables(1) as (table,):
+        rows, wq, wk = torch.randn(5, 48), torch.randn(32), torch.randn(8)
+        q, k, single = call(rows, wq, wk, table)
+        for out, x, w in ((q, rows[:, :32], wq), (k, rows[:, 32:40], wk), (single, rows[:, :32], wq)):
+            torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, x.shape[1:], w, 1e-6))
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for actual, expected in zip(compiled(rows, wq, wk, table), (q, k, single), strict=True):
+            assert_bitwise_equal(actual, expected)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from calls.collectives import minimax_tables
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,21 +31,20 @@ SCHEMAS = {
 }
 
 
-def arguments(name: str, comm: Communicator, device: torch.device, tokens: int = 5) -> tuple[list[Any], list[Tensor]]:
-    """Valid arguments of a raw operator for a single rank, and the tensors that they point to."""
+@contextmanager
+def arguments(name: str, device: torch.device, tokens: int = 5) -> Iterator[list[Any]]:
+    """Valid arguments of a raw operator for a single rank."""
     i = RmsCase(tokens, 24, 8).make(1, device)[0]
     rows = i.rows[:, :24].contiguous()
-    slots = torch.full((3 * 1024,), -0.0, device=device)
-    counters, sizes = torch.zeros(3, dtype=torch.int32, device=device), torch.tensor([0, 4096], device=device)
-    table = torch.tensor([0, 0, slots.data_ptr(), counters.data_ptr(), sizes.data_ptr()], device=device)
-    state = [comm._token, comm._handle]
-    found: dict[str, list[Any]] = {
-        "reduce_rms": [rows, i.wq, *state, 1e-6],
-        "reduce_rms_qk": [i.rows, i.wq, i.wk, *state, 1e-6],
-        "minimax_allreduce_rms": [rows, i.wq, table, 0, 1, 1e-6],
-        "minimax_allreduce_rms_qk": [i.rows, i.wq, i.wk, table, 24, 8, 0, 1, 1e-6],
-    }
-    return found[name], [slots, counters, sizes]
+    with virtual_ranks(1, device) as (comm,), minimax_tables(1, device) as (table,):
+        state = [comm._token, comm._handle]
+        found: dict[str, list[Any]] = {
+            "reduce_rms": [rows, i.wq, *state, 1e-6],
+            "reduce_rms_qk": [i.rows, i.wq, i.wk, *state, 1e-6],
+            "minimax_allreduce_rms": [rows, i.wq, table, 0, 1, 1e-6],
+            "minimax_allreduce_rms_qk": [i.rows, i.wq, i.wk, table, 24, 8, 0, 1, 1e-6],
+        }
+        yield found[name]
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -58,8 +60,7 @@ def test_schema(name: str) -> None:
 @pytest.mark.parametrize("tokens", [5, 0])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(name: str, tokens: int, device: torch.device) -> None:
-    with virtual_ranks(1, device) as (comm,):
-        args, _kept = arguments(name, comm, device, tokens)
+    with arguments(name, device, tokens) as args:
         torch.library.opcheck(getattr(torch.ops.abiding, name).default, tuple(args))
 
 
@@ -71,8 +72,7 @@ def test_fake_results_look_like_real_ones(name: str, tokens: int, device: torch.
         return [(out.shape, out.stride(), out.dtype, out.device, out.requires_grad) for out in outs]
 
     op = getattr(torch.ops.abiding, name)
-    with virtual_ranks(1, device) as (comm,):
-        args, _kept = arguments(name, comm, device, tokens)
+    with arguments(name, device, tokens) as args:
         real = looks(op(*args))
         with FakeTensorMode() as mode:
             fake = looks(op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from calls import refusal
+from calls.collectives import minimax_tables
 from torch import Tensor
 
-from abiding import reduce_rms
+from abiding import Communicator, reduce_rms
 from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_bitwise_equal
 from abiding.testing.ranks import virtual_ranks
@@ -49,30 +52,49 @@ def make(device: torch.device) -> RmsInputs:
     return RmsCase(5, 32, 8).make(2, device)[0]
 
 
+ROUTES = pytest.mark.parametrize("route", ["abiding", "torch.distributed"])
+
+
+@contextmanager
+def a_rank(device: torch.device, route: str) -> Iterator[Communicator]:
+    with virtual_ranks(2, device) as (comm, _):
+        memory = comm._memory
+        if route == "torch.distributed":  # no group: nothing may be asked of it before a refusal
+            comm._set_peer_memory(None, "there is no peer memory here")
+        yield comm
+        comm._set_peer_memory(memory, None)
+
+
+@ROUTES
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str, device: torch.device) -> None:
+def test_wrong_arguments(name: str, route: str, device: torch.device) -> None:
+    """The same refusal with peer memory and without."""
     wrong, error, text = WRONG[name]
     inputs = make(device)
     assert inputs.wk is not None
     before = inputs.rows.clone()
-    with virtual_ranks(2, device) as comms:
+    with a_rank(device, route) as comm:
         arguments = wrong(inputs.rows, inputs.wq, inputs.wk)
-        refusal(lambda: reduce_rms.qk_norm(*arguments, comms[0]), error, f"qk_norm: .*{text}")
-        assert comms[0].state == "ready"
+        refusal(lambda: reduce_rms.qk_norm(*arguments, comm), error, f"qk_norm: .*{text}")
+        assert comm.state == "ready"
     assert_bitwise_equal(inputs.rows, before)
 
 
+@ROUTES
 @pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
-def test_wrong_eps(eps: float, device: torch.device) -> None:
+def test_wrong_eps(eps: float, route: str, device: torch.device) -> None:
     inputs = make(device)
-    with virtual_ranks(2, device) as (comm, _):
+    with a_rank(device, route) as comm:
         call = partial(reduce_rms.rms_norm, inputs.rows[:, :32], inputs.wq, comm, eps=eps)
         refusal(call, ValueError, "rms_norm: eps is .*; expected a finite")
 
 
-def test_rms_norm_names_its_arguments(device: torch.device) -> None:
+@ROUTES
+def test_rms_norm_names_its_arguments(route: str, device: torch.device) -> None:
     inputs = make(device)
-    with virtual_ranks(2, device) as (comm, _):
+    with a_rank(device, route) as comm:
+        with pytest.raises(TypeError, match=r"rms_norm: eps is a str; expected a .*float"):
+            reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm, eps="1e-6")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"rms_norm: x has shape \[5\]; expected 2 dimensions"):
             reduce_rms.rms_norm(inputs.rows[:, 0], inputs.wq, comm)
         with pytest.raises(ValueError, match=r"rms_norm: weight has shape \[32\]; expected size 31 .*the columns of x"):
@@ -81,9 +103,10 @@ def test_rms_norm_names_its_arguments(device: torch.device) -> None:
             reduce_rms.rms_norm(inputs.rows[:, :32].int(), inputs.wq.int(), comm)
 
 
-def test_a_closed_communicator(device: torch.device) -> None:
+@ROUTES
+def test_a_closed_communicator(route: str, device: torch.device) -> None:
     inputs = make(device)
-    with virtual_ranks(2, device) as (comm, _):
+    with a_rank(device, route) as comm:
         comm.close()
         with pytest.raises(RuntimeError, match="rms_norm: communicator is closed; expected an open one"):
             reduce_rms.rms_norm(inputs.rows[:, :32], inputs.wq, comm)
@@ -115,9 +138,37 @@ def test_vllm_operators_check_their_table(device: torch.device) -> None:
 
 
 def test_a_table_too_small_for_the_tokens_is_refused() -> None:
-    table = torch.zeros(8, dtype=torch.int64)
-    counters, sizes = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 64])
-    table[6], table[7] = counters.data_ptr(), sizes.data_ptr()
-    inputs = RmsCase(64, 32, 8).make(2)[0]
-    with pytest.raises(RuntimeError, match="workspace has slots of 64 bytes; expected at least 1024"):
-        torch.ops.abiding.minimax_allreduce_rms_qk(inputs.rows, inputs.wq, inputs.wk, table, 32, 8, 0, 2, 1e-6)
+    i = RmsCase(64, 32, 8).make(2)[0]
+    with minimax_tables(2, slot_bytes=64) as (table, _):
+        call = partial(torch.ops.abiding.minimax_allreduce_rms_qk, i.rows, i.wq, i.wk, table, 32, 8, 0, 2, 1e-6)
+        refusal(call, RuntimeError, "workspace has slots of 64 bytes; expected at least 1024")
+
+
+def test_a_table_leads_only_to_memory_of_ours() -> None:
+    """Any other address would be written to. On a GPU the table is device memory, and its caller's own affair."""
+    i = RmsCase(4, 32, 8).make(1)[0]
+    theirs = torch.zeros(4096)
+    with minimax_tables(1) as (table,):
+        op, gone = torch.ops.abiding.minimax_allreduce_rms_qk, table.tolist()
+        call = partial(op, i.rows, i.wq, i.wk, table, 32, 8, 0, 1, 1e-6)
+        good = call()
+        for entry in (2, 3, 4):
+            for address in (0, 1, 4096, -1, theirs.data_ptr(), gone[entry] + 64, id(table), 1 << 46):
+                table[entry] = address
+                refusal(call, RuntimeError, rf"workspace\[{entry}\] is {address}; expected the address of \d+ bytes or")
+            table[entry] = gone[entry]
+        table[2] = gone[3]  # three counters are no slots
+        refusal(call, RuntimeError, r"workspace\[2\] is \d+; expected the address of 8192 bytes or more")
+        table[2] = gone[2]
+        for size, text in (
+            (-16, "at least"),
+            (7, "at least"),
+            (4100, "a multiple of 16"),
+            ((1 << 63) - 16, "multiple"),
+        ):
+            ctypes.c_int64.from_address(gone[4] + 8).value = size
+            refusal(call, RuntimeError, f"workspace has slots of {size} bytes; expected .*{text}")
+        ctypes.c_int64.from_address(gone[4] + 8).value = 4096
+        assert_bitwise_equal(torch.cat(call(), 1), torch.cat(good, 1))
+    table = torch.tensor(gone)
+    refusal(call, RuntimeError, r"workspace\[3\] is .*; expected the address")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls.collectives import minimax_tables
 from torch import Tensor
 
 from abiding import Communicator, reduce_rms, reference
@@ -123,24 +124,10 @@ def test_a_rank_that_never_comes_leaves_nan(tokens: int, device: torch.device) -
 # --- vLLM's operators -------------------------------------------------------------------------------------------------
 
 
-def tables(ranks: int, device: torch.device, slot_bytes: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The workspaces that an engine allocates for vLLM's operators; the second list keeps their memory alive."""
-    buffers = [torch.full((3 * slot_bytes // 4,), -0.0, device=device) for _ in range(ranks)]
-    counters = [torch.zeros(3, dtype=torch.int32, device=device) for _ in range(ranks)]
-    sizes = [torch.tensor([0, slot_bytes], device=device) for _ in range(ranks)]
-    pointers = [buffer.data_ptr() for buffer in buffers]
-    made = [
-        torch.tensor([0] * 2 * ranks + pointers + [counters[r].data_ptr(), sizes[r].data_ptr()], device=device)
-        for r in range(ranks)
-    ]
-    return made, [*buffers, *counters, *sizes]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_vllm_operators(ranks: int, device: torch.device) -> None:
     """Back-to-back calls over the table, with changing tokens and with widths that vLLM has no kernel for."""
     ops = torch.ops.abiding
-    table, kept = tables(ranks, device, 2 << 20)
     made = [
         replace(case, dtype=dtype).make(ranks, device, seed)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -166,14 +153,14 @@ def test_vllm_operators(ranks: int, device: torch.device) -> None:
             outs.append([q, k, single[0]])
         return outs
 
-    with virtual_ranks(ranks, device) as comms:  # only for their threads and streams
+    # The communicators are there for their threads and streams alone.
+    with minimax_tables(ranks, device, slot_bytes=2 << 20) as table, virtual_ranks(ranks, device) as comms:
         outs = on_each(comms, calls)
     for call, inputs in enumerate(made):
         together = [outs[rank][call][:2] for rank in range(ranks)]
         alone = [outs[rank][call][2:] for rank in range(ranks)]
         assert_normalized(together, inputs)
         assert_normalized(alone, inputs)
-    assert kept
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def explain(
 def migrate(
     paths: Annotated[list[Path], typer.Argument(help="C++ and CUDA sources, or folders of them.")],
     write: Annotated[bool, typer.Option("--write", help="Write the files instead of a diff.")] = False,
+    commit: Annotated[bool, typer.Option("--commit", help="Write, with one git commit per kind of change.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Rules, or beginnings of their codes.")] = None,
     namespace: Annotated[str | None, typer.Option(help="The operators' namespace, for pybind11 modules.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Patterns of paths to leave out.")] = None,
@@ -97,6 +98,7 @@ def migrate(
     """Rewrite sources for the stable ABI: a diff, or with --write the files; open places get ABI-TODO(RULE)."""
     from abiding_abi import lint as linting
     from abiding_abi import migrate as migration
+    from abiding_abi.migrate import commits
 
     for rule in only or ():
         if not any(r.code.startswith(rule.upper()) for r in rules.table()):
@@ -106,12 +108,15 @@ def migrate(
         result = migration.run(paths, config, tuple(rule.upper() for rule in only or ()), namespace, tell)
     if json:
         print(migration.as_json(result))
-    elif not write:
+    elif not write and not commit:
         print(migration.diff(result), end="")
-    if write:
+    if commit:
+        done = commits.commit(result)
+        print("\n".join(done or ["nothing to commit"]), file=sys.stderr if json else sys.stdout)
+    elif write:
         migration.write(result)
     if not json:
-        print(migration.summary(result), file=sys.stdout if write else sys.stderr)
+        print(migration.summary(result), file=sys.stdout if write or commit else sys.stderr)
 
 
 ratchet_app = typer.Typer(no_args_is_help=True, help="One committed file of counts that may only fall.")

@@ -71,15 +71,15 @@ class Source:
         self.path = path
         self.data = data
         self.text = data.decode("latin-1")
+        self.start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+        """Where the text begins: behind a byte order mark."""
 
     @cached_property
     def _hidden(self) -> tuple[str, tuple[Comment, ...]]:
         parts: list[str] = []
         comments: list[Comment] = []
-        text, at = self.text, 0
-        if text.startswith("\xef\xbb\xbf"):
-            parts.append("   ")
-            at = 3
+        text, at = self.text, self.start
+        parts.append(" " * at)
         search = at
         while match := _HIDDEN.search(text, search):
             start, end = match.span()
@@ -122,18 +122,20 @@ class Source:
     def _find_includes(self) -> Iterator[IncludeLine]:
         if "include" not in self.text:
             return
-        for match in _INCLUDE.finditer(self.text):
+        for match in _INCLUDE.finditer(" " * self.start + self.text[self.start :]):
             if self.code[match.end() - 1].isspace() or "#" not in self.code[match.start() : match.end()]:
                 continue
             group = 1 if match[1] is not None else 2
-            yield IncludeLine(match[group], group == 1, *match.span(group), match.start(), match.end())
+            begin = max(match.start(), self.start)
+            path = match[group].replace("\\", "/")  # as Windows' compilers take it too
+            yield IncludeLine(path, group == 1, *match.span(group), begin, match.end())
 
     @cached_property
     def defines(self) -> tuple[tuple[str, int, int], ...]:
         """Name and extent of every ``#define``, continuation lines included."""
         if "define" not in self.text:
             return ()
-        return tuple((m[1], m.start(), m.end()) for m in _DEFINE.finditer(self.code))
+        return tuple((m[1], max(m.start(), self.start), m.end()) for m in _DEFINE.finditer(self.code))
 
     @cached_property
     def _newlines(self) -> list[int]:
@@ -143,8 +145,8 @@ class Source:
         """Line and column of an offset, both from 1; columns count characters where the line is UTF-8."""
         line = bisect_right(self._newlines, offset - 1)
         start = self._newlines[line - 1] + 1 if line else 0
-        if start == 0 and self.data.startswith(b"\xef\xbb\xbf"):
-            start = min(3, offset)
+        if start == 0:
+            start = min(self.start, offset)
         return line + 1, len(self.data[start:offset].decode("utf-8", "replace")) + 1
 
     def line_of(self, offset: int) -> int:

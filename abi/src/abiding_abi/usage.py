@@ -39,6 +39,7 @@ _POINTER = re.compile(
     r"\s*(?:\.|->)\s*(?:template\s+)?(data_ptr|mutable_data_ptr|data|accessor|packed_accessor(?:32|64)?)\b"
 )
 _MEMBER = re.compile(r"\s*(?:\.|->)\s*(?:template\s+)?([A-Za-z_]\w*)")
+_CALLED_MEMBER = re.compile(r"(?:\.|->)\s*(\w+)\s*\Z")
 _DECLARED = re.compile(r"(?:^|[;{}(,])\s*((?:[\w:<>,\s]|\*|&)*?[\w>*&]\s*[*&\s]\s*)?([A-Za-z_]\w*)\s*(?:=|\{|\()\s*\Z")
 _VIEWS = frozenset(
     (
@@ -308,6 +309,11 @@ class Usage:
         if not callee and count == 1 and source.code[lexical.back_over_space(source.code, paren) - 1] in "=(,;{?:":
             return self._tensor_use(source, region, paren, close + 1, depth + 1)
         last = callee.rpartition("::")[2]
+        from abiding_abi.wrappers import NAMES  # here, since lint of a few files has to start at once
+
+        of_tensor = _CALLED_MEMBER.search(source.code, max(0, paren - 80), paren)
+        if of_tensor and of_tensor[1] in NAMES and not of_tensor[1].endswith("_"):
+            return Use.READ  # an argument of t.matmul and its kin
         if not callee or callee in _KEYWORDS or last in _ASKS or last.isupper() or _CONSTANT.match(last):
             return Use.READ
         if callee.startswith(("at::", "torch::", "std::", "c10::")):

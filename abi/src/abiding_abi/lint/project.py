@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 from abiding_abi.errors import UserError
@@ -26,7 +27,7 @@ def collect(paths: Iterable[Path], config: Config) -> Iterator[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        for file in _walk(path) if path.is_dir() else (path,):
+        for file in map(real, _walk(path) if path.is_dir() else (path,)):
             key = file.absolute()
             if key not in seen and not excluded(file, config):
                 seen.add(key)
@@ -41,13 +42,27 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
+def real(path: Path) -> Path:
+    """The file that a path leads to, so that two links to it are one file; the path itself where no link is in it."""
+    folder, name = os.path.split(os.path.abspath(path))
+    resolved = os.path.join(_real_folder(folder), name)
+    if os.path.islink(resolved) and os.path.exists(resolved):
+        resolved = os.path.realpath(resolved)
+    return path if resolved == os.path.join(folder, name) else Path(resolved)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def shown(path: Path, config: Config) -> str:
     """A path as reports show it: relative to the root where it lies below it."""
-    absolute = Path(os.path.abspath(path))
-    try:
-        return absolute.relative_to(config.root).as_posix()
-    except ValueError:
-        return path.as_posix()
+    absolute = os.path.abspath(path)
+    for root in (str(config.root), _real_folder(str(config.root))):
+        if absolute.startswith(os.path.join(root, "")):
+            return Path(os.path.relpath(absolute, root)).as_posix()
+    return path.as_posix()
 
 
 def excluded(path: Path, config: Config) -> bool:
@@ -131,9 +146,19 @@ class Project:
         """The project's file that an include means."""
         key = os.path.dirname(source.path), name
         if key not in self._resolved:
-            candidates = (os.path.normpath(os.path.join(folder, name)) for folder in (key[0], *map(str, self.roots)))
-            self._resolved[key] = next((path for path in candidates if self._is_file(path)), None)
+            folders = (key[0], *map(str, self.roots), *self._above(key[0] if "/" in name else ""))
+            candidates = (os.path.normpath(os.path.join(folder, name)) for folder in folders)
+            found = next((path for path in candidates if self._is_file(path)), None)
+            self._resolved[key] = str(real(Path(found))) if found else None
         return self._resolved[key]
+
+    def _above(self, folder: str) -> Iterator[str]:
+        """The folders above one, up to the root: many projects spell includes from their own top."""
+        root = os.path.abspath(self.config.root)
+        folder = os.path.abspath(folder) if folder else root
+        while folder != root and folder.startswith(os.path.join(root, "")):
+            folder = os.path.dirname(folder)
+            yield folder
 
     def _is_file(self, path: str) -> bool:
         if path not in self._exists:

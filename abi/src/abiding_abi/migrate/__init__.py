@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from abiding_abi.errors import UserError
 from abiding_abi.lint import Config
@@ -48,22 +49,45 @@ PASSES = frozenset((*HANDLERS, "includes", "using", "widen"))
 """Names that a rule's ``edit`` may have."""
 
 _OPTIONS = ("FUN001", "FUN002", "FUN003", "FUN004", "FUN009", "FUN016", "MET041", "MET042", "MET044", "TYP025")
-_CODE_PASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("registration", ("REG",)),
-    ("checks", ("CHK",)),
-    ("types", (*(f"TYP00{n}" for n in range(1, 10)), "TYP01", "TYP029", "TYP030", "TYP031", "MET005", "MET006")),
-    ("accessors", ("MET031", "MET032", "TYP021", "TYP022")),
-    ("data pointers", ("MET001", "MET003")),
-    ("options", (*_OPTIONS, "MET024")),
-    ("options kept", _OPTIONS),
-    ("members", ("MET",)),
-    ("functions", ("FUN", "TYP", "ABI")),
-    ("dispatch", ("DIS",)),
-    ("streams and guards", ("CUD",)),
-    ("boxing", ("BOX",)),
-)  # fmt: skip
-"""Kinds of change in their order, and the rules of each: one stage of the result, and one commit."""
-STAGES = (*(name for name, _ in _CODE_PASSES), "includes", "notes")
+
+
+class Pass(NamedTuple):
+    """Rules whose places are rewritten together."""
+
+    kind: str
+    """The kind of change; passes of one kind in a row are one stage of the result."""
+    rules: tuple[str, ...]
+    """Beginnings of codes."""
+    keep_options: bool = False
+
+
+_PASSES = (
+    Pass("registration", ("REG",)),
+    Pass("checks", ("CHK",)),
+    Pass("types", (*(f"TYP00{n}" for n in range(1, 10)), "TYP01", "TYP029", "TYP030", "TYP031", "MET005", "MET006")),
+    Pass("accessors", ("MET031", "MET032", "TYP021", "TYP022")),
+    Pass("data pointers", ("MET001", "MET003")),
+    Pass("options", (*_OPTIONS, "MET024")),
+    Pass("options", _OPTIONS, keep_options=True),
+    Pass("members", ("MET",)),
+    Pass("functions", ("FUN", "TYP", "ABI")),
+    Pass("dispatch", ("DIS",)),
+    Pass("streams and guards", ("CUD",)),
+    Pass("boxing", ("BOX",)),
+)
+INCLUDES, NOTES = "includes", "notes"
+KINDS = (*dict.fromkeys(step.kind for step in _PASSES), INCLUDES, NOTES)
+"""Kinds of change in their order."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one kind of change made of a file."""
+
+    kind: str
+    data: bytes
+    edits: Counter[str]
+    """Edits by rule, or marks in the stage of notes."""
 
 
 @dataclass
@@ -74,10 +98,21 @@ class FileResult:
     shown: str
     before: bytes
     after: bytes
-    stages: list[tuple[str, bytes]] = field(default_factory=list)
-    """Name of the stage and the bytes after it, where it changed something."""
-    edits: Counter[str] = field(default_factory=Counter)
+    stages: list[Stage] = field(default_factory=list)
+    """The kinds of change that changed something, in order."""
     todos: list[todo.Todo] = field(default_factory=list)
+
+    def add(self, kind: str, data: bytes, edits: Counter[str]) -> None:
+        """Go on to the text after another pass; passes of one kind in a row are one stage."""
+        if self.stages and self.stages[-1].kind == kind:
+            edits = self.stages.pop().edits + edits
+        self.stages.append(Stage(kind, data, edits))
+        self.after = data
+
+    @property
+    def edits(self) -> Counter[str]:
+        """Edits by rule, notes left out."""
+        return sum((stage.edits for stage in self.stages if stage.kind != NOTES), Counter())
 
 
 @dataclass
@@ -89,6 +124,12 @@ class Result:
     """New files: Python modules and the header of wrappers."""
     problems: list[tuple[str, str]]
     notes: list[str]
+    config: Config
+
+    @property
+    def new(self) -> list[tuple[str, Path, bytes]]:
+        """New files as reports show them, their paths and contents."""
+        return [(shown(path, self.config), path, text.encode()) for path, text in sorted(self.modules.items())]
 
     @property
     def edits(self) -> int:
@@ -113,15 +154,15 @@ class Migration:
         self.results = [FileResult(s.path, shown(s.path, config), s.data, s.data) for s in self.sources]
         self.reasons: dict[tuple[int, str, str], str] = {}
 
-    def stage(self, name: str, prefixes: tuple[str, ...], only: Sequence[str]) -> None:
+    def run(self, step: Pass, only: Sequence[str]) -> None:
         """Run one pass over every file."""
         usage = Usage(self.project, self.sources)
-        self.shared.stage = name
+        self.shared.kind, self.shared.keep_options = step.kind, step.keep_options
         changed: list[Source] = []
         for index, source in enumerate(self.sources):
             work = Work(self.project, source, self.shared, usage)
-            edits = self._edits(index, work, prefixes, only)
-            changed.append(self._apply(index, name, source, edits))
+            edits = self._edits(index, work, step.rules, only)
+            changed.append(self._apply(index, step.kind, source, edits))
         self._exchange(changed)
 
     def _edits(self, index: int, work: Work, prefixes: tuple[str, ...], only: Sequence[str]) -> list[Edit]:
@@ -141,7 +182,7 @@ class Migration:
                 edits += answer
         return [*edits, *factories.declarations(work), *library.moved_blocks(work)]
 
-    def _apply(self, index: int, name: str, source: Source, edits: list[Edit]) -> Source:
+    def _apply(self, index: int, kind: str, source: Source, edits: list[Edit]) -> Source:
         if not edits:
             return source
         kept, _ = consistent(edits)
@@ -150,9 +191,7 @@ class Migration:
         if data == source.data:
             return source
         result = self.results[index]
-        result.edits.update(edit.rule for edit in kept)
-        result.stages.append((name, data))
-        result.after = data
+        result.add(kind, data, Counter(edit.rule for edit in kept))
         return Source(source.path, data)
 
     def _exchange(self, sources: list[Source]) -> None:
@@ -164,21 +203,22 @@ class Migration:
         """Exchange the includes, then mark what is left."""
         usage = Usage(self.project, self.sources)
         users = wrapped.users(self.sources, self.shared.operators)
-        if users:
-            self.shared.header = wrapped.place(users)
-            names = {name for found in users.values() for name in found}
-            self.shared.modules[self.shared.header] = wrapped.text(self.shared.header, names)
+        self.shared.headers = wrapped.places(users)
+        for header in set(self.shared.headers.values()):
+            names = {name for path, found in users.items() if self.shared.headers[path] == header for name in found}
+            self.shared.modules[header] = wrapped.text(header, names)
         for index in self._headers_first():
             source = self.sources[index]
             work = Work(self.project, source, self.shared, usage)
             hits = scan(work)
-            left = any(h.level == "unstable" and not isinstance(h.match, Include) and not _by_include(h) for h in hits)
-            needs = os.path.abspath(source.path) in users
+            left = any(
+                h.level == "unstable" and not isinstance(h.match, Include) and not includes.by_include(h) for h in hits
+            )
             touched = bool(self.results[index].stages)
-            edits, open_ = includes.includes(work, hits, left, touched, needs)
+            edits, open_ = includes.includes(work, hits, left, touched)
             if only:
                 edits = [edit for edit in edits if edit.rule.startswith(tuple(only))]
-            self.sources[index] = self._apply(index, "includes", source, edits)
+            self.sources[index] = self._apply(index, INCLUDES, source, edits)
             self.reasons.update({(index, hit.rule.code, hit.name): reason for hit, reason in open_})
             self.project = self.project.with_sources(self.sources)
         for index, source in enumerate(self.sources):
@@ -207,8 +247,7 @@ class Migration:
         edits = todo.mark(work, places)
         if edits:
             text = render(work.text, consistent(edits)[0])
-            result.after = text.encode("latin-1")
-            result.stages.append(("notes", result.after))
+            result.add(NOTES, text.encode("latin-1"), Counter(edit.rule for edit in edits))
 
 
 def _answer(work: Work, hit: Hit) -> Edit | Iterable[Edit] | str | None:
@@ -224,11 +263,6 @@ def _answer(work: Work, hit: Hit) -> Edit | Iterable[Edit] | str | None:
     ):
         return simple.rename(work, hit)
     return f"use {hit.rule.stable}" if hit.rule.stable != "none" else "no stable form"
-
-
-def _by_include(hit: Hit) -> bool:
-    """Whether another header is all that the place needs."""
-    return hit.rule.edit == "includes"
 
 
 _UNPARSED = "this did not parse, and is left alone"
@@ -256,11 +290,11 @@ def run(
 ) -> Result:
     """Migrate files, folders and the project headers that they include; nothing is written."""
     migration = Migration(paths, config, namespace, progress)
-    for name, prefixes in _CODE_PASSES:
-        migration.stage(name, prefixes, only)
+    for step in _PASSES:
+        migration.run(step, only)
     migration.finish(only)
     problems = [(shown(path, config), reason) for path, reason in migration.project.problems]
-    return Result(migration.results, migration.shared.modules, problems, migration.shared.notes)
+    return Result(migration.results, migration.shared.modules, problems, migration.shared.notes, config)
 
 
 def diff(result: Result) -> str:
@@ -268,9 +302,8 @@ def diff(result: Result) -> str:
     parts: list[str] = []
     for file in result.files:
         parts += _file_diff(file.shown, file.before, file.after)
-    for path, text in sorted(result.modules.items()):
-        before = path.read_bytes() if path.exists() else b""
-        parts += _file_diff(os.path.relpath(path), before, text.encode())
+    for name, path, data in result.new:
+        parts += _file_diff(name, path.read_bytes() if path.exists() else b"", data)
     return "".join(parts)
 
 
@@ -283,31 +316,46 @@ def _file_diff(name: str, before: bytes, after: bytes) -> list[str]:
 
 
 def write(result: Result) -> int:
-    """Write every changed file, whole or not at all; the number of files."""
-    count = 0
+    """Write every changed and new file; the number of files.
+
+    Raises:
+        UserError: a file changed since it was read, is read-only, or cannot be written. Nothing was written then.
+    """
+    changed = {file.path: file.after for file in result.files if file.before != file.after}
     for file in result.files:
-        if file.before != file.after:
-            if file.path.read_bytes() != file.before:
-                raise UserError(f"{file.path} changed meanwhile; nothing more was written")
-            _replace(file.path, file.after)
-            count += 1
-    for path, text in result.modules.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            _replace(path, text.encode())
-            count += 1
-    return count
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".abi-new")
+        if file.path in changed and file.path.read_bytes() != file.before:
+            raise UserError(f"{file.shown} changed meanwhile; nothing written")
+    for _, path, data in result.new:
+        if not path.exists() or path.read_bytes() != data:
+            changed[path] = data
+    ready: list[tuple[Path, Path]] = []
+    done = 0
     try:
-        temporary.write_bytes(data)
-        if path.exists():
-            os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
+        for path, data in changed.items():
+            temporary = path.with_name(path.name + ".abi-new")
+            ready.append((temporary, path))
+            _prepare(temporary, path, data)
+        for temporary, path in ready:
+            os.replace(temporary, path)
+            done += 1
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{shown(path, result.config)}: {reason}; {done or 'nothing'} written") from None
+    finally:
+        for temporary, _ in ready:
+            temporary.unlink(missing_ok=True)
+    return len(changed)
+
+
+def _prepare(temporary: Path, path: Path, data: bytes) -> None:
+    """Write a file's new text beside it, with its mode."""
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and not mode & 0o222:
+        raise OSError(0, "read-only")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(data)
+    if mode is not None:
+        os.chmod(temporary, mode)
 
 
 def summary(result: Result) -> str:
@@ -316,7 +364,7 @@ def summary(result: Result) -> str:
     lines = [f"{result.edits} edits in {changed} of {len(result.files)} files, {result.todos} places for a person"]
     left = Counter(item.rule for file in result.files for item in file.todos)
     lines += [f"  {count:5} ABI-TODO({rule})" for rule, count in left.most_common()]
-    lines += [f"new: {os.path.relpath(path)}" for path in sorted(result.modules)]
+    lines += [f"new: {name}" for name, _, _ in result.new]
     lines += [f"{path}: {reason}" for path, reason in result.problems]
     return "\n".join(lines + result.notes)
 
@@ -327,11 +375,11 @@ def as_json(result: Result) -> str:
         {
             "path": file.shown,
             "edits": dict(sorted(file.edits.items())),
-            "stages": [name for name, _ in file.stages],
+            "stages": [stage.kind for stage in file.stages],
             "todos": [{"line": t.line, "rule": t.rule, "found": t.found, "reason": t.reason} for t in file.todos],
         }
         for file in result.files
     ]
     problems = [{"path": path, "reason": reason} for path, reason in result.problems]
-    modules = [os.path.relpath(path) for path in sorted(result.modules)]
+    modules = [name for name, _, _ in result.new]
     return json.dumps({"version": 1, "files": files, "modules": modules, "problems": problems}, indent=1)

@@ -8,49 +8,8 @@ from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import Edit, replace
+from abiding_abi.migrate.helpers import BLAS, PROPERTIES, STREAM
 from abiding_abi.migrate.work import Answer, Handler, Work
-
-_STREAM, _BLAS, _PROPERTIES = "abi_current_stream", "abi_blas_handle", "abi_device_properties"
-HELPERS: dict[str, tuple[str, ...]] = {
-    _STREAM: (
-        "// torch's current stream of a device, by default of the current one.",
-        "static inline cudaStream_t abi_current_stream(int32_t device = -1) {",
-        "  if (device < 0) device = torch::stable::accelerator::getCurrentDeviceIndex();",
-        "  void* stream = nullptr;",
-        "  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));",
-        "  return static_cast<cudaStream_t>(stream);",
-        "}",
-    ),
-    _BLAS: (
-        "// torch's cuBLAS handle, with its workspace, for the current device and stream.",
-        "static inline cublasHandle_t abi_blas_handle() {",
-        "  void* handle = nullptr;",
-        "  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));",
-        "  return static_cast<cublasHandle_t>(handle);",
-        "}",
-    ),
-    _PROPERTIES: (
-        "// A device's properties, by default of the current one; asked for once, since that takes a millisecond.",
-        "static inline cudaDeviceProp* abi_device_properties(int32_t device = -1) {",
-        "  static cudaDeviceProp properties[64];",
-        "  static std::once_flag known[64];",
-        "  if (device < 0) device = torch::stable::accelerator::getCurrentDeviceIndex();",
-        '  STD_TORCH_CHECK(device < 64, "device ", device, " is beyond the 64 whose properties are kept");',
-        "  std::call_once(known[device], [device] {",
-        "    STD_CUDA_CHECK(cudaGetDeviceProperties(&properties[device], device));",
-        "  });",
-        "  return &properties[device];",
-        "}",
-    ),
-}
-"""Functions that a file gets where its code calls them, by name."""
-
-
-def helper_lines(name: str) -> list[str]:
-    """A helper's lines, which several headers may bring into one unit."""
-    guard = name.upper()
-    return [f"#ifndef {guard}", f"#define {guard}", *HELPERS[name], "#endif"]
-
 
 _GUARD = "torch::stable::accelerator::DeviceGuard"
 _STREAM_MEMBER = re.compile(r"\s*\.\s*(stream|synchronize)\s*\(\s*\)")
@@ -75,7 +34,7 @@ def streams(work: Work, hit: Hit) -> Answer:
         return "wait with cudaStreamSynchronize"
     else:
         edits += _members(work, hit, end)
-    edits.append(replace(hit.start, end, f"{_STREAM}(", *argument, ")", rule=hit.rule.code))
+    edits.append(replace(hit.start, end, f"{STREAM}(", *argument, ")", rule=hit.rule.code))
     return edits
 
 
@@ -185,7 +144,7 @@ def blas_handle(work: Work, hit: Hit) -> Answer:
     read = work.call(hit.end)
     if not hit.name.endswith("BlasHandle") or not read or read[0]:
         return "only the cuBLAS handle has a shim"
-    return replace(hit.start, read[2], f"{_BLAS}()", rule=hit.rule.code)
+    return replace(hit.start, read[2], f"{BLAS}()", rule=hit.rule.code)
 
 
 def device_properties(work: Work, hit: Hit) -> Answer:
@@ -196,7 +155,7 @@ def device_properties(work: Work, hit: Hit) -> Answer:
         return "ask CUDA's runtime; without a driver it fails where torch answers 0"
     argument: list[str | Span] = [read[0][0]] if read[0] else []
     tail = ")->warpSize" if name == "warp_size" else ")"
-    return replace(hit.start, read[2], f"{_PROPERTIES}(", *argument, tail, rule=hit.rule.code)
+    return replace(hit.start, read[2], f"{PROPERTIES}(", *argument, tail, rule=hit.rule.code)
 
 
 HANDLERS: dict[str, Handler] = {

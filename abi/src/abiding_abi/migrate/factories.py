@@ -11,7 +11,7 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.edits import Edit, replace
-from abiding_abi.migrate.simple import named, rename, whole_line
+from abiding_abi.migrate.simple import named, rename, through_double, whole_line
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Method
 from abiding_abi.wrappers import NAMES
@@ -126,12 +126,14 @@ def _assigned_again(work: Work, name: str, region: Span) -> bool:
 
 def factory(work: Work, hit: Hit) -> Answer:
     """empty, zeros, ones, full, the _like ones and the new_ members."""
-    if work.shared.stage == "options kept":
+    if work.shared.keep_options:
         return kept(work, hit)
     name = hit.name.rpartition("::")[2]
     member = name.startswith("new_")
     if name in ("options", "TensorOptions", "dtype", "device", "layout", "requires_grad", "pinned_memory"):
         return None
+    if name == "fill_":
+        return _filled(work, hit)
     if name.endswith("_like") or name not in _MAKERS:
         return (
             rename(work, hit)
@@ -151,6 +153,8 @@ def factory(work: Work, hit: Hit) -> Answer:
         start = target.start
     takes_value = name in ("full", "new_full")
     count = 2 if takes_value else 1
+    if takes_value and len(spans) > 1 and not through_double(work, spans[1]):
+        return "the value may be an int64 that a double does not hold"
     if len(spans) > count + (2 if name == "empty" else 1):
         return "more arguments than sizes and options"
     memory_format = spans[count + 1] if len(spans) > count + 1 else None
@@ -170,6 +174,14 @@ def factory(work: Work, hit: Hit) -> Answer:
         return "full without a dtype takes that of the value, which here may be an integer"
     _remember(work, options)
     return _made(work, hit, Span(start, end), name.removeprefix("new_"), spans[0], value, options, memory_format)
+
+
+def _filled(work: Work, hit: Hit) -> Answer:
+    """``at::fill_(t, value)``"""
+    read = work.call(hit.end)
+    if read and len(read[0]) == 2 and not through_double(work, read[0][1]):
+        return replace(hit.start, hit.end, f"{wrapped.NAMESPACE}::fill_", rule=hit.rule.code)
+    return rename(work, hit)
 
 
 _MAKERS = frozenset(("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_full", "new_ones"))
@@ -282,7 +294,7 @@ def _is_kept(work: Work, span: Span) -> bool:
 
 def zeros_like(work: Work, hit: Hit) -> Answer:
     """``zeros_like(t)``: empty_like, then zero_, which keeps the strides."""
-    if work.shared.stage == "options kept":
+    if work.shared.keep_options:
         return kept(work, hit)
     read = work.call(hit.end)
     if not read or len(read[0]) != 1:
@@ -304,7 +316,7 @@ def zeros_like(work: Work, hit: Hit) -> Answer:
 
 def from_blob(work: Work, hit: Hit) -> Answer:
     """``from_blob(pointer, {sizes}, options)``: the strides of a contiguous tensor are written out."""
-    if work.shared.stage == "options kept":
+    if work.shared.keep_options:
         return kept(work, hit)
     read = work.call(hit.end)
     if not read or not 2 <= len(read[0]) <= 3:
@@ -343,7 +355,7 @@ def converted(work: Work, hit: Hit) -> Answer:
             _remember(work, options)
             parts = [f"{_STABLE}to({star}", target, ", ", *dtype, ", std::nullopt, ", *device, ")"]
             return replace(target.start, read[2], *parts, rule=hit.rule.code)
-    if work.shared.stage == "options":
+    if work.shared.kind == "options" and not work.shared.keep_options:
         return None
     if read and read[0] and hit.name == "to" and _is_kept(work, read[0][0]):
         return wrapped.member(work, hit, "to")

@@ -6,17 +6,15 @@ import os
 import re
 
 from abiding_abi.lint.engine import Hit
-from abiding_abi.migrate.cuda import HELPERS, helper_lines
 from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.header_names import C_NAMES, needed
+from abiding_abi.migrate.helpers import HELPERS, helper_lines, helpers_of
 from abiding_abi.migrate.simple import whole_line
 from abiding_abi.migrate.work import Work
 from abiding_abi.rules import Include
 
 
-def includes(
-    work: Work, hits: list[Hit], unresolved: bool, touched: bool, wrappers: bool
-) -> tuple[list[Edit], list[tuple[Hit, str]]]:
+def includes(work: Work, hits: list[Hit], unresolved: bool, touched: bool) -> tuple[list[Edit], list[tuple[Hit, str]]]:
     """Edits that exchange the headers of a file, and includes that a person has to look at."""
     legacy: list[Hit] = []
     open_: list[tuple[Hit, str]] = []
@@ -31,13 +29,13 @@ def includes(
             open_.append((hit, "the file still uses pybind11"))
         else:
             legacy.append(hit)
-    helpers = [name for name in HELPERS if f"{name}(" in work.code and name.upper() not in work.code]
-    added = [line for name in helpers for line in helper_lines(name)]
+    added = helpers_of(work.code)
     sources = work.project.closure(work.source)
-    own_header = _wrapper_header(work) if wrappers else ""
-    if not legacy and not added and not own_header and not (touched and _migrated(work)):
+    own_header = _wrapper_header(work)
+    missing = any(by_include(hit) for hit in hits)
+    if not legacy and not added and not own_header and not missing and not (touched and _migrated(work)):
         return [], open_
-    code = "\n".join([work.code, *added])
+    code = "\n".join([work.code, *(line for name in added for line in helper_lines(name))])
     kept = [header for hit in legacy for header in _same(hit)]
     present = {line.path for source in sources for line in source.includes}
     own = {line.path for line in work.source.includes}
@@ -53,9 +51,14 @@ def includes(
     return [*_edits(work, legacy, wanted, added, own_header)], open_
 
 
+def by_include(hit: Hit) -> bool:
+    """Whether another header is all that a place needs, as for a macro that so far came by the includer's headers."""
+    return hit.rule.edit == "includes" and not isinstance(hit.match, Include)
+
+
 def _wrapper_header(work: Work) -> str:
     """How the file includes the header of wrappers, unless it does."""
-    header = work.shared.header
+    header = work.shared.headers.get(os.path.abspath(work.source.path))
     if header is None:
         return ""
     path = os.path.relpath(header, work.source.path.parent.absolute()).replace(os.sep, "/")
@@ -102,9 +105,10 @@ def _edits(work: Work, legacy: list[Hit], wanted: list[str], added: list[str], o
     if not placed:
         at = _first_place(work)
         edits.append(replace(at, at, lines + newline, rule=legacy[0].rule.code if legacy else "INC001"))
-    if added:
-        at = _last_include(work)
-        edits.append(replace(at, at, newline + newline.join(added) + newline, rule="CUD001"))
+    at = _last_include(work)
+    for name in added:
+        text = newline + newline.join(helper_lines(name)) + newline
+        edits.append(replace(at, at, text, rule=HELPERS[name].rule))
     return edits
 
 
@@ -127,7 +131,7 @@ def _first_place(work: Work) -> int:
     found = re.compile(r"^[ \t]*#[ \t]*(?:pragma[ \t]+once|define[ \t]+\w+_H\w*)[^\n]*\n", re.MULTILINE).search(
         work.code
     )
-    return found.end() if found else 3 if work.text.startswith("\xef\xbb\xbf") else 0
+    return found.end() if found else work.source.start
 
 
 def _last_include(work: Work) -> int:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 
 from abiding_abi import boxing, lexical
+from abiding_abi.composition import is_composed
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate.edits import Edit, replace
 from abiding_abi.migrate.schema import Operator, operator
@@ -18,7 +19,8 @@ _KEY = re.compile(
     r"(?:c10|torch|at)\s*::\s*(?:k(\w+)|(?:DispatchKey|DeviceType)\s*::\s*(\w+))\Z"
     r"|torch::headeronly::DeviceType::(\w+)\Z"
 )
-GENERIC = "CompositeExplicitAutograd"
+GENERIC, COMPOSED = "CompositeExplicitAutograd", "CompositeImplicitAutograd"
+"""Keys of what runs on every device: below autograd, and where autograd follows the functions that are called."""
 
 
 def library(work: Work, hit: Hit) -> Answer:
@@ -31,7 +33,6 @@ def library(work: Work, hit: Hit) -> Answer:
             "Autograd",
             "AutogradCPU",
             "AutogradCUDA",
-            "CompositeImplicitAutograd",
             "CatchAll",
             "Autocast",
         ):
@@ -91,8 +92,8 @@ def _definition(work: Work, hit: Hit, block: Block, call: Call) -> Answer:
         return "the schema or the function is not readable"
     schema = boxing.parse_schema(call.literal)
     name = schema.name if schema else call.literal
+    found = best(work.usage.functions(function))
     if schema is None:
-        found = best(work.usage.functions(function))
         if found is None:
             return f"{function} is not found: write its schema"
         made = operator(call.literal, found, work.usage, callee=function, pybind=False)
@@ -105,7 +106,8 @@ def _definition(work: Work, hit: Hit, block: Block, call: Call) -> Answer:
     else:
         opened = work.code.index("(", call.start)
         head = work.text[call.start : opened + 1] + work.text[slice(*call.arguments[0])] + ")"
-    return _move(work, hit, block, call, GENERIC, f'"{name.rpartition("::")[2]}"', function, head)
+    key = COMPOSED if found and is_composed(found, work.usage) else GENERIC
+    return _move(work, hit, block, call, key, f'"{name.rpartition("::")[2]}"', function, head)
 
 
 def _move(
@@ -159,14 +161,18 @@ def block_lines(namespace: str, operators: list[Operator], keys: list[str], *, f
         notes = [f"  // ABI-TODO({rule}):{text}" for rule, _, text in (note.partition(":") for note in op.notes)]
         lines += _conditional(op, [*notes, f'  m.def("{op.schema}");'])
     lines.append("}")
-    for key in [*keys, GENERIC]:
-        chosen = [op for op in operators if op.tensors == (key != GENERIC)]
+    for key in [*keys, GENERIC, COMPOSED]:
+        chosen = [op for op in operators if key in _keys_of(op, keys)]
         if chosen:
             lines += ["", f"STABLE_TORCH_LIBRARY_IMPL({namespace}, {key}, m) {{"]
             for op in chosen:
                 lines += _conditional(op, [f'  m.impl("{op.name}", TORCH_BOX(&{op.function}));'])
             lines.append("}")
     return lines
+
+
+def _keys_of(op: Operator, devices: list[str]) -> list[str]:
+    return [COMPOSED] if op.composed else devices if op.tensors else [GENERIC]
 
 
 def _conditional(op: Operator, lines: list[str]) -> list[str]:

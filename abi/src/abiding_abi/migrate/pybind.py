@@ -60,6 +60,9 @@ def pybind(work: Work, hit: Hit) -> Answer:
     if not module.operators:
         return module.failures[0][1] if module.failures else "nothing is registered here"
     extension, folder = python_module.extension(work.source.path, work.word(read[0][0]))
+    path = python_module.path_of(extension, folder)
+    if python_module.occupied(path):
+        return f"{path.name} stands where the module of the old names would go: rename it, or the extension"
     namespace = work.shared.namespace or re.sub(r"\W", "_", extension).strip("_")
     keys = library.device_keys(work, [])
     fragment = namespace in work.shared.namespaces
@@ -67,8 +70,11 @@ def pybind(work: Work, hit: Hit) -> Answer:
     lines = [*module.lambdas, *library.block_lines(namespace, module.operators, keys, fragment=fragment)]
     for text, reason in module.failures:
         lines += [f"// ABI-TODO(REG008): {reason}", *(f"//   {line}" for line in text.splitlines())]
-    path, text = python_module.write(extension, folder, namespace, module.names, module.attributes)
-    work.shared.modules[path] = text
+    bindings = python_module.Bindings(module.names, module.attributes)
+    if path in work.shared.bindings:
+        bindings = work.shared.bindings[path].either(bindings)
+    work.shared.bindings[path] = bindings
+    work.shared.modules[path] = python_module.text(extension, namespace, bindings)
     return replace(hit.start, close + 1, work.newline.join(lines), rule=hit.rule.code)
 
 

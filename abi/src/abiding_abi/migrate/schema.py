@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from abiding_abi import boxing
+from abiding_abi.composition import is_composed
 from abiding_abi.signatures import Function, Parameter, bare
 from abiding_abi.usage import Usage, Use
 
@@ -66,6 +67,8 @@ class Operator:
     """The preprocessor's condition under which it is there."""
     tensors: bool = True
     """Whether a tensor argument says which device it runs on."""
+    composed: bool = False
+    """Whether it only calls torch's functions, through which autograd has to go on."""
 
 
 def operator(
@@ -131,7 +134,8 @@ def operator(
         return f"the result {function.result} does not box"
     returns = _returns(function, result, letters)
     schema = f"{name}({', '.join(parts)}) -> {returns}"
-    built = Operator(name, callee, schema, notes=notes, tensors=any("Tensor" in part for part in parts))
+    built = Operator(name, callee, schema, notes=notes, tensors=any("Tensor" in part for part in parts),
+                     composed=is_composed(function, usage))  # fmt: skip
     if needs_wrapper or not result.exact or function.result.endswith("&"):
         built.function = re.sub(r"\W", "_", f"{name}_boxed")
         built.wrapper = _wrapper(built.function, result.wide, wide, callee, passed, function.result, checks)

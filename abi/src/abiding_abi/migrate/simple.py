@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from abiding_abi import lexical
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
@@ -52,6 +54,30 @@ def named(work: Work, span: Span) -> bool:
     return not work.word(span).endswith(")")
 
 
+_EXACT = re.compile(
+    r"-?(?:\d{1,15}[uUlL]*|(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE]-?\d+)?[fF]?)|true|false|-?(?:INFINITY|NAN)"
+    r"|(?:static_cast<(?:float|double|int|bool)>|\((?:float|double|int|bool)\)|(?:float|double|int)).*"
+    r"|-?std::numeric_limits<(?:float|double|int|int32_t)>::\w+\(\)|std::numeric_limits<[\w:]+>::(?:lowest|min)\(\)"
+)
+_NARROW = "int|int32_t|int16_t|int8_t|uint8_t|uint16_t|uint32_t|unsigned|bool|float|double"
+
+
+def through_double(work: Work, value: Span) -> bool:
+    """Whether a number surely survives as a double, which torch::stable::full and fill_ take: an int64 may not."""
+    text = work.plain(value)
+    return bool(_EXACT.fullmatch(text)) or is_number(work, text, value.start, _NARROW)
+
+
+def is_number(work: Work, name: str, at: int, kinds: str) -> bool:
+    """Whether a name is declared as one of these types in the function."""
+    region = work.tensors.function_at(at)
+    if region is None or not name.isidentifier():
+        return False
+    declared = re.compile(rf"\b(?:{kinds})\s+(?:\w+\s*,\s*)*{re.escape(name)}\b")
+    head = work.code.rfind(";", 0, region[0]) + 1  # the parameters stand in front of the body
+    return bool(declared.search(work.code, head, at))
+
+
 def compare(work: Work, hit: Hit) -> Answer:
     """TORCH_CHECK_EQ and its kin."""
     read = work.call(hit.end)
@@ -71,6 +97,16 @@ def error(work: Work, hit: Hit) -> Answer:
         return "the call's parentheses are not closed"
     spans, paren, _ = read
     return replace(hit.start, paren + 1, "STD_TORCH_CHECK(false" + (", " if spans else ""), rule=hit.rule.code)
+
+
+def internal_assert(work: Work, hit: Hit) -> Answer:
+    """TORCH_INTERNAL_ASSERT, and the one that release builds leave out, as they do assert."""
+    if not hit.name.endswith("DEBUG_ONLY"):
+        return rename(work, hit)
+    read = work.call(hit.end)
+    if not read or not read[0]:
+        return "the condition is not readable"
+    return replace(hit.start, read[2], "assert((", read[0][0], "))", rule=hit.rule.code)
 
 
 def warn(work: Work, hit: Hit) -> Answer:
@@ -191,7 +227,7 @@ def no_grad(work: Work, hit: Hit) -> Answer:
 
 def whole_line(work: Work, start: int, end: int) -> tuple[int, int]:
     """The range with its line, where nothing else stands on it."""
-    begin = work.text.rfind("\n", 0, start) + 1
+    begin = max(work.text.rfind("\n", 0, start) + 1, work.source.start)
     stop = work.text.find("\n", end)
     stop = len(work.text) if stop < 0 else stop + 1
     alone = not work.text[begin:start].strip() and not work.text[end:stop].strip()
@@ -255,6 +291,7 @@ HANDLERS: dict[str, Handler] = {
     "device_member": device_member,
     "itself": itself,
     "compare": compare,
+    "internal_assert": internal_assert,
     "error": error,
     "warn": warn,
     "nbytes": nbytes,

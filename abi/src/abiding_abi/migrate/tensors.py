@@ -9,13 +9,13 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
 from abiding_abi.migrate import wrapped
 from abiding_abi.migrate.edits import replace
-from abiding_abi.migrate.simple import free_function, named, rename
+from abiding_abi.migrate.helpers import ACCESSOR, PACKED
+from abiding_abi.migrate.simple import free_function, is_number, named, rename, through_double
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Method
 from abiding_abi.usage import Use
 from abiding_abi.wrappers import NAMES
 
-_ACCESSOR = "torch::headeronly::HeaderOnlyTensorAccessor"
 _PACKED = "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor"
 _TRAITS = "torch::headeronly::DefaultPtrTraits"
 _ELEMENT = {
@@ -94,28 +94,15 @@ def accessors(work: Work, hit: Hit) -> Answer:
     target, star = work.receiver(hit.start)
     if not named(work, target):
         return "the accessor borrows sizes and strides from a temporary: name the tensor first"
-    dot = "->" if star else "."
-    kind = work.word(types[0])
-    constant = kind.startswith("const ")
-    pointer = f"{dot}{'const' if constant else 'mutable'}_data_ptr<{kind.removeprefix('const ')}>()"
     head: list[str | Span]
     if hit.name == "accessor":
-        head = [_ACCESSOR, "<", types[0], ", ", types[1], ">("]
+        head = [ACCESSOR, "<", types[0], ", ", types[1]]
     else:
         traits: list[str | Span] = [types[2]] if len(types) > 2 else [_TRAITS]
         index = {"packed_accessor32": "int32_t", "packed_accessor64": "int64_t"}.get(hit.name)
         number: list[str | Span] = [index] if index else [types[3]] if len(types) > 3 else ["int64_t"]
-        head = [_PACKED, "<", types[0], ", ", types[1], ", ", *traits, ", ", *number, ">("]
-    tail: list[str | Span] = [
-        target,
-        pointer,
-        ", ",
-        target,
-        f"{dot}sizes().data(), ",
-        target,
-        f"{dot}strides().data())",
-    ]
-    return replace(target.start, read[2], *head, *tail, rule=hit.rule.code)
+        head = [PACKED, "<", types[0], ", ", types[1], ", ", *traits, ", ", *number]
+    return replace(target.start, read[2], *head, f">({star}", target, ")", rule=hit.rule.code)
 
 
 def accessor_type(work: Work, hit: Hit) -> Answer:
@@ -179,17 +166,12 @@ def _assigned_row(work: Work, hit: Hit, target: Span, index: Span, equals: int) 
     row: list[str | Span] = ["{ auto row = torch::stable::select(", target, ", 0, ", index, "); "]
     if work.tensors.infer(*value) == "tensor":
         return replace(target.start, end + 1, *row, "torch::stable::copy_(row, ", value, "); }", rule=hit.rule.code)
-    if re.fullmatch(r"-?[\d.]+(?:e-?\d+)?f?", work.plain(value)) or _is_number(work, work.plain(value), hit.start):
+    if through_double(work, value):
         return replace(target.start, end + 1, *row, "torch::stable::fill_(row, ", value, "); }", rule=hit.rule.code)
+    if is_number(work, work.plain(value), hit.start, "int64_t|long|size_t|uint64_t"):
+        return replace(target.start, end + 1, *row, f"{wrapped.NAMESPACE}::fill_(row, ", value, "); }",
+                       rule=hit.rule.code)  # fmt: skip
     return "an assignment to t[i] copies into the tensor: write copy_ or fill_"
-
-
-def _is_number(work: Work, name: str, at: int) -> bool:
-    """Whether a name is declared as a number in the function."""
-    region = work.tensors.function_at(at)
-    kinds = r"(?:int|float|double|int64_t|int32_t|long|bool|size_t|unsigned)"
-    declared = re.compile(rf"\b{kinds}\s+(?:\w+\s*,\s*)*{re.escape(name)}\b") if name.isidentifier() else None
-    return bool(declared and region and declared.search(work.code, region[0], at))
 
 
 def summed(work: Work, hit: Hit) -> Answer:
@@ -242,6 +224,9 @@ def streamed(work: Work, hit: Hit) -> Answer:
 
 def referenced(work: Work, hit: Hit) -> Answer:
     """Members that become functions of a tensor reference."""
+    filled = work.call(hit.end) if hit.name == "fill_" else None
+    if filled and len(filled[0]) == 1 and not through_double(work, filled[0][0]):
+        return wrapped.member(work, hit, "fill_")
     if hit.name not in ("zero_", "copy_") or not isinstance(hit.match, Method) or not hit.match.free:
         return rename(work, hit)
     target, star = work.receiver(hit.start)

@@ -53,8 +53,7 @@ def _line_start(work: Work, at: int) -> int | None:
     begin = work.text.rfind("\n", 0, at) + 1
     while begin > 1 and work.text[:begin].rstrip("\r\n").endswith("\\") and work.text[begin - 1] == "\n":
         begin = work.text.rfind("\n", 0, begin - 1) + 1
-    if begin == 0 and work.text.startswith("\xef\xbb\xbf"):
-        return 3
+    begin = max(begin, work.source.start)
     if any(comment.start < begin < comment.end for comment in work.source.comments):
         return None
     return begin

@@ -12,6 +12,7 @@ from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Context, Hit
 from abiding_abi.lint.project import Project
 from abiding_abi.migrate.edits import Edit
+from abiding_abi.migrate.python_module import Bindings
 from abiding_abi.source import Source
 from abiding_abi.usage import Usage
 
@@ -22,17 +23,21 @@ class Shared:
 
     operators: set[str] = field(default_factory=set)
     """Files with tensor arithmetic, which needs the wrapper header's operators."""
-    header: Path | None = None
-    """The wrapper header, where any file needs it."""
+    headers: dict[str, Path] = field(default_factory=dict)
+    """The wrapper header of each file that needs it."""
+    bindings: dict[Path, Bindings] = field(default_factory=dict)
+    """The old names behind each Python module."""
     modules: dict[Path, str] = field(default_factory=dict)
-    """Python modules to write, by path."""
+    """Python modules and headers to write, by path."""
     namespaces: set[str] = field(default_factory=set)
     """Namespaces that a block of this run already defines."""
     notes: list[str] = field(default_factory=list)
     """What a person has to do outside the sources, such as the build script."""
     namespace: str | None = None
-    stage: str = ""
+    kind: str = ""
     """The kind of change that is being made."""
+    keep_options: bool = False
+    """Whether options that could not be written out as dtype and device stay a value, through the wrapper header."""
 
 
 class Work(Context):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from abiding_abi import lexical, wrappers
+from abiding_abi.errors import UserError
 from abiding_abi.lexical import Span
 from abiding_abi.lint.engine import Hit
+from abiding_abi.migrate import python_module
 from abiding_abi.migrate.edits import replace
 from abiding_abi.migrate.work import Answer, Handler, Work
 from abiding_abi.rules import Method, Name
@@ -72,6 +75,8 @@ def member(work: Work, hit: Hit, name: str) -> Answer:
         return "the call is not readable"
     if name in _ITEMS and read[0] and _by_item(work, read[0][0]):
         name = _ITEMS[name]
+    if name == "std" and read[0] and work.plain(read[0][0]) in ("true", "false"):
+        return "std(bool) is of all elements, where the wrapper takes dimensions"
     target, star = work.receiver(hit.start)
     parts: list[str | Span] = [f"{NAMESPACE}::{name}({star}", target]
     if read[0]:
@@ -97,9 +102,16 @@ def users(sources: Iterable[Source], operators: set[str]) -> dict[str, set[str]]
     return found
 
 
-def place(paths: Iterable[str]) -> Path:
-    """Where the header goes: the nearest folder above all files that need it."""
-    return Path(os.path.commonpath([os.path.dirname(path) for path in paths])) / wrappers.HEADER_NAME
+def places(paths: Iterable[str]) -> dict[str, Path]:
+    """Each file's header: of the files that are built together, in the nearest folder above all that need it."""
+    built: dict[Path, list[str]] = defaultdict(list)
+    for path in paths:
+        built[python_module.build_folder(Path(path).parent)].append(path)
+    found: dict[str, Path] = {}
+    for together in built.values():
+        folder = os.path.commonpath([os.path.dirname(path) for path in together])
+        found |= dict.fromkeys(together, Path(folder, wrappers.HEADER_NAME))
+    return found
 
 
 def text(path: Path, names: set[str]) -> str:
@@ -107,6 +119,8 @@ def text(path: Path, names: set[str]) -> str:
     kept: set[str] = set()
     if path.exists():
         before = path.read_text(encoding="utf-8", errors="replace")
+        if f"namespace {NAMESPACE}" not in before:
+            raise UserError(f"{path} is not the header of wrappers, which would be written there: rename it")
         kept = set(re.findall(r"^inline [^(\n]*?(\w+)\(", before, re.MULTILINE)) & wrappers.NAMES
         kept |= {OPERATORS} if "operator" in before else set()
         if names <= kept:

@@ -45,12 +45,14 @@ RULES = (
     ),
     Rule(
         "CHK005",
-        "TORCH_INTERNAL_ASSERT(cond, ...)",
-        "STD_TORCH_CHECK(cond, ...)",
+        "TORCH_INTERNAL_ASSERT(cond, ...), TORCH_INTERNAL_ASSERT_DEBUG_ONLY(cond, ...)",
+        "STD_TORCH_CHECK(cond, ...); assert(cond) for the latter",
         (Macro(("TORCH_INTERNAL_ASSERT", "TORCH_INTERNAL_ASSERT_DEBUG_ONLY"), to="STD_TORCH_CHECK"),),
         headers="2.9",
-        before="TORCH_INTERNAL_ASSERT(t.defined());",
-        after="STD_TORCH_CHECK(t.defined());",
+        edit="internal_assert",
+        pitfall="The latter checks nothing where NDEBUG is defined, as assert does; elsewhere assert aborts.",
+        before="TORCH_INTERNAL_ASSERT(t.defined());\nTORCH_INTERNAL_ASSERT_DEBUG_ONLY(n > 0, n);",
+        after="STD_TORCH_CHECK(t.defined());\nassert((n > 0));",
     ),
     Rule(
         "CHK006",

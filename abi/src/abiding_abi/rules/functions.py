@@ -3,6 +3,24 @@
 from abiding_abi.rules.model import Check, Name, Rule
 
 _DISPATCHED = (
+    *("abs_", "acos", "amin", "argwhere", "as_strided", "asin", "atan", "atan2", "bitwise_not", "broadcast_tensors"),
+    *("can_cast", "ceil_", "cos_", "cosh", "count_nonzero", "cross", "cummax", "cummin", "diagonal", "erfc", "erfinv"),
+    *("exp2", "exp_", "floor_", "fmod", "frac", "hstack", "vstack", "inverse", "is_complex", "is_floating_point"),
+    *("kthvalue", "lerp", "lgamma", "linalg_inv", "log10", "log2", "log_", "logical_xor", "logsumexp", "masked_fill"),
+    *(
+        "median",
+        "movedim",
+        "nan_to_num",
+        "neg_",
+        "reciprocal_",
+        "relu_",
+        "remainder",
+        "result_type",
+        "round_",
+        "rsqrt_",
+    ),
+    *("scatter_add", "sigmoid_", "sin_", "sinh", "split_with_sizes", "sqrt_", "swapaxes", "take", "tan", "tanh_"),
+    *("tensor_split", "trace", "trunc", "unique_dim", "vdot"),
     *("cat", "stack", "arange", "where", "cumsum", "cumprod", "flip", "full_like", "ones_like", "rand", "randn"),
     *("randint", "rand_like", "randn_like", "mm", "bmm", "mm_out", "bmm_out", "addmm", "addmm_out", "einsum", "exp"),
     *("log", "sqrt", "rsqrt", "abs", "max", "min", "maximum", "minimum", "add", "mul", "div", "pow", "clamp", "norm"),

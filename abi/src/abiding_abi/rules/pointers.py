@@ -63,19 +63,21 @@ RULES = (
     Rule(
         "MET031",
         "t.accessor<T, N>()",
-        "torch::headeronly::HeaderOnlyTensorAccessor<T, N>(pointer, sizes, strides)",
+        "abi_accessor<T, N>(t), which migrate brings: torch::headeronly::HeaderOnlyTensorAccessor<T, N>, and the check "
+        "of the dimensions",
         (Method(("accessor",), distinct=True),),
         kind="context",
         edit="accessors",
-        pitfall="It checks neither dtype nor rank, and borrows sizes, so that the tensor must outlive it.",
+        pitfall="The class itself does not check how many dimensions there are. It borrows sizes and strides, so the "
+        "tensor must outlive it.",
         before="auto a = t.accessor<float, 2>();\na[0][0] = 1;",
-        after="auto a = torch::headeronly::HeaderOnlyTensorAccessor<float, 2>(t.mutable_data_ptr<float>(), "
-        "t.sizes().data(), t.strides().data());\na[0][0] = 1;",
+        after="auto a = abi_accessor<float, 2>(t);\na[0][0] = 1;",
     ),
     Rule(
         "MET032",
         "t.packed_accessor32<T, N, Traits>(), packed_accessor64",
-        "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor<T, N, Traits, int32_t>(pointer, sizes, strides)",
+        "abi_packed_accessor<T, N, Traits, int32_t>(t), which migrate brings: "
+        "torch::headeronly::HeaderOnlyGenericPackedTensorAccessor and the checks of dimensions and size",
         (
             Method(
                 ("packed_accessor32", "packed_accessor64", "packed_accessor", "generic_packed_accessor"), distinct=True
@@ -83,10 +85,9 @@ RULES = (
         ),
         kind="context",
         edit="accessors",
-        pitfall="packed_accessor32 checked that the tensor has less than 2^31 elements; larger ones now wrap.",
+        pitfall="The class itself checks neither the dimensions nor, with indices of 32 bits, that the tensor has less "
+        "than 2^31 elements.",
         before="auto a = t.packed_accessor64<float, 2>();",
-        after="auto a = torch::headeronly::HeaderOnlyGenericPackedTensorAccessor<float, 2, "
-        "torch::headeronly::DefaultPtrTraits, int64_t>(t.mutable_data_ptr<float>(), t.sizes().data(), "
-        "t.strides().data());",
+        after="auto a = abi_packed_accessor<float, 2, torch::headeronly::DefaultPtrTraits, int64_t>(t);",
     ),
 )

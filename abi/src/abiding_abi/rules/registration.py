@@ -35,7 +35,7 @@ RULES = (
         (Macro(("TORCH_LIBRARY_IMPL",)),),
         edit="library",
         pitfall="TORCH_BOX needs a function with linkage: lambdas and overloaded names fail. A kernel under CatchAll "
-        "or CompositeImplicitAutograd was traced through: choose the key.",
+        "was traced through: choose the key.",
         before=_LEGACY_F + 'TORCH_LIBRARY_IMPL(example, CPU, m) { m.impl("f", &f); }',
         after=_F + 'STABLE_TORCH_LIBRARY_IMPL(example, CPU, m) { m.impl("f", TORCH_BOX(&f)); }',
         scope="file",

@@ -12,6 +12,9 @@ struct Scalar {
       : kind(std::is_same_v<T, bool> ? Kind::Bool : std::is_integral_v<T> ? Kind::Int : Kind::Float),
         integer(static_cast<int64_t>(value)),
         real(static_cast<double>(value)) {}
+  // Half, BFloat16 and their kin.
+  template <class T, std::enable_if_t<std::is_class_v<T> && std::is_convertible_v<T, float>, int> = 0>
+  constexpr Scalar(const T& value) : Scalar(static_cast<double>(static_cast<float>(value))) {}
 };
 
 namespace detail {
@@ -178,6 +181,25 @@ inline bool canUse32BitIndexMath(const Tensor& self, int64_t bound = 2147483647)
   int64_t offset = 0;
   for (int64_t d = 0; d < self.dim(); ++d) offset += (self.size(d) - 1) * self.stride(d);
   return count < bound && offset < bound;
+}
+
+// function fill_: Scalar
+/// Every element becomes the value of a tensor without dimensions.
+inline Tensor fill_(const Tensor& self, const Tensor& value) {
+  std::array<StableIValue, 2> stack{detail::from(self), detail::from(value)};
+  ABI_OPS_CHECK(torch_call_dispatcher("aten::fill_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return detail::to<Tensor>(stack[0]);
+}
+/// Every element becomes the number: also an int64 beyond 2^53, of which torch::stable::fill_, by a double, loses bits.
+inline Tensor fill_(const Tensor& self, Scalar value) {
+  constexpr int64_t exact = int64_t{1} << 53;
+  if (value.kind == Scalar::Kind::Float || (-exact <= value.integer && value.integer <= exact)) {
+    Tensor filled = self;
+    return torch::stable::fill_(filled, value.real);
+  }
+  AtenTensorHandle number = nullptr;
+  ABI_OPS_CHECK(aoti_torch_scalar_to_tensor_int64(value.integer, &number));
+  return abi_ops::fill_(self, Tensor(number));
 }
 
 // function opmath_type:

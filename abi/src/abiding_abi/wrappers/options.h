@@ -57,10 +57,6 @@ inline Tensor made(
   ABI_OPS_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
-inline Tensor filled(Tensor made, Scalar value) {
-  const double fill = value.kind == Scalar::Kind::Float ? value.real : static_cast<double>(value.integer);
-  return torch::stable::fill_(made, fill);
-}
 } // namespace detail
 
 // function options: TensorOptions
@@ -103,12 +99,12 @@ inline Tensor ones(IntArray size, const TensorOptions& options = {}) {
   return detail::made<false>("aten::ones", "", options, std::nullopt, size);
 }
 
-// function full: empty
-/// A tensor full of a number, whose kind says the dtype where the options do not. An int64 beyond 2^53 loses bits.
+// function full: empty, fill_
+/// A tensor full of a number, whose kind says the dtype where the options do not.
 inline Tensor full(IntArray size, Scalar value, TensorOptions options = {}) {
   if (!options.dtype_opt() && value.kind != Scalar::Kind::Float)
     options = options.dtype(value.kind == Scalar::Kind::Bool ? ScalarType::Bool : ScalarType::Long);
-  return detail::filled(abi_ops::empty(size, options), value);
+  return abi_ops::fill_(abi_ops::empty(size, options), value);
 }
 
 // function rand: TensorOptions
@@ -219,12 +215,12 @@ inline Tensor randn_like(
   return detail::made<true>("aten::randn_like", "", options, format, self);
 }
 
-// function full_like: empty_like
-/// The number, with the strides that empty_like gives. An int64 beyond 2^53 loses bits.
+// function full_like: empty_like, fill_
+/// The number, with the strides that empty_like gives.
 inline Tensor full_like(
     const Tensor& self, Scalar value, const TensorOptions& options = {},
     std::optional<torch::headeronly::MemoryFormat> format = std::nullopt) {
-  return detail::filled(abi_ops::empty_like(self, options, format), value);
+  return abi_ops::fill_(abi_ops::empty_like(self, options, format), value);
 }
 
 // function new_empty: TensorOptions
@@ -245,10 +241,10 @@ inline Tensor new_ones(const Tensor& self, IntArray size, const TensorOptions& o
   return detail::made<false>("aten::new_ones", "", options, std::nullopt, self, size);
 }
 
-// function new_full: new_empty
+// function new_full: new_empty, fill_
 /// A tensor of this size full of a number, with self's dtype and device where the options name none.
 inline Tensor new_full(const Tensor& self, IntArray size, Scalar value, const TensorOptions& options = {}) {
-  return detail::filled(abi_ops::new_empty(self, size, options), value);
+  return abi_ops::fill_(abi_ops::new_empty(self, size, options), value);
 }
 
 // function to: TensorOptions
