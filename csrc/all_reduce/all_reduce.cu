@@ -38,6 +38,10 @@ struct CtaRange {
   __device__ __forceinline__ bool has_vector() const { return static_cast<int>(threadIdx.x) < count; }
 };
 
+// The rank with which this thread exchanges the call's tags. They take the last warp, which has no vectors if the
+// message is small, so that it polls for nothing else.
+__device__ __forceinline__ int tag_rank() { return static_cast<int>(threadIdx.x) - static_cast<int>(blockDim.x - 32); }
+
 // Software pipeline over the thread's vectors: calls each stage with k, a vector's index in the range, kBatch vectors
 // at a time. Each stage works on what the stage before it did one step earlier, so that transfers overlap with sums.
 template <bool kSingle, int kBatch, class... Stages>
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
   const CtaRange range(vectors, vectors_per_cta);
   const int64_t i = range.begin + threadIdx.x;
   const bool has_vector = range.has_vector(), whole = message.is_whole(i);
-  CallScope scope(peers, peer::kDirect, peer::Op::kAllReduce);
+  CallScope scope(peers, peer::kDirect, tag_rank());
   const uint4* input = message.address(i);
   uint4 *to[kRankBound<kRanks>], *from[kRankBound<kRanks>];          // in the slots of even epochs
   uintptr_t addresses = reinterpret_cast<uintptr_t>(input) | whole;  // `whole` is to be computed before the wait, too
@@ -78,6 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
   uint4 own{};
   if (has_vector) own = whole ? *input : message.load(i);
   scope.begin();
+  scope.send_tag();
   if (has_vector) {
     const uint4 wire = peer::encode(own);
     const int64_t slot = scope.slot_offset() / static_cast<int64_t>(sizeof own);
@@ -89,12 +94,12 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
     const auto is_remote = [&](int r) { return r < ranks && r != peers.rank; };
     const auto slot_ptr = [&](int r) { return from[r] + slot; };
     uint4 vectors_in[kRanksPerPoll<kRanks>];
-    peer::load_pending(vectors_in, 0, is_remote, slot_ptr);
+    scope.load_pending(vectors_in, 0, is_remote, slot_ptr);
     const uint4 sum = peer::receive_sum<T, kRanks>(scope, peers, vectors_in, own, is_remote, slot_ptr);
     pdl_launch_dependents();
     message.store(i, sum);
   }
-  scope.end();
+  if (!scope.end() && has_vector) message.store(i, peer::nan_vector<T>());
 }
 
 // Calls body(u, k + u * blockDim.x) for the vectors of a batch.
@@ -117,7 +122,7 @@ __device__ __forceinline__ void receive_sums(CallScope& scope, const Peers& peer
   for_batch<kBatch>(k, [&](int u, int j) {
     if (!exists(j)) return;
     owns[u] = own(j);
-    peer::load_pending(vectors[u], 0, is_remote, slot_ptr(j));
+    scope.load_pending(vectors[u], 0, is_remote, slot_ptr(j));
   });
   for_batch<kBatch>(k, [&](int u, int j) {
     if (exists(j)) done(j, peer::receive_sum<T, kRanks>(scope, peers, vectors[u], owns[u], is_remote, slot_ptr(j)));
@@ -132,8 +137,9 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
   const int ranks = kRanks ? kRanks : peers.ranks;
   const CtaRange range(vectors, vectors_per_cta);
   pdl_wait();
-  CallScope scope(peers, peer::kDirect, peer::Op::kAllReduce);
+  CallScope scope(peers, peer::kDirect, tag_rank());
   scope.begin();
+  scope.send_tag();
   const auto exists = [&](int k) { return k < range.count; };
   const auto own = [&](int j) { return message.load(range.begin + j); };
 
@@ -156,7 +162,9 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
   };
   run_pipeline<false, kBatch>(range, send, receive);
   if (range.has_vector()) pdl_launch_dependents();
-  scope.end();
+  if (scope.end()) return;
+  for (int k = threadIdx.x; exists(k); k += static_cast<int>(blockDim.x))
+    message.store(range.begin + k, peer::nan_vector<T>());
 }
 
 template <class T, bool kAligned, int kRanks, bool kSingle>
@@ -168,8 +176,9 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kSingle>, 1)
   const int64_t shard = (vectors + ranks - 1) / ranks;  // vectors that a rank reduces
   const CtaRange range(shard, vectors_per_cta);
   pdl_wait();
-  CallScope scope(peers, peer::kDirect, peer::Op::kAllReduce);
+  CallScope scope(peers, peer::kDirect, tag_rank());
   scope.begin();
+  scope.send_tag();
   const auto exists = [&](int owner, int64_t k) {
     return k < range.count && owner * shard + range.begin + k < vectors;
   };
@@ -214,7 +223,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kSingle>, 1)
 #pragma unroll
     for (int first = 0; first < kRankBound<kRanks>; first += kRanksPerPoll<kRanks>) {
       if (first >= ranks) break;
-      for_batch<kBatch>(k, [&](int u, int j) { peer::load_pending(sums[u], first, is_pending(j), slot_ptr(j)); });
+      for_batch<kBatch>(k, [&](int u, int j) { scope.load_pending(sums[u], first, is_pending(j), slot_ptr(j)); });
       for_batch<kBatch>(k, [&](int u, int j) {
         scope.receive(sums[u], first, is_pending(j), slot_ptr(j));
 #pragma unroll
@@ -226,7 +235,10 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kSingle>, 1)
   };
   run_pipeline<kSingle, kBatch>(range, scatter, reduce, gather);
   if (range.has_vector()) pdl_launch_dependents();
-  scope.end();
+  if (scope.end()) return;
+  for (int r = 0; r < ranks; ++r)
+    for (int k = threadIdx.x; exists(r, k); k += static_cast<int>(blockDim.x))
+      message.store(r * shard + range.begin + k, peer::nan_vector<T>());
 }
 
 // Launches one kernel, for at most capacity() bytes.

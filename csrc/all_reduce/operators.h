@@ -16,7 +16,7 @@ struct Operators {
     peer::with_communicator(op, argument, handle, name, input, [&](const peer::Communicator& communicator) {
       if (p.numel == 0) return;
       p.algorithm = choose_algorithm(communicator.ranks, p.numel * size_of(p.dtype), communicator.one_shot_bytes);
-      scope.run(p, communicator.peers());
+      scope.run(p, communicator.peers({peer::Op::kAllReduce, p.dtype, p.numel}));
     });
   }
 

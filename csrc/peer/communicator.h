@@ -47,8 +47,9 @@ struct Communicator {
   uint32_t forks = 0;                          // of the process that it belongs to; see peer/tables.h
   std::atomic<int> references{1};              // the registry's and those of calls; see CommunicatorRef
 
-  Peers peers() const {
+  Peers peers(const Call& call) const {
     Peers p{};
+    p.tag = tag_of(call);
     p.rank = rank;
     p.ranks = ranks;
     p.max_ctas = max_ctas;

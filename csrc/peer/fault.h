@@ -23,6 +23,7 @@ inline const char* fault_words(uint32_t fault) {
     case Fault::kGone: return " is gone";
     case Fault::kClosed: return " has closed";
     case Fault::kInterrupted: return " was interrupted";
+    case Fault::kMismatch: return " made another call";
     case Fault::kNone: break;
   }
   return " stopped";
@@ -33,17 +34,36 @@ inline bool has_stopped(const Communicator& communicator) {
   return fault != static_cast<uint32_t>(Fault::kNone) && fault != kRecordInWriting;
 }
 
+// Such as "rms_norm with 5 rows of 64 float32 columns"; "another call" where it is not known.
+inline std::string call_words(const CallTag& tag) {
+  if (tag.words[0] == kEmpty) return "another call";
+  const Call call = call_of(tag);
+  std::ostringstream text;
+  text << op_name(call.op) << " with " << call.count;
+  if (call.op == Op::kAllReduce)
+    text << " " << traits_of(call.dtype).name << " elements";
+  else
+    text << " rows of " << call.widths[0] << (call.op == Op::kQkNorm ? " + " + std::to_string(call.widths[1]) : "")
+         << " " << traits_of(call.dtype).name << " columns";
+  return text.str();
+}
+
 inline uint32_t poison_of(const FaultRecord& record) {
   return poison_word(static_cast<Fault>(record.fault), static_cast<int>(record.rank),
                      static_cast<int>(record.found_by));
 }
 
 // What follows "abiding::<op>: ". `record` is null for a rank that another rank has poisoned and that has not called
-// since.
-inline std::string describe(uint32_t poison, const FaultRecord* record) {
+// since. `calls` are those of the culprit and of the rank that found it.
+inline std::string describe(uint32_t poison, const CallTag (&calls)[2], const FaultRecord* record) {
   std::ostringstream text;
-  text << "this communicator has stopped: rank " << culprit_of(poison) << fault_words(fault_of(poison))
-       << " (found by rank " << finder_of(poison);
+  text << "this communicator has stopped: rank " << culprit_of(poison);
+  if (fault_of(poison) == static_cast<uint32_t>(Fault::kMismatch))
+    text << " called " << call_words(calls[0]) << ", and rank " << finder_of(poison) << " " << call_words(calls[1])
+         << "; expected the same call on every rank";
+  else
+    text << fault_words(fault_of(poison));
+  text << " (found by rank " << finder_of(poison);
   if (record)
     text << " in " << op_name(record->op) << ", epoch " << record->epoch << ", after "
          << static_cast<double>(record->waited_ns) * 1e-9 << " s";
@@ -56,7 +76,8 @@ inline std::string describe(uint32_t poison, const FaultRecord* record) {
 // Raises if the communicator has stopped. A call that is queued on a device may still find a fault later.
 inline void check_running(const char* op, const Communicator& communicator) {
   if (!has_stopped(communicator)) return;
-  fail(op, describe(poison_of(*communicator.record), communicator.record));
+  const FaultRecord& record = *communicator.record;
+  fail(op, describe(poison_of(record), record.calls, &record));
 }
 
 // One call of a collective: holds the communicator, checks it and `tensor`, and runs body(communicator). A CPU call

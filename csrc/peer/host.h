@@ -19,7 +19,8 @@ namespace abiding::peer {
 
 // Host memory. No aligned word is torn, which is all that the protocol needs.
 struct HostAccess {
-  static constexpr int kWords = 4;  // per load or store
+  static constexpr int kWords = 4;     // per load or store
+  static constexpr int kTagWords = 2;  // of a CallTag that travel
   typedef uint32_t Vector __attribute__((vector_size(16), may_alias));
 
   static void load_words(const uint32_t* from, uint32_t* to) {
@@ -86,20 +87,24 @@ struct HostAccess {
   };
 };
 
-// A rank's part in one call, which takes as many epochs as the message needs. The constructor claims the epoch, end()
-// publishes the next one.
+// A rank's part in one call, which takes as many epochs as the message needs. The constructor claims the epoch and
+// sends the tag, end() publishes the next epoch.
 template <class Access>
 class HostCallScope {
  public:
-  HostCallScope(const Peers& peers, Channel channel, Op op)
-      : peers_(peers), channel_(channel), op_(op), region_bytes_(region_bytes(channel, peers.ranks, 1)) {
+  HostCallScope(const Peers& peers, Channel channel)
+      : peers_(peers), channel_(channel), region_bytes_(region_bytes(channel, peers.ranks, 1)) {
     if (const uint32_t poison = Access::load(&header(0)->poison)) {
       report_fault(poison, 0);
       return;
     }
-    const uint32_t claim = Access::exchange(&header(0)->claims[channel][0], kClaimed);
-    epoch_ = Access::load(&header(0)->epochs[channel][0]);
-    if (claim != epoch_) report_fault(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
+    const uint32_t claim = Access::exchange(&header(0)->claims[0], kClaimed);
+    epoch_ = Access::load(&header(0)->epochs[0]);
+    if (claim != epoch_) {
+      report_fault(poison_word(Fault::kConcurrent, peers.rank, peers.rank), 0);
+      return;
+    }
+    for (int peer = 1; peer < peers.ranks; ++peer) store_tag(tag_ptr(peer, peers.rank), peers.tag);
   }
 
   bool ok() const { return ok_; }
@@ -111,6 +116,21 @@ class HostCallScope {
       uint32_t* to = slot_ptr(peer, peers_.rank) + at;
       for (int i = 0; i < count; i += Access::kWords) Access::store_words(to + i, words + i);
     }
+  }
+
+  // Waits for the tag of every other rank, to be called once, before any receive(): only a rank that makes the same
+  // call sends as many words as this one waits for. False: the call is over.
+  bool receive_tags() {
+    for (int source = 0; source < peers_.ranks; ++source) {
+      if (source == peers_.rank) continue;
+      uint32_t* from = tag_ptr(0, source);
+      uint32_t words[4] = {};  // as many as a load may bring
+      if (!read(from, words, Access::kTagWords) && !wait(source, from, words, Access::kTagWords)) return false;
+      store_tag(from, {});
+      const CallTag theirs{{words[0], words[1]}};
+      if (!std::equal(words, words + Access::kTagWords, peers_.tag.words)) return report_mismatch(source, theirs);
+    }
+    return true;
   }
 
   // Waits for `count` words of `source`, empties them in memory and decodes them. False: the call is over.
@@ -126,13 +146,13 @@ class HostCallScope {
   // Ordering: the fence makes the words that this rank has emptied visible before the words that it sends next.
   void next_epoch() {
     Access::fence();
-    Access::store(&header(0)->epochs[channel_][0], ++epoch_);
+    Access::store(&header(0)->epochs[0], ++epoch_);
   }
 
   void end() {
     Access::fence();
-    Access::store(&header(0)->epochs[channel_][0], epoch_ + 1);
-    Access::store(&header(0)->claims[channel_][0], epoch_ + 1);
+    Access::store(&header(0)->epochs[0], epoch_ + 1);
+    Access::store(&header(0)->claims[0], epoch_ + 1);
   }
 
  private:
@@ -141,6 +161,14 @@ class HostCallScope {
 
   uint32_t* slot_ptr(int i, int source) const {
     return reinterpret_cast<uint32_t*>(peers_.workspaces[i] + region_offset(channel_, epoch_, source, region_bytes_));
+  }
+  uint32_t* tag_ptr(int i, int source) const {
+    const int64_t bytes = region_bytes(kTags, peers_.ranks, 1);
+    return reinterpret_cast<uint32_t*>(peers_.workspaces[i] + region_offset(kTags, epoch_, source, bytes));
+  }
+
+  static void store_tag(uint32_t* to, const CallTag& tag) {
+    for (int i = 0; i < Access::kTagWords; ++i) Access::store(to + i, tag.words[i]);
   }
 
   static bool read(const uint32_t* from, uint32_t* words, int count) {
@@ -166,6 +194,16 @@ class HostCallScope {
     return true;
   }
 
+  // Ordering: the fence makes the two calls visible before the poison.
+  bool report_mismatch(int source, const CallTag& theirs) {
+    for (int i = 0; i < peers_.ranks; ++i) {
+      store_tag(header(i)->calls[source].words, theirs);
+      store_tag(header(i)->calls[peers_.rank].words, peers_.tag);
+    }
+    Access::fence();
+    return report_fault(poison_word(Fault::kMismatch, source, peers_.rank), 0);
+  }
+
   // Records this rank's first fault for its caller and writes the poison to every rank. Returns false.
   bool report_fault(uint32_t poison, uint64_t waited_ns) {
     ok_ = false;
@@ -173,12 +211,17 @@ class HostCallScope {
     uint32_t none = 0;
     if (__atomic_compare_exchange_n(&record->fault, &none, kRecordInWriting, false, __ATOMIC_RELAXED,
                                     __ATOMIC_RELAXED)) {
-      record->op = op_;
+      record->op = op_of(peers_.tag);
       record->epoch = epoch_;
       record->cta = 0;
       record->rank = culprit_of(poison);
       record->found_by = finder_of(poison);
       record->waited_ns = waited_ns;
+      const bool mismatch = fault_of(poison) == static_cast<uint32_t>(Fault::kMismatch);
+      for (int i = 0; mismatch && i < Access::kTagWords; ++i) {
+        record->calls[0].words[i] = Access::load(&header(0)->calls[record->rank].words[i]);
+        record->calls[1].words[i] = Access::load(&header(0)->calls[record->found_by].words[i]);
+      }
       __atomic_store_n(&record->fault, fault_of(poison), __ATOMIC_RELEASE);
     }
     for (int i = 0; i < peers_.ranks; ++i)
@@ -188,7 +231,6 @@ class HostCallScope {
 
   const Peers& peers_;
   Channel channel_;
-  Op op_;
   int64_t region_bytes_;
   uint32_t epoch_ = 0;
   bool ok_ = true;
@@ -232,6 +274,7 @@ bool all_reduce(HostCallScope<Access>& scope, const Peers& peers, int64_t region
       message.load(at, words, count);
       scope.send(words, word, count);
     });
+    if (begin == 0) scope.receive_tags();
     for_chunks(begin, [&](int64_t at, int64_t word, int count) {
       ChunkSum<Format> sum;
       for (int rank = 0; rank < peers.ranks; ++rank) {
@@ -255,9 +298,9 @@ bool all_reduce(HostCallScope<Access>& scope, const Peers& peers, int64_t region
 // The sum over ranks in rank order, bitwise equal on all ranks; `out` may be `input`. False: `out` is all NaN, and the
 // record says why.
 template <class Access = HostAccess>
-bool all_reduce(const Peers& peers, Channel channel, Op op, const void* input, void* out, int64_t numel, DType dtype) {
+bool all_reduce(const Peers& peers, Channel channel, const void* input, void* out, int64_t numel, DType dtype) {
   if (numel == 0) return true;
-  HostCallScope<Access> scope(peers, channel, op);
+  HostCallScope<Access> scope(peers, channel);
   const int64_t region = region_bytes(channel, peers.ranks, 1), bytes = numel * size_of(dtype);
   return dispatch_floating(dtype, [&](auto tag) {
     using Format = HostFormat<decltype(tag)>;

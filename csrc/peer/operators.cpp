@@ -175,7 +175,14 @@ std::string fault_text(int64_t fa, bool look) {
   const FaultRecord* record = has_stopped(*communicator) ? communicator->record : nullptr;
   const uint32_t poison = record ? poison_of(*record) : poison_from_others(*communicator, look);
   if (poison == 0) return {};
-  return std::string("abiding::") + (record ? op_name(record->op) : "check") + ": " + describe(poison, record);
+  const std::string op = std::string("abiding::") + (record ? op_name(record->op) : "check") + ": ";
+  if (record) return op + describe(poison, record->calls, record);
+  CallTag calls[2];
+  for (int i = 0; i < 2; ++i)
+    communicator->memory->read(
+        &calls[i], &own_header(*communicator)->calls[(i ? finder_of(poison) : culprit_of(poison)) % kMaxRanks],
+        sizeof calls[i]);
+  return op + describe(poison, calls, nullptr);
 }
 
 void clear(int64_t fa) {

@@ -16,10 +16,15 @@
 // Invariant: outside a call, every word that a rank has received is empty again.
 // Ordering: two slots are enough. A source stores epoch e + 2 into the slot of epoch e only after it has received this
 // rank's words of epoch e + 1, and this rank sent those only after its epoch e had ended, with that slot emptied.
+//
+// Beside the data every rank sends a tag that says who the call is. No call ends before the tags of all ranks have
+// arrived and are equal, so a rank whose call is another one (operator, size, dtype) is found by every rank.
+// Invariant: epochs count calls, whatever their channels, so that the tags of two different operators meet.
 #pragma once
 
 #include <cstdint>
 
+#include "common/dtypes.h"
 #include "common/numerics.h"
 
 namespace abiding::peer {
@@ -39,12 +44,15 @@ enum Channel : int {
   kDirect,   // one-shot: whole messages; two-shot: the reduce-scatter
   kResult,   // two-shot: the all-gather
   kScalars,  // one or two numbers per token
+  kTags,     // who the call is: a CallTag per CTA
   kChannels
 };
 constexpr int kMaxCtas = 128;  // per kernel; each CTA has its own epochs and its own region of a channel
 constexpr int64_t kHeaderBytes = 64 << 10;
 // The size of one slot of a channel, all sources together.
-ABIDING_HD constexpr int64_t slot_bytes(Channel channel) { return channel == kScalars ? 1 << 20 : 8 << 20; }
+ABIDING_HD constexpr int64_t slot_bytes(Channel channel) {
+  return channel == kTags ? 256 << 10 : channel == kScalars ? 1 << 20 : 8 << 20;
+}
 ABIDING_HD constexpr int64_t channel_offset(int channel) {
   int64_t offset = kHeaderBytes;
   for (int earlier = 0; earlier < channel; ++earlier) offset += kSlots * slot_bytes(static_cast<Channel>(earlier));
@@ -62,17 +70,52 @@ ABIDING_HD int64_t region_offset(Channel channel, uint32_t epoch, int region, in
   return channel_offset(channel) + (epoch % kSlots) * slot_bytes(channel) + region * bytes;
 }
 
-// The operator that a rank was in when it stopped.
+// The operator that a rank is in.
 enum class Op : uint32_t { kAllReduce, kRmsNorm, kQkNorm };
+
+// Who a call is: what all ranks must bring alike.
+struct Call {
+  Op op;
+  DType dtype;
+  int64_t count;           // elements of a message; rows of a norm
+  int64_t widths[2] = {};  // this rank's columns of each part of a row
+};
+
+// A Call as it travels: 64 bits, of which the words are encoded as those of the data are, each of them its own "ready"
+// flag. Two words and not four, because kernels poll them beside the data and registers are few.
+// Invariant: different calls have different tags, up to 2^56 elements, 2^24 rows and widths of 2^17 and 2^15.
+struct alignas(8) CallTag {
+  uint32_t words[2];
+};
+static_assert(sizeof(CallTag) <= region_bytes(kTags, kMaxRanks, kMaxCtas));
+
+inline CallTag tag_of(const Call& call) {
+  const auto count = static_cast<uint64_t>(call.count);
+  const auto first = static_cast<uint64_t>(call.widths[0]), second = static_cast<uint64_t>(call.widths[1]);
+  const uint64_t size = call.op == Op::kAllReduce ? count : count << 32 | (first & 0x1FFFF) << 15 | (second & 0x7FFF);
+  const uint64_t bits = static_cast<uint64_t>(call.op) | static_cast<uint64_t>(call.dtype) << 4 | size << 8;
+  return {{encode(static_cast<uint32_t>(bits)), encode(static_cast<uint32_t>(bits >> 32))}};
+}
+ABIDING_HD Op op_of(const CallTag& tag) { return static_cast<Op>(decode(tag.words[0]) & 0xF); }
+inline Call call_of(const CallTag& tag) {
+  const uint64_t bits = static_cast<uint64_t>(decode(tag.words[1])) << 32 | decode(tag.words[0]), size = bits >> 8;
+  const auto dtype = static_cast<DType>(bits >> 4 & 0xF);
+  if (op_of(tag) == Op::kAllReduce) return {op_of(tag), dtype, static_cast<int64_t>(size)};
+  return {op_of(tag),
+          dtype,
+          static_cast<int64_t>(size >> 32),
+          {static_cast<int64_t>(size >> 15 & 0x1FFFF), static_cast<int64_t>(size & 0x7FFF)}};
+}
 
 // Why a communicator stopped. The first fault stays until the communicator is reset.
 enum class Fault : uint32_t {
   kNone,
-  kTimeout,     // `rank` did not send in time
-  kConcurrent,  // `rank` made two calls at once on one communicator
-  kGone,        // the process of `rank` has ended
-  kClosed,      // `rank` has closed its communicator
-  kInterrupted  // a signal's handler raised while `rank` waited
+  kTimeout,      // `rank` did not send in time
+  kConcurrent,   // `rank` made two calls at once on one communicator
+  kGone,         // the process of `rank` has ended
+  kClosed,       // `rank` has closed its communicator
+  kInterrupted,  // a signal's handler raised while `rank` waited
+  kMismatch      // `rank` made another call than the rank that found it
 };
 
 // What a rank that stops writes to all ranks; never 0. It packs the fault, the culprit and the rank that found it.
@@ -83,6 +126,9 @@ ABIDING_HD constexpr uint32_t fault_of(uint32_t poison) { return poison & 0xFF; 
 ABIDING_HD constexpr uint32_t culprit_of(uint32_t poison) { return poison >> 8 & 0xFF; }
 ABIDING_HD constexpr uint32_t finder_of(uint32_t poison) { return poison >> 16; }
 
+// What a rank whose communicator had stopped before its call sends in place of the tag: this, and the poison.
+constexpr uint32_t kStoppedTag = 0xFF;
+
 // A rank's account of its first fault, in host memory that its kernels can write.
 constexpr uint32_t kRecordInWriting = ~0u;
 struct FaultRecord {
@@ -92,6 +138,7 @@ struct FaultRecord {
   uint32_t rank;      // the culprit
   uint32_t found_by;  // this rank, or the rank whose poison it saw
   uint64_t waited_ns;
+  CallTag calls[2];  // of the culprit and of the rank that found it, after kMismatch
 };
 
 constexpr uint32_t kClaimed = ~0u;  // a claim, while a call holds it
@@ -103,18 +150,20 @@ struct Header {
   uint32_t departed;           // not 0 once the owner has closed, where the workspace is host memory
   uint32_t reporting;          // not 0 once a thread of the owner's kernels writes its record
   uint32_t probes[kMaxRanks];  // rank r shows here that its writes arrive
-  // Per channel and CTA, written by the owner alone: the current epoch; and a claim, which is equal to the epoch
-  // between calls and kClaimed during one.
-  alignas(128) uint32_t epochs[kChannels][kMaxCtas];
-  alignas(128) uint32_t claims[kChannels][kMaxCtas];
+  CallTag calls[kMaxRanks];    // of the ranks whose calls differ, as far as known; written before the poison
+  // Per CTA, written by the owner alone: the current epoch; and a claim, which is equal to the epoch between calls and
+  // kClaimed during one.
+  alignas(128) uint32_t epochs[kMaxCtas];
+  alignas(128) uint32_t claims[kMaxCtas];
 };
 static_assert(sizeof(Header) <= kHeaderBytes);
 
-// A communicator as a kernel parameter. What every call reads comes first.
+// A communicator and a call of it as a kernel parameter. What every call reads comes first.
 struct Peers {
   int rank, ranks;
   int max_ctas;                      // per kernel, the same on all ranks
   uint32_t region_bytes[kChannels];  // if max_ctas CTAs share a slot
+  CallTag tag;                       // this call's
   uint8_t* workspaces[kMaxRanks];    // [i]: of rank (rank + i) % ranks, at this process's address; the own one first
   FaultRecord* record;
   uint64_t timeout_ns;

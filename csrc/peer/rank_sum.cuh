@@ -121,7 +121,7 @@ __device__ __forceinline__ uint4 receive_sum(CallScope& scope, const Peers& peer
 #pragma unroll
   for (int first = 0; first < kRankBound<kRanks>; first += kRanksPerPoll<kRanks>) {
     if (first >= ranks) break;
-    if (first > 0) load_pending(vectors, first, is_pending, slot_ptr);
+    if (first > 0) scope.load_pending(vectors, first, is_pending, slot_ptr);
     scope.receive(vectors, first, is_pending, slot_ptr);
 #pragma unroll
     for (int g = 0; g < kRanksPerPoll<kRanks>; ++g)

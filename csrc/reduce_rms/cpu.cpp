@@ -142,9 +142,8 @@ void reduce_and_normalize(const ReduceRmsParams& p, int ranks, const SumOverRank
 
 void run_cpu(const ReduceRmsParams& p, const peer::Peers& peers) {
   reduce_and_normalize(p, peers.ranks, [&](std::vector<float>& sums) {
-    const peer::Op op = p.part_count == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm;
     const auto count = static_cast<int64_t>(sums.size());
-    peer::all_reduce(peers, peer::kScalars, op, sums.data(), sums.data(), count, DType::kFloat32);
+    peer::all_reduce(peers, peer::kScalars, sums.data(), sums.data(), count, DType::kFloat32);
   });
 }
 

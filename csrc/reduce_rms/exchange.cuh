@@ -20,14 +20,24 @@ struct Lane {
       : part(static_cast<int>(lane / 16)), rank(static_cast<int>(lane % 16)) {}
 };
 
+// Whether the lanes of a kernel poll the tags of the call beside its data; if not, after it. On sm_80 the kernels that
+// hold many vectors (CtaTile::vectors_per_thread) have no registers for that.
+#if __CUDA_ARCH__ >= 900
+template <int kVectors>
+constexpr bool kTagBesideData = true;
+#else
+template <int kVectors>
+constexpr bool kTagBesideData = 0 <= kVectors && kVectors <= 2;
+#endif
+
 // Exchange over a communicator's workspaces.
-template <int kParts>
+template <int kParts, bool kTag>
 class WorkspaceExchange {
  public:
   __device__ __forceinline__ WorkspaceExchange(const Peers& peers, Lane lane)
       : peers_(peers),
         lane_(lane),
-        scope_(peers, peer::kScalars, kParts == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm) {}
+        scope_(peers, peer::kScalars, threadIdx.y == 0 && threadIdx.x < 16 ? lane.rank : -1) {}
   __device__ __forceinline__ int ranks() const { return peers_.ranks; }
   __device__ __forceinline__ void begin() { scope_.begin(); }
 
@@ -45,7 +55,9 @@ class WorkspaceExchange {
     to_ += scope_.slot_offset() / static_cast<int64_t>(sizeof *to_);
     from_ += scope_.slot_offset() / static_cast<int64_t>(sizeof *from_);
     asm volatile("" : "+l"(to_), "+l"(from_));
+    scope_.send_tag();
   }
+  __device__ __forceinline__ void check_claim() { scope_.check_claim(); }
   // Moves on by a number of this CTA's tokens.
   __device__ __forceinline__ void advance(int tokens) {
     to_ += tokens * kParts;
@@ -57,11 +69,15 @@ class WorkspaceExchange {
     if (!scope_.ok()) return kNan;
     if (!is_remote()) return lane_.rank == peers_.rank ? own : 0.0f;
     peer::store_volatile(to_, peer::encode(__float_as_uint(own)));
-    uint32_t word[] = {peer::load_volatile(from_)};
-    const bool ok = scope_.receive(word, lane_.rank, [](int) { return true; }, [&](int) { return from_; });
+    uint32_t word[1];
+    const auto is_pending = [](int) { return true; };
+    const auto slot_ptr = [&](int) { return from_; };
+    scope_.load_pending<kTag>(word, lane_.rank, is_pending, slot_ptr);
+    const bool ok = scope_.receive<kTag>(word, lane_.rank, is_pending, slot_ptr);
     return ok ? __uint_as_float(peer::decode(word[0])) : kNan;
   }
-  __device__ __forceinline__ void end() { scope_.end(); }
+  // False: the results of this CTA are to be NaN.
+  __device__ __forceinline__ bool end() { return scope_.end(); }
 
  private:
   __device__ __forceinline__ bool is_remote() const {
@@ -87,6 +103,7 @@ class TableExchange {
   __device__ __forceinline__ int ranks() const { return table_.ranks; }
   __device__ __forceinline__ void find_slots(int /*index*/) {}
   __device__ __forceinline__ void select_epoch() {}
+  __device__ __forceinline__ void check_claim() {}
   __device__ __forceinline__ void advance(int /*tokens*/) {}
 
   __device__ __forceinline__ float exchange(int64_t token, float own) {
@@ -115,11 +132,13 @@ class TableExchange {
     return __uint_as_float(peer::decode(word ^ kTableEmpty));
   }
 
-  __device__ __forceinline__ void end() {
+  __device__ __forceinline__ bool end() {
     __syncthreads();
-    if (!peer::is_cta_leader() || atomicAdd(&counters()[0], 1u) != gridDim.x - 1) return;
-    peer::store_volatile(&counters()[0], 0u);
-    peer::store_volatile(&counters()[2], epoch_ + 1);
+    if (peer::is_cta_leader() && atomicAdd(&counters()[0], 1u) == gridDim.x - 1) {
+      peer::store_volatile(&counters()[0], 0u);
+      peer::store_volatile(&counters()[2], epoch_ + 1);
+    }
+    return true;
   }
 
  private:
@@ -138,8 +157,8 @@ class TableExchange {
 };
 
 // The exchange of a kernel whose parameter is Endpoint: Peers or TableParams.
-template <class Endpoint, int kParts>
+template <class Endpoint, int kParts, bool kTag>
 using ExchangeOver =
-    std::conditional_t<std::is_same_v<Endpoint, Peers>, WorkspaceExchange<kParts>, TableExchange<kParts>>;
+    std::conditional_t<std::is_same_v<Endpoint, Peers>, WorkspaceExchange<kParts, kTag>, TableExchange<kParts>>;
 
 }  // namespace abiding::reduce_rms

@@ -17,7 +17,7 @@ struct Operators {
   static void run(const char* op, int64_t handle, const char* name, const Tensor& rows, const ReduceRmsParams& p) {
     const Scope scope(rows);
     peer::with_communicator(op, "comm", handle, name, rows, [&](const peer::Communicator& communicator) {
-      if (p.tokens > 0) scope.run(p, communicator.peers());
+      if (p.tokens > 0) scope.run(p, communicator.peers(call_of(p)));
     });
   }
 

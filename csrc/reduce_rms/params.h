@@ -27,6 +27,13 @@ struct ReduceRmsParams {
   alignas(16) Part parts[kMaxParts];
 };
 
+inline peer::Call call_of(const ReduceRmsParams& p) {
+  return {p.part_count == 2 ? peer::Op::kQkNorm : peer::Op::kRmsNorm,
+          p.dtype,
+          p.tokens,
+          {p.parts[0].width, p.parts[1].width}};
+}
+
 // Upstream's workspace, a device array of 3 N + 2 pointers. [2N, 3N): the ranks' buffers, each of three slots whose
 // words are -0.0 if empty; the third slot is not used here. [3N]: three counters {CTAs that are done, -, epoch}. [3N +
 // 1]: two sizes {-, bytes of a slot}.

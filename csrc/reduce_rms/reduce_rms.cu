@@ -88,6 +88,15 @@ __device__ __forceinline__ Vector<T, kVectorized> scaled(const Vector<T, kVector
   return from_floats<T, kVectorized>(x);
 }
 
+// What an output holds after a fault.
+template <class T, bool kVectorized>
+__device__ __forceinline__ Vector<T, kVectorized> nan_of() {
+  if constexpr (kVectorized)
+    return peer::nan_vector<T>();
+  else
+    return static_cast<T>(kNan);
+}
+
 __device__ __forceinline__ void cp_async_16(uint4* to, const uint4* from) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
@@ -197,13 +206,14 @@ __device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const R
     for_vectors([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
   // From here to the first use of the row, everything overlaps with its loads.
   const Lane own(threadIdx.x % 32);
-  ExchangeOver<Endpoint, kParts> exchange(endpoint, own);
+  ExchangeOver<Endpoint, kParts, kTagBesideData<kVectors>> exchange(endpoint, own);
   exchange.begin();
+  if constexpr (!kTagBesideData<kVectors> && sizeof(T) == 2) exchange.check_claim();  // or ptxas spills it
   if (kWeightsEarly && has_token) load_weights();
   exchange.find_slots(row);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
   V* out = columns.out(token, thread);
-  pin(out);
+  if constexpr (kWeightsEarly) pin(out);
   for (V& v : held) pin(v);
   exchange.select_epoch();
 
@@ -222,11 +232,11 @@ __device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const R
     for (V& v : weights) pin(v);
     for_vectors([&](int c, int i) {
       if constexpr (kVectors == 0) held[c] = columns.input(token)[i], weights[c] = *columns.weight(i);
-      *(kVectors > 0 && c == 0 ? out : columns.out(token, i)) =
+      *(kWeightsEarly && c == 0 ? out : columns.out(token, i)) =
           scaled<T, kVectorized>(held[c], weights[c], shared.scales[row][columns.in_second(i)]);
     });
   }
-  exchange.end();
+  if (!exchange.end() && has_token) for_vectors([&](int, int i) { *columns.out(token, i) = nan_of<T, kVectorized>(); });
 }
 
 // Calls load(u, i), then use(u, i), for a lane's vectors i of `count`, a batch at a time, so that a batch's loads
@@ -243,26 +253,42 @@ __device__ __forceinline__ void in_batches(int lane, int count, Load load, Use u
   }
 }
 
+// The results of normalize_per_warp() after a fault. It computes everything anew, so as to keep no registers there.
+template <class T, bool kVectorized, int kParts>
+__device__ __noinline__ void write_nan_per_warp(const ReduceRmsParams& p) {
+  const Columns<T, kVectorized, kParts> columns(p);
+  const int tokens = static_cast<int>(p.tokens), step = static_cast<int>(gridDim.x * blockDim.y);
+  for (int token = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y); token < tokens; token += step)
+    for (int i = threadIdx.x; i < columns.vectors; i += 32) *columns.out(token, i) = nan_of<T, kVectorized>();
+}
+
 // Each warp loops over tokens, and waits for no other warp. kInSmem: it holds the row in shared memory; else it reads
 // it twice.
 template <class T, bool kVectorized, int kParts, bool kInSmem, class Endpoint>
 __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, const ReduceRmsParams& p) {
   using V = Vector<T, kVectorized>;
   extern __shared__ uint4 rows[];
-  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  // Read anew at each use: ptxas spills it, although it is a constant.
+  const auto warps = [] {
+    int count;
+    asm volatile("mov.u32 %0, %%ntid.y;" : "=r"(count));
+    return count;
+  };
+  const auto step = [&] { return static_cast<int>(gridDim.x) * warps(); };
   const Columns<T, kVectorized, kParts> columns(p);
-  const int tokens = static_cast<int>(p.tokens), step = static_cast<int>(gridDim.x) * warps;
-  int token = static_cast<int>(blockIdx.x) * warps + warp;
-  const bool has_token = token < tokens;
+  const int tokens = static_cast<int>(p.tokens);
+  int token = static_cast<int>(blockIdx.x) * warps() + warp;  // less than step()
   const Lane own(lane);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   pdl_wait();
-  ExchangeOver<Endpoint, kParts> exchange(endpoint, own);
+  ExchangeOver<Endpoint, kParts, kTagBesideData<kInSmem ? kRowInSmem : kRowReadTwice>> exchange(endpoint, own);
   exchange.begin();
+  exchange.check_claim();
   exchange.find_slots(warp);
   exchange.select_epoch();
-  for (; token < tokens; token += step) {
+  for (; token < tokens; token += step()) {
     const V* row = columns.input(token);
     if constexpr (kInSmem) {
       uint4* held = rows + warp * columns.vectors;
@@ -272,7 +298,8 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
       __syncwarp();
       row = held;
     }
-    constexpr int kBatch = kInSmem ? 4 : 2;  // as registers allow
+    constexpr bool kFewRegisters = !kTagBesideData<kRowInSmem> && sizeof(T) == 4;
+    constexpr int kBatch = kInSmem && !kFewRegisters ? 4 : 2;  // as registers allow
     V vectors[kBatch], weights[kBatch];
     float sums[kParts] = {};
 #pragma unroll
@@ -295,11 +322,11 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
           lane, p.vectors[part], [&](int u, int i) { vectors[u] = from[i], weights[u] = weight[i]; },
           [&](int u, int i) { out[i] = scaled<T, kVectorized>(vectors[u], weights[u], factor); });
     }
-    exchange.advance(warps);
+    exchange.advance(warps());
   }
   // Ordering: a warp without a token has received no peer data, so it may not trigger dependents; see find_scales.
-  if (has_token) pdl_launch_dependents();
-  exchange.end();
+  if (token >= step()) pdl_launch_dependents();
+  if (!exchange.end()) write_nan_per_warp<T, kVectorized, kParts>(p);
 }
 
 // kVectors is CtaTile::vectors_per_thread.

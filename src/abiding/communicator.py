@@ -37,6 +37,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ALL_REDUCE, _ALL_REDUCE_OUT = torch.ops.abiding.all_reduce.default, torch.ops.abiding.all_reduce.out
 _PUBLIC_NAMES = {"input": "x"}
 _CLOSE_TIMEOUT_S = 10.0
+_CALL_BYTES = 128  # of the name of a call and its sizes
 _MAX_TIMEOUT_S = 1e9  # of the operator configure()
 
 
@@ -99,8 +100,10 @@ class Communicator:
     (a replay counts as a call), under ``torch.compile(fullgraph=True)`` and in inference mode. It serves one stream and
     one thread at a time; construct one per stream that overlaps with another.
 
-    After a fault (a timeout, or two concurrent calls) every call raises a RuntimeError that names the operator and the
-    rank, until all ranks have called :meth:`reset`. Captured graphs stay valid across a reset.
+    If the ranks' calls differ in operator, dtype or size, every rank gets an error that names both; on a GPU the
+    results are NaN, and the next call or :meth:`check` raises. After a fault (that, a timeout, or two concurrent calls)
+    every call raises a RuntimeError that names the operator and the rank, until all ranks have called :meth:`reset`.
+    Captured graphs stay valid across a reset.
 
     A communicator belongs to the process that made it. In a fork every call raises, and closing it is local. Ctrl-C
     (any signal's handler that raises) ends a wait within about a second, and stops the communicator on all ranks.
@@ -227,6 +230,7 @@ class Communicator:
         with torch.no_grad():
             if route.backend == "copy":
                 return x.clone() if out is None else out.copy_(x)
+            self.agree("all_reduce", f"{x.numel()} {str(x.dtype).removeprefix('torch.')} elements")
             result = x.clone()
             # Backends want contiguous tensors; the order of the strides is the same on all ranks.
             flat = result if result.is_contiguous() else result.as_strided((result.numel(),), (1,))
@@ -249,6 +253,25 @@ class Communicator:
     def unavailable_reason(self) -> str | None:
         """Why the ranks have no peer memory, so that ``torch.distributed`` serves all calls; None if they have."""
         return self._unavailable
+
+    def agree(self, function: str, what: str) -> None:
+        """Raise on every rank unless all ranks make this call through ``torch.distributed``; on GPUs do nothing.
+
+        Peer memory compares the calls itself. NCCL does not, and a comparison on the host would wait for the GPU.
+        """
+        if self.ranks == 1 or self.device.type != "cpu":
+            return
+        with own_tensors():
+            own = torch.frombuffer(bytearray(f"{function} with {what}".encode().ljust(_CALL_BYTES)), dtype=torch.uint8)
+            gathered = [torch.empty_like(own) for _ in range(self.ranks)]
+            dist.all_gather(gathered, own, group=self.group)
+        calls = [bytes(one.tolist()).decode().rstrip() for one in gathered]
+        for rank, call in enumerate(calls):
+            if call != calls[0]:
+                raise RuntimeError(
+                    f"abiding::{function}: rank {rank} called {call}, and rank 0 {calls[0]}; "
+                    "expected the same call on every rank"
+                )
 
     def check_device(self, function: str, name: str, tensor: Tensor) -> None:
         """Raise unless ``tensor``, an argument of a public function, is a tensor on the communicator's device."""

@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
     """Normalize rows over the columns of all ranks.
 
     Args:
-        x: ``[T, d]``, this rank's columns, with any row stride. T must be the same on all ranks and may be 0.
+        x: ``[T, d]``, this rank's columns, with any row stride. T and d must be the same on all ranks; T may be 0.
         weight: ``[d]`` of x's dtype, this rank's shard.
         comm: the communicator of the ranks.
         eps: added to the mean square, inside the root.
@@ -42,7 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
         A new tensor ``[T, d]`` of x's dtype.
 
     Raises:
-        RuntimeError: the communicator has stopped or is closed; the message names the operator and the rank.
+        RuntimeError: another rank brings another T, d or dtype, or calls another operator; or the communicator has
+            stopped or is closed; the message names the operator and the rank.
         TypeError, ValueError: an argument's dtype, device, shape or strides are not accepted.
     """
     checked("rms_norm", comm).check_device("rms_norm", "x", x)
@@ -123,12 +124,14 @@ def _scaled(
 ) -> tuple[Tensor, ...]:
     """The fallback for ranks without peer memory: plain PyTorch around the communicator's all-reduce."""
     comm.check_open(function)
+    widths = " + ".join(str(part.size(1)) for part in parts)
+    dtype = str(parts[0].dtype).removeprefix("torch.")
+    comm.agree(function, f"{parts[0].size(0)} rows of {widths} {dtype} columns")
     with torch.no_grad():
-        squares = torch.stack([part.float().square().sum(1) for part in parts])
-        means = comm.all_reduce(squares) / torch.tensor(
-            [[max(comm.ranks * part.size(1), 1)] for part in parts], device=squares.device
-        )
-        scales = torch.rsqrt(means + eps)[..., None]
+        # The widths travel with the sums: on GPUs agree() does not compare them.
+        sums = [torch.nn.functional.pad(part.float().square().sum(1), (0, 1), value=part.size(1)) for part in parts]
+        squares, full_widths = comm.all_reduce(torch.stack(sums)).split([parts[0].size(0), 1], dim=1)
+        scales = torch.rsqrt(squares / full_widths.clamp(min=1) + eps)[..., None]
         return tuple(
             (part.float() * scale * weight.float()).to(part.dtype)
             for part, scale, weight in zip(parts, scales, weights, strict=True)

@@ -119,20 +119,6 @@ def faults(rank: int) -> dict[str, list[str]]:
         errors["absent"] = [caught(lambda: comm.all_reduce(x)), caught(lambda: comm.all_reduce(x)), caught(comm.check)]
         recovers(comm)
 
-        # Rank 2 brings twice as many bytes: it times out waiting for the rest, and its fault reaches the others.
-        if rank == 2:
-            errors["sizes"] = [caught(lambda: comm.all_reduce(torch.ones(2000)))]
-        else:
-            comm.all_reduce(x)
-            errors["sizes"] = [caught(lambda: comm.all_reduce(x))]
-        recovers(comm)
-
-        # Rank 0 calls another operator.
-        other = torch.ones(3, 8)
-        call = (lambda: reduce_rms.rms_norm(other, other[0], comm)) if rank == 0 else (lambda: comm.all_reduce(x))
-        errors["operators"] = [caught(call)]
-        recovers(comm)
-
         # Two concurrent threads of rank 0, which the other ranks, being late, keep inside their calls.
         if rank == 0:
             thread_errors: list[str] = []
@@ -323,9 +309,6 @@ def test_every_fault_reaches_all_ranks_and_reset_recovers() -> None:
                 assert text.startswith("abiding::"), (rank, scenario, text)
     absent = [text for scenarios in errors for text in scenarios["absent"]]
     assert all("all_reduce: this communicator has stopped: rank 1 did not send in time" in text for text in absent)
-    assert all("did not send in time" in text for scenarios in errors for text in scenarios["sizes"])
-    assert any("rms_norm: this communicator has stopped: rank" in text for text in errors[0]["operators"])
-    assert all("all_reduce: this communicator has stopped: rank" in errors[rank]["operators"][0] for rank in (1, 2))
     assert len(errors[0]["threads"]) == 2
     for scenarios in errors:
         assert all("rank 0 made two calls at once" in text for text in scenarios["threads"])

@@ -5,9 +5,10 @@
 // and the stores in flight. Stores to another rank arrive late and in any order, as on a link between GPUs; only stores
 // to the same word keep their order.
 //
-//   explorer <ranks> <epochs> <words> [crash] [timeout] [late] [twice]
+//   explorer <ranks> <epochs> <words> [crash] [timeout] [late] [twice] [shorter | dtype | other]
 //     crash: one rank may stop for good anywhere;  timeout: any wait may end;  late: stores are in flight for a while
 //     twice: another thread of rank 0 makes a call of its own
+//     shorter, dtype, other: the second call of the last rank has a word less, only another tag, or another channel too
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -28,7 +29,7 @@ constexpr int kMaxWords = 2;
 
 struct Options {
   int ranks, epochs, words;
-  bool crash, timeout, late, twice;
+  bool crash, timeout, late, twice, shorter, dtype, other;
 };
 Options options;
 
@@ -80,6 +81,7 @@ uint32_t ask(Kind kind, const void* at, uint32_t value = 0) {
 
 struct RecordedAccess {
   static constexpr int kWords = 1;
+  static constexpr int kTagWords = 1;  // the first tells all calls here apart, and more words are more interleavings
   static void load_words(const uint32_t* from, uint32_t* to) { *to = ask(kPoll, from); }
   static void store_words(uint32_t* to, const uint32_t* from) { ask(kStore, to, *from); }
   static uint32_t load(const uint32_t* at) { return ask(kLoad, at); }
@@ -106,6 +108,17 @@ float payload(int rank, int call, int word) {
   return std::ldexp(1.0f, (rank * (options.epochs + 1) + call) * options.words + word - 12);
 }
 
+// Calls, by their order; only the second can differ between ranks.
+constexpr int kDifferent = 1;
+bool has_mismatch() { return options.shorter || options.dtype || options.other; }
+bool is_mismatch(int call) { return has_mismatch() && call == kDifferent; }
+bool is_different(int rank, int call) { return is_mismatch(call) && rank == options.ranks - 1; }
+
+// The operator stands for the size and the dtype: it is in the first word.
+CallTag tag(int rank, int call) {
+  return tag_of({is_different(rank, call) ? Op::kAllReduce : Op::kRmsNorm, abiding::DType::kFloat32, options.words});
+}
+
 void check_sums(const Actor& actor, int call, const float* sums) {
   for (int word = 0; word < options.words; ++word) {
     float expected = 0;
@@ -125,12 +138,22 @@ void check_fault(const Actor& actor, const FaultRecord& record) {
   const auto fault = static_cast<Fault>(record.fault);
   const std::string name = "rank " + std::to_string(actor.rank);
   const auto ranks = static_cast<uint32_t>(options.ranks);
-  if (!options.crash && !options.timeout && !options.twice) reject(name + " stopped for no reason");
+  if (!options.crash && !options.timeout && !options.twice && !has_mismatch()) reject(name + " stopped for no reason");
   if (record.rank >= ranks || record.found_by >= ranks) reject(name + " stopped without saying why");
   if (fault == Fault::kConcurrent ? record.rank != record.found_by : record.rank == record.found_by)
     reject(name + " blames the wrong rank");
   if (fault == Fault::kConcurrent && !(options.twice && record.rank == 0)) reject(name + " saw two calls of one");
   if (fault == Fault::kTimeout && !options.timeout) reject(name + " says that time is over");
+  if (fault != Fault::kMismatch) return;
+  if (!has_mismatch()) reject(name + " saw calls that differ");
+  const bool blames_last = record.rank == ranks - 1, found_by_last = record.found_by == ranks - 1;
+  if (blames_last == found_by_last) reject(name + " says that two equal calls differ");
+  for (const bool finder : {false, true}) {
+    const uint32_t known = record.calls[finder].words[0];
+    const auto rank = static_cast<int>(finder ? record.found_by : record.rank);
+    // Stores arrive in any order here, though report_mismatch() has a fence between the calls and the poison.
+    if (known != tag(rank, kDifferent).words[0] && !(known == 0 && options.late)) reject(name + " names another call");
+  }
 }
 
 void run(const Actor& actor) {
@@ -148,9 +171,13 @@ void run(const Actor& actor) {
     progress.called = used;
     float values[kMaxWords], sums[kMaxWords];
     for (int word = 0; word < options.words; ++word) values[word] = payload(actor.rank, progress.call, word);
-    const bool ok = all_reduce<RecordedAccess>(peers, kScalars, Op::kRmsNorm, values, sums, options.words,
-                                               abiding::DType::kFloat32);
+    const bool different = is_different(actor.rank, progress.call);
+    peers.tag = tag(actor.rank, progress.call);
+    const bool ok =
+        all_reduce<RecordedAccess>(peers, different && options.other ? kDirect : kScalars, values, sums,
+                                   options.words - (different && options.shorter), abiding::DType::kFloat32);
     if (ok && progress.stopped) reject("a call went through after one that did not");
+    if (ok && is_mismatch(progress.call)) reject("a call went through that is not the others'");
     if (ok) {
       check_sums(actor, progress.call, sums);
       continue;
@@ -294,11 +321,11 @@ void reach(const State& state, uint32_t from) {
   if (is_new) left.emplace_back(state, entry->second);
 }
 
-// Whether only the owner uses this address, so that the order of this access among those of others does not matter
-// (partial-order reduction).
+// Whether the order of this access among those of others does not matter (partial-order reduction): only the owner uses
+// the address, or nobody sees the store before it arrives, and its rank cannot crash before it.
 bool is_private(const Step& step, int rank) {
-  if (options.twice || step.kind == kPoll || step.kind == kPause || step.kind == kDone || rank_at(step.address) != rank)
-    return false;
+  if (options.twice || step.kind == kPoll || step.kind == kPause || step.kind == kDone) return false;
+  if (rank_at(step.address) != rank) return step.kind == kStore && options.late && !options.crash;
   const uint64_t offset = step.address - workspace(rank);
   return offset >= offsetof(Header, epochs) && offset < kHeaderBytes;
 }
@@ -322,9 +349,21 @@ void check_end(const State& state) {
     const uint32_t value = values[state.memory[variable]];
     if (value == 0) continue;
     if (is_word(variable) && !any_stopped) reject("a word was left in a slot");
-    if (is_poison(variable) && !options.timeout && !options.twice && (value >> 8 & 0xFF) != state.crashed)
+    if (is_poison(variable) && !options.timeout && !options.twice && (value >> 8 & 0xFF) != state.crashed &&
+        fault_of(value) != static_cast<uint32_t>(Fault::kMismatch))
       reject("a rank is blamed that has not crashed");
   }
+}
+
+// Whether a store that is in flight to this variable may arrive now: before some rank's next access to it, or while its
+// owner waits or has ended. Any earlier would make no difference to anybody (partial-order reduction).
+bool is_awaited(const State& state, uint8_t variable) {
+  for (size_t a = 0; a < actors.size(); ++a) {
+    const Step& next = nodes[state.at[a]].next;
+    const bool is_idle = a == state.crashed || next.kind == kPause || next.kind == kDone;
+    if (is_idle ? rank_at(addresses[variable]) == actors[a].rank : next.address == addresses[variable]) return true;
+  }
+  return false;
 }
 
 void expand(const State& state, uint32_t number) {
@@ -350,8 +389,9 @@ void expand(const State& state, uint32_t number) {
     };
     answer(Fault::kNone);
     if (options.timeout) answer(Fault::kTimeout);
-    bool in_flight = false;  // the stores of a process arrive before its end is seen
-    for (int i = 0; i < state.late_count; ++i) in_flight |= state.late[i].actor == source;
+    bool in_flight = false;  // the stores of a process to this one arrive before its end is seen here
+    for (int i = 0; i < state.late_count; ++i)
+      in_flight |= state.late[i].actor == source && rank_at(addresses[state.late[i].variable]) == actors[a].rank;
     // A process also ends when it has made all its calls.
     if ((source == state.crashed || nodes[state.at[source]].next.kind == kDone) && !in_flight && !options.twice)
       if (!nodes[state.at[source]].progress.stopped || source == state.crashed) answer(Fault::kGone);
@@ -360,7 +400,7 @@ void expand(const State& state, uint32_t number) {
     const auto same = [&](const Store& s) {
       return s.actor == state.late[i].actor && s.variable == state.late[i].variable;
     };
-    if (std::any_of(state.late, state.late + i, same)) continue;
+    if (std::any_of(state.late, state.late + i, same) || !is_awaited(state, state.late[i].variable)) continue;
     State next = state;
     next.deliver(i);
     reach(next, number);
@@ -408,6 +448,9 @@ int main(int count, char** arguments) {
     options.timeout |= option == "timeout";
     options.late |= option == "late";
     options.twice |= option == "twice";
+    options.shorter |= option == "shorter";
+    options.dtype |= option == "dtype";
+    options.other |= option == "other";
   }
   for (int rank = 0; rank < options.ranks; ++rank) actors.push_back({rank, 0, options.epochs});
   if (options.twice) actors.push_back({0, options.epochs, options.epochs + 1});

@@ -59,6 +59,7 @@ struct World {
   }
   Peers peers(int rank, FaultRecord* record, double timeout_s) const {
     Peers peers{};
+    peers.tag = tag_of({Op::kAllReduce, abiding::DType::kFloat32, 1});  // as all calls of a rank have it, unless set
     peers.rank = rank;
     peers.ranks = ranks;
     peers.max_ctas = 1;
@@ -71,14 +72,14 @@ struct World {
 };
 
 // One call of many; every rank draws the same calls.
-struct Call {
+struct RandomCall {
   Channel channel;
   abiding::DType dtype;
   int64_t numel, offset;  // elements
   bool in_place;
   uint32_t seed;
 
-  explicit Call(std::mt19937& draw) {
+  explicit RandomCall(std::mt19937& draw) {
     const abiding::DType types[] = {abiding::DType::kFloat32, abiding::DType::kFloat16, abiding::DType::kBfloat16};
     dtype = types[draw() % 3];
     channel = draw() % 3 ? kDirect : kScalars;
@@ -133,7 +134,8 @@ struct Call {
 };
 
 // Makes a call; returns how many elements are wrong, or -1 if the call failed as it should.
-int64_t make(const Call& call, const Peers& peers) {
+int64_t make(const RandomCall& call, Peers peers) {
+  peers.tag = tag_of({call.channel == kDirect ? Op::kAllReduce : Op::kRmsNorm, call.dtype, call.numel});
   const auto size = static_cast<size_t>(abiding::size_of(call.dtype)), bytes = static_cast<size_t>(call.numel) * size;
   constexpr size_t kGuard = 32;
   std::vector<uint8_t> input(kGuard + bytes + 16 * size + kGuard, 0xA5), other(input.size(), 0xA5);
@@ -143,8 +145,7 @@ int64_t make(const Call& call, const Peers& peers) {
     const uint32_t bits = call.bits(peers.rank, i);
     std::memcpy(from + static_cast<size_t>(i) * size, &bits, size);
   }
-  const Op op = call.channel == kDirect ? Op::kAllReduce : Op::kRmsNorm;
-  const bool ok = all_reduce<Access>(peers, call.channel, op, from, to, call.numel, call.dtype);
+  const bool ok = all_reduce<Access>(peers, call.channel, from, to, call.numel, call.dtype);
   int64_t wrong = 0;
   for (int64_t i = 0; i < call.numel; ++i) {
     uint32_t bits = 0;
@@ -164,7 +165,7 @@ void live(const World& world, int rank, int64_t calls, uint32_t seed, double tim
   std::mt19937 draw(seed), delay(seed + 1 + static_cast<uint32_t>(rank));
   for (int64_t i = 0; i < calls; ++i) {
     if (delay() % 100 == 0) std::this_thread::sleep_for(std::chrono::microseconds(delay() % 200));
-    const int64_t wrong = make(Call(draw), peers);
+    const int64_t wrong = make(RandomCall(draw), peers);
     if (wrong < 0) break;
     report.wrong += wrong != 0;
     ++report.calls;
@@ -230,7 +231,7 @@ int twice() {
       const Peers peers = world.peers(rank, &records[rank], 60);
       for (int i = 0; i < calls; ++i) {
         float value = static_cast<float>(rank + 1), sum;
-        if (!all_reduce<Access>(peers, kDirect, Op::kAllReduce, &value, &sum, 1, abiding::DType::kFloat32)) {
+        if (!all_reduce<Access>(peers, kDirect, &value, &sum, 1, abiding::DType::kFloat32)) {
           ++failed;
           return;
         }
@@ -311,8 +312,7 @@ int measure(int ranks) {
         std::vector<double> us;
         for (int i = 0; i < 1500; ++i) {
           const auto began = std::chrono::steady_clock::now();
-          all_reduce<Access>(peers, kDirect, Op::kAllReduce, values.data(), sums.data(), bytes / 4,
-                             abiding::DType::kFloat32);
+          all_reduce<Access>(peers, kDirect, values.data(), sums.data(), bytes / 4, abiding::DType::kFloat32);
           us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - began).count());
         }
         double total = 0;

@@ -1,4 +1,7 @@
-"""Every interleaving of the push protocol, with ranks that crash and waits that end; mutants of it are found out."""
+"""Every interleaving of the push protocol, with ranks that crash, waits that end and calls that differ.
+
+Mutants of the protocol are found out.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,19 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
     [
         "2 3 1",
         "2 3 2 late",
-        "2 3 2 crash timeout late",
+        "2 3 1 crash timeout late",
         "2 3 1 twice timeout",
-        "3 3 1 late",
+        "2 3 2 shorter late",
+        "2 3 1 dtype crash timeout late",
+        "2 3 1 other crash timeout late",
         "3 3 1 crash",
         "3 2 2",
-        pytest.param("3 3 1 crash timeout", marks=pytest.mark.slow),
+        "3 3 2 shorter",
+        "3 3 1 dtype",
+        "3 3 1 other crash",
+        pytest.param("2 3 2 crash timeout late", marks=pytest.mark.slow),
+        pytest.param("3 3 1 late", marks=pytest.mark.slow),
+        "3 1 1 crash timeout",
     ],
 )
 def test_every_interleaving(compile_program: Callable[..., Path], run_program: Run, options: str) -> None:
@@ -80,6 +90,18 @@ MUTANTS = [
            "fault = wait.pause(*sender, peers_.timeout_ns);\n"
            "if (fault != Fault::kNone) return report_fault(poison_word(fault, source, peers_.rank), 0);",
            found="no reason"),
+    Mutant("tags not compared", "2 3 2 shorter", "if (!std::equal(words", "if (false && !std::equal(words",
+           found="not the others'"),
+    Mutant("a tag not waited for", "3 3 1 dtype", "if (source == peers_.rank) continue;",
+           "if (source == peers_.rank || source > 1) continue;", found="not the others'"),
+    Mutant("tags not emptied", "2 3 1", "store_tag(from, {});", "", found="a word was left"),
+    Mutant("tags in one slot", "2 3 1", "region_offset(kTags, epoch_, source, bytes)",
+           "region_offset(kTags, 0, source, bytes)"),
+    Mutant("calls told after the poison", "2 3 1 other", "bool report_mismatch(int source, const CallTag& theirs) {",
+           "bool report_mismatch(int source, const CallTag& theirs) {\n"
+           "    report_fault(poison_word(Fault::kMismatch, source, peers_.rank), 0);", found="names another call"),
+    Mutant("calls not told to others", "3 3 1 other", "store_tag(header(i)->calls[source].words, theirs);",
+           "if (i == 0) store_tag(header(i)->calls[source].words, theirs);", found="names another call"),
     Mutant("two calls at once", "2 3 1 twice timeout", "if (claim != epoch_)", "if (false)"),
 ]  # fmt: skip
 
