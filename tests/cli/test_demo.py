@@ -39,7 +39,15 @@ def test_the_demo_passes_and_shows_every_case() -> None:
     status, text = demo()
     assert status == 0, text
     assert "All results agree with the reference." in text
-    for case in ("decode, 64 heads", "decode, 128 heads", "prefill, 64 heads", "prefill, 128 heads", "w8a8", "w8a16"):
+    for case in (
+        "decode, 64 heads",
+        "decode, 128 heads",
+        "prefill, 64 heads",
+        "prefill, 128 heads",
+        "w8a8",
+        "w8a16",
+        "fp8",
+    ):
         assert case in text
 
 
