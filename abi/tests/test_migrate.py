@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from abiding_abi import migrate, rules
-from abiding_abi.errors import UserError
-from abiding_abi.lexical import Span
 from abiding_abi.lint import Config
-from abiding_abi.migrate.edits import consistent, render, replace
 from abiding_abi.rules import Rule
 from examples import REWRITTEN, after, before
 
@@ -78,6 +73,13 @@ def test_bytes_outside_edits_stay(encoding: str, newline: str, tmp_path: Path) -
     assert got.split(b"\n")[-8:] == want.encode(encoding).split(b"\n")[-8:]
     assert got.startswith(b"\xef\xbb\xbf") == (encoding == "utf-8-sig")
     assert got.count(b"\r\n") == (got.count(b"\n") if newline == "\r\n" else 0)
+
+
+def test_only_touches_one_rule(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(LEGACY, encoding="utf-8")
+    file = migrate.run([path], Config(root=tmp_path), only=("CHK",)).files[0]
+    assert file.after.decode() == LEGACY.replace("TORCH_CHECK", "STD_TORCH_CHECK")
 
 
 def test_pybind_module(tmp_path: Path) -> None:
@@ -351,131 +353,6 @@ def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
     assert [(t.rule, t.reason) for t in file.todos] == [("TYP001", "this did not parse, and is left alone")]
 
 
-def test_second_run_keeps_the_header_of_wrappers(tmp_path: Path) -> None:
-    path = tmp_path / "a.cpp"
-    path.write_text(
-        "at::Tensor f(at::Tensor t) { auto a = at::cat({t, t}, 0).flip({0}); a.true_divide_(t); return a * t; }\n"
-    )
-    first = migrate.run([tmp_path], Config(root=tmp_path))
-    assert "abi_ops::flip(abi_ops::cat({t, t}, 0), {0})" in first.files[0].after.decode()
-    migrate.write(first)
-    assert migrate.write(migrate.run([tmp_path], Config(root=tmp_path))) == 0
-
-
-def test_header_that_leans_on_its_includer_gets_the_version_macros(tmp_path: Path) -> None:
-    header = tmp_path / "a.h"
-    header.write_text("#pragma once\n#if TORCH_VERSION_MAJOR >= 2\n#define NEW 1\n#endif\n")
-    (tmp_path / "a.cpp").write_text('#include <torch/extension.h>\n#include "a.h"\nint x = NEW;\n')
-    result = migrate.run([tmp_path], Config(root=tmp_path))
-    after = {file.path.name: file.after.decode() for file in result.files}
-    assert after["a.h"] == header.read_text().replace("once\n", "once\n#include <torch/headeronly/version.h>\n")
-    assert result.todos == 0
-
-
-def test_only_touches_one_rule(tmp_path: Path) -> None:
-    path = tmp_path / "a.cpp"
-    path.write_text(LEGACY, encoding="utf-8")
-    file = migrate.run([path], Config(root=tmp_path), only=("CHK",)).files[0]
-    assert file.after.decode() == LEGACY.replace("TORCH_CHECK", "STD_TORCH_CHECK")
-
-
-def test_write_refuses_a_file_that_changed_meanwhile(tmp_path: Path) -> None:
-    path = tmp_path / "a.cpp"
-    path.write_text("at::Tensor a;\n")
-    result = migrate.run([path], Config(root=tmp_path))
-    path.write_text("at::Tensor b;\n")
-    with pytest.raises(UserError, match=r"^a.cpp changed meanwhile; nothing written$"):
-        migrate.write(result)
-    assert path.read_text() == "at::Tensor b;\n"
-
-
-def test_read_only_file_stops_everything(tmp_path: Path) -> None:
-    for name in ("a.cpp", "b.cpp"):
-        (tmp_path / name).write_text("at::Tensor a;\n")
-    (tmp_path / "b.cpp").chmod(0o444)
-    with pytest.raises(UserError, match=r"^b.cpp: read-only; nothing written$"):
-        migrate.write(migrate.run([tmp_path], Config(root=tmp_path)))
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(("a.cpp", "b.cpp"), "at::Tensor a;\n")
-
-
-def test_failure_while_writing_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a.cpp", "b.cpp"):
-        (tmp_path / name).write_text("at::Tensor a;\n")
-    result = migrate.run([tmp_path], Config(root=tmp_path))
-    real = os.replace
-
-    def fails(old: Path, new: Path) -> None:
-        if new.name == "b.cpp":
-            raise OSError(5, "Input/output error")
-        real(old, new)
-
-    monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(UserError, match=r"^b.cpp: input/output error; 1 written$"):
-        migrate.write(result)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.cpp", "b.cpp"]
-
-
-def _extension(folder: Path, name: str) -> None:
-    """A package of one file with a pybind11 module that needs the header of wrappers."""
-    (folder / "csrc").mkdir(parents=True)
-    (folder / name).mkdir()
-    (folder / "setup.py").write_text(f"CppExtension('{name}._C', ['csrc/a.cpp'])\n")
-    (folder / "csrc" / "a.cpp").write_text(
-        "#include <torch/extension.h>\nat::Tensor f(at::Tensor x) { return at::cat({x, x}, 0); }\n"
-        'PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("f", &f); }\n'
-    )
-
-
-def test_two_extensions_of_one_repository_stay_apart(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        _extension(tmp_path / name, name)
-    result = migrate.run([tmp_path], Config(root=tmp_path))
-    new = ["one/csrc/abi_ops.h", "one/one/_C.py", "two/csrc/abi_ops.h", "two/two/_C.py"]
-    assert [name for name, _, _ in result.new] == new
-    for file, name in zip(result.files, ("one", "two"), strict=True):
-        assert '#include "abi_ops.h"' in file.after.decode()
-        assert f"STABLE_TORCH_LIBRARY({name}__C, m)" in file.after.decode()
-
-
-def test_package_in_a_folder_src(tmp_path: Path) -> None:
-    _extension(tmp_path, "pack")
-    (tmp_path / "src").mkdir()
-    (tmp_path / "pack").rename(tmp_path / "src" / "pack")
-    result = migrate.run([tmp_path], Config(root=tmp_path))
-    assert "src/pack/_C.py" in [name for name, _, _ in result.new]
-
-
-def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
-    _extension(tmp_path, "pack")
-    module, header = tmp_path / "pack" / "_C.py", tmp_path / "csrc" / "abi_ops.h"
-    module.write_text("mine = 1\n")
-    result = migrate.run([tmp_path], Config(root=tmp_path))
-    assert "ABI-TODO(REG007): _C.py stands where the module of the old names would go" in result.files[0].after.decode()
-    assert module not in result.modules
-    header.write_text("#pragma once\n")
-    with pytest.raises(UserError, match=r"abi_ops.h is not the header of wrappers"):
-        migrate.run([tmp_path], Config(root=tmp_path))
-
-
-def test_two_modules_of_one_name_keep_the_names_of_both(tmp_path: Path) -> None:
-    _extension(tmp_path, "pack")
-    (tmp_path / "csrc" / "b.cpp").write_text(
-        "#include <torch/extension.h>\nat::Tensor f(at::Tensor x);\nvoid g(at::Tensor x) {}\n"
-        'PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("f", &f); m.def("g", &g); }\n'
-    )
-    result = migrate.run([tmp_path], Config(root=tmp_path))
-    text = result.modules[tmp_path / "pack" / "_C.py"]
-    assert "\nf = torch.ops.pack__C.f\n" in text
-    assert 'if hasattr(torch.ops.pack__C, "g"):\n    g = torch.ops.pack__C.g\n' in text
-
-
-def test_diff_names_every_file_from_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _extension(tmp_path, "pack")
-    monkeypatch.chdir(tmp_path / "csrc")
-    names = re.findall(r"^\+\+\+ b/(.*)$", migrate.diff(migrate.run([tmp_path], Config(root=tmp_path))), re.MULTILINE)
-    assert names == ["csrc/a.cpp", "csrc/abi_ops.h", "pack/_C.py"]
-
-
 def test_includes_spelled_as_on_windows(migrated: Callable[..., str]) -> None:
     text = migrated("#include <torch\\extension.h>\nat::Tensor a;\n")
     assert text == "#include <torch/csrc/stable/tensor.h>\ntorch::stable::Tensor a;\n"
@@ -500,21 +377,6 @@ def test_two_passes_over_options_are_one_stage(tmp_path: Path) -> None:
     kinds = [stage.kind for stage in migrate.run([path], Config(root=tmp_path)).files[0].stages]
     assert kinds == [kind for kind in migrate.KINDS if kind in kinds]
     assert kinds.count("options") == 1
-
-
-def test_edits_nest_in_any_order() -> None:
-    text = "abcdefghij"
-    outer = replace(1, 9, "<", Span(2, 8), ">")
-    inner = [replace(2, 4, "X"), replace(6, 8, "(", Span(6, 8), ")")]
-    edits = [*inner, outer]
-    random.Random(0).shuffle(edits)
-    kept, crossing = consistent(edits)
-    assert (render(text, kept), crossing) == ("a<Xef(gh)>j", [])
-
-
-def test_crossing_edits_are_not_applied_together() -> None:
-    kept, crossing = consistent([replace(0, 4, "x"), replace(2, 6, "y")])
-    assert (len(kept), len(crossing)) == (1, 1)
 
 
 def test_inferred_schema_gets_a_wrapper_for_narrow_types(migrated: Callable[..., str]) -> None:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from abiding import mxfp8_moe, reference
-from abiding.testing.cases.mxfp8_moe import (
-    GemmInputs,
-)
+from abiding.testing.cases.mxfp8_moe import GemmInputs, LayerInputs
 from abiding.testing.comparison import assert_close, round_once
 
 DTYPES_16_BIT = (torch.bfloat16, torch.float16)
@@ -75,3 +73,12 @@ def assert_gemm(found: Tensor, a: Tensor, i: GemmInputs) -> None:
     low, high = (round_once(end, found.dtype) for end in (exact - loss, exact + loss))
     wrong = ~((low <= found) & (found <= high) | exact.isnan())
     assert not bool(wrong.any()), f"{int(wrong.sum())} of {found.numel()} are off, first {wrong.nonzero()[0].tolist()}"
+
+
+def offsets_of(i: GemmInputs) -> Tensor:
+    assert i.expert_offsets is not None
+    return i.expert_offsets
+
+
+def tensors_of(i: LayerInputs) -> tuple[Tensor, ...]:
+    return i.x, i.w13, i.s13, i.w2, i.s2, i.topk_ids, i.topk_weights

@@ -25,7 +25,7 @@ WELL_FORMED: dict[str, dict[str, Callable[..., Call]]] = {
     "collectives": dict.fromkeys(collectives.OPERATORS, collectives.well_formed),
     "life": dict.fromkeys(collectives.LIFE_OPERATORS, collectives.of_a_life),
     "mla_prologue": dict.fromkeys(mla_prologue.SPOILS, mla_prologue.well_formed),
-    "mxfp8_moe": dict.fromkeys([*mxfp8_moe.SPOILS, mxfp8_moe.SIZES], mxfp8_moe.well_formed),
+    "mxfp8_moe": dict.fromkeys([*mxfp8_moe.SPOILS, mxfp8_moe.SIZES, mxfp8_moe.IMPLEMENTATION], mxfp8_moe.well_formed),
 }
 """By group and operator, what makes an accepted call."""
 

@@ -22,6 +22,7 @@ QUANTIZE, ROUND, MM, MOE = "mxfp8_quantize", "mxfp8_round", "mxfp8_grouped_mm", 
 REBASE = "mxfp8_rebase"
 MM_BF16 = "mxfp8_grouped_mm of bfloat16"
 SIZES = "mxfp8_moe_workspace_bytes"
+IMPLEMENTATION = "mxfp8_implementation"
 MOE_MAPPED = "mxfp8_moe with an expert_map"
 
 GEMM = GemmCase((3, 0, 5), 64, 96)
@@ -67,6 +68,9 @@ def well_formed(op: str, device: torch.device | str = "cpu", rng: random.Random 
     """An accepted call; with `rng` its sizes, strides and dtypes vary."""
     if op == SIZES:
         return Call(op, {"tokens": 6, "top_k": 2, "experts": 4, "hidden": 64, "intermediate": 96}, {})
+    if op == IMPLEMENTATION:
+        like = torch.empty(0, device=device)
+        return Call(op, {"like": like, "rows": 8, "experts": 3, "n": [96, 64], "k": [64, 96], "compute": 1}, {})
     vary = rng is not None
     rng = rng or random.Random(0)
 
