@@ -353,11 +353,6 @@ def test_what_did_not_parse_is_left_alone_and_said(tmp_path: Path) -> None:
     assert [(t.rule, t.reason) for t in file.todos] == [("TYP001", "this did not parse, and is left alone")]
 
 
-def test_includes_spelled_as_on_windows(migrated: Callable[..., str]) -> None:
-    text = migrated("#include <torch\\extension.h>\nat::Tensor a;\n")
-    assert text == "#include <torch/csrc/stable/tensor.h>\ntorch::stable::Tensor a;\n"
-
-
 def test_stages_add_up_to_the_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.cpp"
     path.write_text(LEGACY, encoding="utf-8")
@@ -365,18 +360,6 @@ def test_stages_add_up_to_the_whole(tmp_path: Path) -> None:
     assert [stage.kind for stage in file.stages] == ["checks", "types", "data pointers", "includes"]
     assert file.stages[-1].data == file.after
     assert file.edits == {"CHK001": 1, "TYP001": 1, "MET001": 1, "INC001": 1}
-
-
-def test_two_passes_over_options_are_one_stage(tmp_path: Path) -> None:
-    path = tmp_path / "a.cpp"
-    path.write_text(
-        "at::Tensor f(at::Tensor t) {\n  auto a = at::zeros({2}, t.options());\n"
-        "  auto o = torch::dtype(torch::kInt);\n  auto b = at::zeros({2}, o);\n  o = o.dtype(torch::kByte);\n"
-        "  return at::zeros({2}, o);\n}\n"
-    )
-    kinds = [stage.kind for stage in migrate.run([path], Config(root=tmp_path)).files[0].stages]
-    assert kinds == [kind for kind in migrate.KINDS if kind in kinds]
-    assert kinds.count("options") == 1
 
 
 def test_inferred_schema_gets_a_wrapper_for_narrow_types(migrated: Callable[..., str]) -> None:

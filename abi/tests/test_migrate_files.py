@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,20 @@ def test_diff_names_every_file_from_the_same_folder(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path / "csrc")
     names = re.findall(r"^\+\+\+ b/(.*)$", migrate.diff(migrate.run([tmp_path], Config(root=tmp_path))), re.MULTILINE)
     assert names == ["csrc/a.cpp", "csrc/abi_ops.h", "pack/_C.py"]
+
+
+def test_includes_spelled_as_on_windows(migrated: Callable[..., str]) -> None:
+    text = migrated("#include <torch\\extension.h>\nat::Tensor a;\n")
+    assert text == "#include <torch/csrc/stable/tensor.h>\ntorch::stable::Tensor a;\n"
+
+
+def test_two_passes_over_options_are_one_stage(tmp_path: Path) -> None:
+    path = tmp_path / "a.cpp"
+    path.write_text(
+        "at::Tensor f(at::Tensor t) {\n  auto a = at::zeros({2}, t.options());\n"
+        "  auto o = torch::dtype(torch::kInt);\n  auto b = at::zeros({2}, o);\n  o = o.dtype(torch::kByte);\n"
+        "  return at::zeros({2}, o);\n}\n"
+    )
+    kinds = [stage.kind for stage in migrate.run([path], Config(root=tmp_path)).files[0].stages]
+    assert kinds == [kind for kind in migrate.KINDS if kind in kinds]
+    assert kinds.count("options") == 1
