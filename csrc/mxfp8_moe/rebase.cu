@@ -85,7 +85,7 @@ __device__ __forceinline__ void for_each_step(const RowPart& part, int steps, co
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 4) rebase_kernel(const __grid_constant__ RebaseParams p) {
+__global__ void __launch_bounds__(kThreads, 3) rebase_kernel(const __grid_constant__ RebaseParams p) {
   __shared__ RebaseTally tallies[kRebaseRows];
   pdl_wait();
   pdl_launch_dependents();
