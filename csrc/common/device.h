@@ -11,4 +11,6 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   return status == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : status;
 }
 
+inline cudaError_t sm_count(int* sms) { return device_attribute(cudaDevAttrMultiProcessorCount, sms); }
+
 }  // namespace abiding

@@ -14,7 +14,7 @@ bool supports_fp8(const GroupedMmParams& p) { return p.a_scales && weights_fit_t
 
 cudaError_t run_fp8(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;
-  if (const cudaError_t status = multiprocessors(&sms); status != cudaSuccess) return status;
+  if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
   const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms);
   switch (plan.shape) {
     case TileShape::kStreamK_N16: return launch_config<StreamK_N16>(p, plan.cluster, sms, stream);

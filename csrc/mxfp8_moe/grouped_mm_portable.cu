@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) grouped_mm_kernel(GroupedMmParams p)
 
 cudaError_t run(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;
-  const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms);
+  const cudaError_t status = sm_count(&sms);
   if (status != cudaSuccess) return status;
   const LaunchConfig config{static_cast<unsigned>(sms) * 8, kThreads, TileTable::bytes(p.groups.count)};
   return launch(grouped_mm_kernel, config, stream, p);

@@ -300,8 +300,7 @@ cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
 
 cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
   int sms = 0;
-  if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
-    return status;
+  if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
   if (p.out.rowwise) {
     const LaunchConfig config = with_max_smem({static_cast<unsigned>(p.tokens), kRowThreads});
     const bool is_small = p.tokens <= sms / 2;
@@ -327,8 +326,7 @@ cudaError_t dispatch_activation(Activation activation, const Body& body) {
 
 cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream) {
   int sms = 0;
-  if (const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms); status != cudaSuccess)
-    return status;
+  if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
   if (p.out.rowwise) {
     const int64_t ctas = p.max_rows < int64_t{sms} * 16 ? p.max_rows : int64_t{sms} * 16;
     const LaunchConfig config = with_max_smem({static_cast<unsigned>(ctas), kRowThreads});

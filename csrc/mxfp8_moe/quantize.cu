@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(32) row_scales_kernel(RowScalesParams p) {
 // As many CTAs as run at once, or as there are work items.
 cudaError_t choose_grid(int64_t items, unsigned* grid) {
   int sms = 0;
-  const cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &sms);
+  const cudaError_t status = sm_count(&sms);
   const int64_t resident = int64_t{sms} * 8;
   *grid = static_cast<unsigned>(items < 1 ? 1 : items < resident ? items : resident);
   return status;

@@ -156,8 +156,6 @@ cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, c
 bool fits_tma(int64_t stride_bytes) { return stride_bytes % 16 == 0 && stride_bytes < int64_t{1} << 40; }
 bool weights_fit_tma(const GroupedMmParams& p) { return fits_tma(p.weight_stride) && fits_tma(p.weight_expert_stride); }
 
-cudaError_t multiprocessors(int* sms) { return device_attribute(cudaDevAttrMultiProcessorCount, sms); }
-
 GroupedMmImpl make_impl(const char* name, RowFormat row_format, bool (*supports)(const GroupedMmParams&),
                         cudaError_t (*run)(const GroupedMmParams&, cudaStream_t)) {
   GroupedMmImpl impl{};

@@ -95,9 +95,7 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
       const int existing = cta.a.scale_blocks - i * kScaleTileBlocks;  // blocks that belong to K
       const uint32_t mask = existing < kScaleTileBlocks ? (1u << 8 * existing) - 1 : ~0u;
       uint32_t words[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(line));
+      load_shared_v4(words, line);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (i == w.k_begin) codes |= (words[j] & 0xFF) << 8 * j;
@@ -107,9 +105,7 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           words[j] = differing >> j & 1 ? 0x7FC00000 : __float_as_uint(ue8m0_decode(codes >> 8 * j & 0xFF));
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(line), "r"(words[0]), "r"(words[1]),
-                     "r"(words[2]), "r"(words[3])
-                     : "memory");
+        store_shared_v4(line, words);
         fence_proxy_async();
       }
       mbarrier_arrive(cta.ready_barrier(at.stage));
@@ -126,17 +122,13 @@ __device__ __forceinline__ void convert_scales(const Cta<C>& cta, int warp) {
       mbarrier_wait(cta.full_barrier(at.stage), at.phase);
       const uint32_t line = cta.scale_smem(at.stage) + warp * kScaleTileBytes + threadIdx.x % 32 * 16;
       uint32_t words[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(line));
+      load_shared_v4(words, line);
 #pragma unroll
       for (uint32_t& word : words) {
         const uint32_t first = bf16_scale(word, i % 2 * 2), second = bf16_scale(word, i % 2 * 2 + 1);
         word = first | (2 * i + 1 == cta.a.scale_blocks ? 0x3F80 : second) << 16;  // 1.0 behind K, as in RowScales
       }
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(line), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                   "r"(words[3])
-                   : "memory");
+      store_shared_v4(line, words);
       fence_proxy_async();
       mbarrier_arrive(cta.ready_barrier(at.stage));
     }
