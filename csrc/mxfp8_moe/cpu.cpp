@@ -46,31 +46,33 @@ uint8_t code_for(const T* x, int64_t size) {
   return quantize_code(amax);
 }
 
-// Calls write(i, byte, code) for each element of a row.
-template <class T, class Write>
-void quantize_row(const T* x, int64_t k, bool rowwise, const Write& write) {
-  const int64_t size = rowwise ? k : kScaleBlock;
-  uint8_t code = 0;
-  for (int64_t i = 0; i < k; ++i) {
-    if (i % size == 0) code = code_for(x + i, size);
-    write(i, quantize_element(static_cast<float>(x[i]), code), code);
+// Calls of_block(block, code) and then of_element(i, byte, code), with i in the row, for each scale block of a row.
+template <class T, class OfBlock, class OfElement>
+void quantize_row(const T* x, int64_t k, bool rowwise, const OfBlock& of_block, const OfElement& of_element) {
+  const uint8_t of_row = rowwise ? code_for(x, k) : uint8_t{0};
+  for (int64_t block = 0; block < k / kScaleBlock; ++block) {
+    const int64_t begin = block * kScaleBlock;
+    const uint8_t code = rowwise ? of_row : code_for(x + begin, kScaleBlock);
+    of_block(block, code);
+    for (int64_t i = begin; i < begin + kScaleBlock; ++i)
+      of_element(i, quantize_element(static_cast<float>(x[i]), code), code);
   }
 }
 
 template <class T>
 void round_row(const T* x, int64_t k, bool rowwise, uint16_t* out) {
-  quantize_row(x, k, rowwise,
-               [&](int64_t i, uint8_t byte, uint8_t code) { out[i] = to_bfloat16(dequantize(byte, code)); });
+  quantize_row(
+      x, k, rowwise, [](int64_t, uint8_t) {},
+      [&](int64_t i, uint8_t byte, uint8_t code) { out[i] = to_bfloat16(dequantize(byte, code)); });
 }
 
 // A row of a layer for its GEMMs.
 void write_row(const BFloat16* x, int64_t k, const GemmRows& rows, int64_t row) {
   auto* bf16 = static_cast<uint16_t*>(rows.data) + row * k;
   if (rows.format == RowFormat::kE4m3)
-    quantize_row(x, k, true, [&](int64_t i, uint8_t byte, uint8_t code) {
-      static_cast<uint8_t*>(rows.data)[row * k + i] = byte;
-      rows.scales[row] = ue8m0_decode(code);
-    });
+    quantize_row(
+        x, k, true, [&](int64_t, uint8_t code) { rows.scales[row] = ue8m0_decode(code); },
+        [&](int64_t i, uint8_t byte, uint8_t) { static_cast<uint8_t*>(rows.data)[row * k + i] = byte; });
   else if (rows.round)
     round_row(x, k, rows.rowwise, bf16);
   else
@@ -90,10 +92,10 @@ void quantize(const QuantizeParams& p) {
       for (int64_t row = begin; row < end_row; ++row) {
         const int64_t at = group.rows.begin + row;
         const T* x = static_cast<const T*>(p.input) + at * p.input_stride;
-        quantize_row(x, p.k, p.rowwise, [&](int64_t i, uint8_t byte, uint8_t code) {
-          p.data[at * p.data_stride + i] = byte;
-          scales[scale_at(row, i / kScaleBlock, p.scale_buffer.columns)] = code;
-        });
+        quantize_row(
+            x, p.k, p.rowwise,
+            [&](int64_t block, uint8_t code) { scales[scale_at(row, block, p.scale_buffer.columns)] = code; },
+            [&](int64_t i, uint8_t byte, uint8_t) { p.data[at * p.data_stride + i] = byte; });
       }
     });
   }
