@@ -61,6 +61,11 @@ class Benchmark:
         return "met" if fast_enough else "missed"
 
 
+def kind_of_ranks(case: CaseResult) -> str:
+    """The label of a collective's row: the number and kind of its ranks."""
+    return f"{case.params['ranks']} {'CPU processes' if case.op.endswith('_cpu') else 'virtual ranks'}"
+
+
 def say(line: str) -> None:
     """Print progress to stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)

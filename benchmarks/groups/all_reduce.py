@@ -27,7 +27,7 @@ from abiding.testing.ranks import (
     virtual_ranks_us,
 )
 from abiding.testing.timing import Timing
-from benchmarks.base import Benchmark, Settings, say
+from benchmarks.base import Benchmark, Settings, kind_of_ranks, say
 from benchmarks.peers.vllm import copy_to_address
 from benchmarks.result_file import CaseResult, Param
 
@@ -64,18 +64,12 @@ def target_us(case: CaseResult) -> float | None:
 _TARGET_FRACTIONS = {64 << 10: 0.40, 256 << 10: 0.45, 1 << 20: 0.75, 4 << 20: 0.95}
 
 
-def row(case: CaseResult) -> str:
-    """The label of a case's row: the number and kind of ranks."""
-    where = "CPU processes" if case.op == "all_reduce_cpu" else "virtual ranks"
-    return f"{case.params['ranks']} {where}"
-
-
 BENCHMARK = Benchmark(
     group="all_reduce",
     ops=("all_reduce", "all_reduce_cpu"),
     axis="bytes",
     measure=measure,
-    row=row,
+    row=kind_of_ranks,
     target_us=target_us,
     overlaid=True,
     prepare=prepare_for_virtual_ranks,

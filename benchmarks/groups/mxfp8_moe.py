@@ -117,10 +117,12 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
         api.rebase(gemm.weight, gemm.scale, inplace=True)  # as compute="fp8" needs them; others read them as well
     for gemm in gemms:
         if GEMM_OPS & set(settings.ops) and not real_ids:
-            peers = {
-                "grouped_mm": [*_bf16(gemm), *(peer for library in libraries for peer in library.gemms(gemm, cases))],
-                "grouped_mm_fp8": _scaled(gemm),
-            }
+            peers: dict[str, list[Peer]] = {}
+            if "grouped_mm" in settings.ops:
+                theirs = (peer for library in libraries for peer in library.gemms(gemm, cases))
+                peers["grouped_mm"] = [*_bf16(gemm), *theirs]
+            if "grouped_mm_fp8" in settings.ops:
+                peers["grouped_mm_fp8"] = _scaled(gemm)
             for op in sorted(GEMM_OPS & set(settings.ops)):
                 for case in cases:
                     if op == "grouped_mm" or case.routing == "uniform":

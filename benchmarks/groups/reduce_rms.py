@@ -30,7 +30,7 @@ from abiding.testing.ranks import (
     virtual_ranks_us,
 )
 from abiding.testing.timing import Timing
-from benchmarks.base import Benchmark, Settings, say
+from benchmarks.base import Benchmark, Settings, kind_of_ranks, say
 from benchmarks.peers.vllm import VllmTable
 from benchmarks.result_file import CaseResult, Param
 
@@ -63,17 +63,12 @@ def target_us(case: CaseResult) -> float | None:
     return (0.65 if int(case.params["tokens"]) <= 128 else 0.45) * case.peers["vllm"]
 
 
-def row(case: CaseResult) -> str:
-    """The label of a case's row: the number and kind of ranks."""
-    return f"{case.params['ranks']} {'CPU processes' if case.op == 'qk_norm_cpu' else 'virtual ranks'}"
-
-
 BENCHMARK = Benchmark(
     group="reduce_rms",
     ops=("qk_norm", "qk_norm_cpu"),
     axis="tokens",
     measure=measure,
-    row=row,
+    row=kind_of_ranks,
     target_us=target_us,
     overlaid=True,
     prepare=prepare_for_virtual_ranks,
