@@ -65,6 +65,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
+// Barrier `id` (1..15; __syncthreads is 0) among `threads` of a CTA's threads.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Four words of shared memory, at a multiple of 16 bytes.
 __device__ __forceinline__ void load_shared_v4(uint32_t (&words)[4], uint32_t from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -75,6 +80,9 @@ __device__ __forceinline__ void store_shared_v4(uint32_t to, const uint32_t (&wo
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                "r"(words[3])
                : "memory");
+}
+__device__ __forceinline__ void store_shared_f32(uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
 // Ordering: this thread's generic-proxy accesses to shared memory come before later TMA loads into it.

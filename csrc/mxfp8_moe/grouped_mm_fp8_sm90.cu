@@ -6,7 +6,7 @@ namespace sm90_mm {
 namespace {
 
 // consumer warpgroups, kBlockK, stages, cluster mode, CTAs per SM
-using StreamK_N16 = Config<RowFormat::kE4m3, TileShape::kStreamK_N16, 2, 128, 5, ClusterMode::kStreamK, 2>;
+using StreamK_N16 = Config<RowFormat::kE4m3, TileShape::kStreamK_N16, 2, 128, 9, ClusterMode::kStreamK>;
 using N64 = Config<RowFormat::kE4m3, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
 using N160_Cluster2 = Config<RowFormat::kE4m3, TileShape::kN160_Cluster2, 2, 128, 5, ClusterMode::kMulticast>;
 
@@ -15,7 +15,7 @@ bool supports_fp8(const GroupedMmParams& p) { return p.a_scales && weights_fit_t
 cudaError_t run_fp8(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;
   if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
-  const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms);
+  const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms * StreamK_N16::kCtasPerSm);
   switch (plan.shape) {
     case TileShape::kStreamK_N16: return launch_config<StreamK_N16>(p, plan.cluster, sms, stream);
     case TileShape::kN64: return launch_config<N64>(p, 1, sms, stream);

@@ -65,9 +65,12 @@ struct Config {
   static constexpr int kSlabK = kFp8 ? 128 : 64, kSlabs = kBlockK / kSlabK;
   static constexpr uint32_t kTokenSlabBytes = kBlockN * 128;
   static constexpr uint32_t kStageBytes = kWeightBytes + kSlabs * kTokenSlabBytes;
-  static constexpr uint32_t kScaleBytes = kScaleTiles * kScaleTileBytes;                                 // per stage
+  // Per stage. Beside e4m3 tokens their scales lie behind those of the weights, a float each.
+  static constexpr uint32_t kWeightScaleBytes = kScaleTiles * kScaleTileBytes;
+  static constexpr uint32_t kScaleBytes = kWeightScaleBytes + (kFp8 ? kBlockN * 4 : 0);
   static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
-  static constexpr uint32_t kEpilogueBytes = 16 * 80;                                                    // per warp
+  static constexpr uint32_t kStagingBytes = 128 * 16;            // of the epilogue: a vector per thread of a warpgroup
+  static constexpr uint32_t kEpilogueBytes = 2 * kStagingBytes;  // per warpgroup
 };
 
 // Offsets in dynamic shared memory, from a 1024-byte boundary (an atom of the 128-byte swizzle).
@@ -76,7 +79,7 @@ struct SmemLayout {
   static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
   static constexpr uint32_t kPart = kScales + C::kStages * C::kScaleBytes;
   static constexpr uint32_t kEpilogue = kPart + C::kPartBytes;
-  static constexpr uint32_t kBarriers = kEpilogue + C::kConsumerThreads / 32 * C::kEpilogueBytes;
+  static constexpr uint32_t kBarriers = kEpilogue + C::kConsumerWarpgroups * C::kEpilogueBytes;
   static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 1) * 8;
   static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
 };
@@ -113,6 +116,7 @@ struct Cta {
   __device__ uint32_t weight_smem(int stage) const { return smem + stage * C::kStageBytes; }
   __device__ uint32_t token_smem(int stage) const { return smem + stage * C::kStageBytes + C::kWeightBytes; }
   __device__ uint32_t scale_smem(int stage) const { return smem + SmemLayout<C>::kScales + stage * C::kScaleBytes; }
+  __device__ uint32_t token_scale_smem(int stage) const { return scale_smem(stage) + C::kWeightScaleBytes; }
   __device__ uint32_t part_smem() const { return smem + SmemLayout<C>::kPart; }
   __device__ uint32_t full_barrier(int stage) const { return smem + SmemLayout<C>::kBarriers + stage * 8; }
   __device__ uint32_t empty_barrier(int stage) const { return full_barrier(C::kStages + stage); }

@@ -17,52 +17,84 @@ __device__ __forceinline__ uint32_t round_pair(float a, float b) {
   return word;
 }
 
-// A warp's 16 weight rows x 16 tokens: transposed in the warp's staging memory, stored as 16-byte vectors of tokens.
-template <class T>
-__device__ __forceinline__ void store_16x16(const float* d, uint32_t staging, T* out, int64_t out_stride, int tokens) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t row = staging + (lane / 16 * 8 + lane % 8) * 48 + lane / 8 % 2 * 16;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-                 "r"(round_pair<T>(d[0], d[1])), "r"(round_pair<T>(d[2], d[3])), "r"(round_pair<T>(d[4], d[5])),
-                 "r"(round_pair<T>(d[6], d[7]))
+// Matrices of 8 weight rows x 8 tokens, transposed: lane 8m + r holds the address of token r of matrix m.
+template <int kMatrices>
+__device__ __forceinline__ void stmatrix_trans(uint32_t at, const uint32_t (&words)[kMatrices]) {
+  static_assert(kMatrices == 4 || kMatrices == 2);
+  if constexpr (kMatrices == 4)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t at = staging + (i / 4 * 8 + lane % 4 * 2 + i % 2) * 80 + (lane / 4 + i / 2 % 2 * 8) * 4;
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(d[i]) : "memory");
-    }
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(words[0]),
+                 "r"(words[1])
+                 : "memory");
+}
+
+// How a warpgroup's columns of the output travel through its staging memory, so that those of a token are stored as one
+// line: a batch of tokens at a time, a 16-byte vector per thread. There are two buffers.
+template <class T>
+struct Staging {
+  static constexpr int kVectors = 64 * sizeof(T) / 16, kTokens = 128 / kVectors;
+
+  // The offset of a vector of a token in a buffer; permuted, against bank conflicts.
+  static __device__ __forceinline__ uint32_t offset(int token, int vector) {
+    return (token * kVectors + (vector ^ token % 8)) * 16;
   }
-  __syncwarp();
-  constexpr int kVectorsPerToken = sizeof(T) == 2 ? 2 : 4;
-  constexpr int kPitch = sizeof(T) == 2 ? 48 : 80;  // bytes; 16 more than a row, against bank conflicts
+};
+
+// Puts tokens [kFirst, kFirst + kCount) of a warp's rows into a staging buffer.
+template <class T, int kFirst, int kCount>
+__device__ __forceinline__ void stage_tokens(const float* d, uint32_t buffer) {
+  using Shape = Staging<T>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  d += kFirst / 2;
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int i = 0; i < kVectorsPerToken / 2; ++i) {
-    const int token = (i * 32 + lane) / kVectorsPerToken, vector = lane % kVectorsPerToken;
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(staging + token * kPitch + vector * 16));
-    if (token < tokens) reinterpret_cast<uint4*>(out + token * out_stride)[vector] = v;
+    for (int i = 0; i < kCount / 2; ++i) {
+      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
+      store_shared_f32(buffer + Shape::offset(token, row / 4) + row % 4 * 4, d[i]);
+    }
+  } else {
+    uint32_t words[kCount / 4];
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) words[i] = round_pair<T>(d[2 * i], d[2 * i + 1]);
+    stmatrix_trans<kCount / 4>(buffer + Shape::offset(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words);
   }
 }
 
-template <class T, int N>
-__device__ __forceinline__ void store_tile(const float (&d)[N / 2], uint32_t staging, const GroupedMmParams& p,
-                                           const WorkTile& w, int64_t row) {
-  if (row >= p.n) return;  // n is a multiple of 32: 16 rows are inside or outside together
-  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(w.first_token) * p.out_stride + row;
-#pragma unroll
-  for (int i = 0; i < N / 16; ++i)
-    if (i * 16 < w.tokens)
-      store_16x16<T>(d + 8 * i, staging, out + i * 16 * p.out_stride, p.out_stride, w.tokens - i * 16);
-  if constexpr (N % 16 == 8) {
-    constexpr int i = N / 16;
-    const float last[8] = {d[8 * i], d[8 * i + 1], d[8 * i + 2], d[8 * i + 3]};
-    if (i * 16 < w.tokens) store_16x16<T>(last, staging, out + i * 16 * p.out_stride, p.out_stride, w.tokens - i * 16);
-  }
+// A warpgroup's part of a tile, from token kFirst on. `to` is where this thread's vector of its first token goes.
+template <class C, class T, int N, int kFirst>
+__device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
+                                             uint32_t staging, T* to, bool exists) {
+  using Shape = Staging<T>;
+  constexpr int kCount = N - kFirst < Shape::kTokens ? N - kFirst : Shape::kTokens;
+  const GroupedMmParams& p = cta.a.p;
+  const int thread = threadIdx.x % 128, token = thread / Shape::kVectors, vector = thread % Shape::kVectors;
+  const uint32_t buffer = staging + kFirst / Shape::kTokens % 2 * C::kStagingBytes;
+  // A buffer is written again two batches later: its readers have then passed the barrier of the batch between.
+  stage_tokens<T, kFirst, kCount>(d, buffer);
+  named_barrier_sync(1 + threadIdx.x / 128, 128);
+  uint32_t words[4];
+  load_shared_v4(words, buffer + Shape::offset(token, vector));
+  if (exists && kFirst + token < w.tokens && token < kCount)
+    *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+  if constexpr (kFirst + kCount < N)
+    if (kFirst + kCount < w.tokens)
+      store_tokens<C, T, N, kFirst + kCount>(cta, d, w, staging, to + kCount * p.out_stride, exists);
+}
+
+template <class C, class T, int N>
+__device__ __forceinline__ void store_tile(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w) {
+  using Shape = Staging<T>;
+  const GroupedMmParams& p = cta.a.p;
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+  const int64_t column = int64_t{w.m_tile} * C::kBlockM + warpgroup * 64 + thread % Shape::kVectors * (16 / sizeof(T));
+  T* to = static_cast<T*>(p.out) + (w.first_token + thread / Shape::kVectors) * p.out_stride + column;
+  named_barrier_sync(1 + warpgroup, 128);  // a warp may still read what the tile before left in the staging memory
+  // n is a multiple of 32, so vectors are inside or outside as a whole.
+  store_tokens<C, T, N, 0>(cta, d, w, cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes, to,
+                           column < p.n);
 }
 
 // Stream-K: hands the accumulators to CTA cta.cluster_rank - 1 of the cluster, which has the part before this one.
@@ -98,14 +130,10 @@ __device__ __forceinline__ void epilogue(const Cta<C>& cta, float (&d)[N / 2], c
     if (w.k_begin + w.k_tiles < cta.a.k_tiles) add_part<C, N>(cta, d);
     if (w.k_begin > 0) return send_part<C, N>(cta, d);
   }
-  const int warp = threadIdx.x / 32;
-  const int64_t row = int64_t{w.m_tile} * C::kBlockM + warp * 16;
-  const uint32_t staging = cta.smem + SmemLayout<C>::kEpilogue + warp * C::kEpilogueBytes;
-  const GroupedMmParams& p = cta.a.p;
-  switch (p.out_dtype) {
-    case DType::kBfloat16: return store_tile<__nv_bfloat16, N>(d, staging, p, w, row);
-    case DType::kFloat16: return store_tile<__half, N>(d, staging, p, w, row);
-    case DType::kFloat32: return store_tile<float, N>(d, staging, p, w, row);
+  switch (cta.a.p.out_dtype) {
+    case DType::kBfloat16: return store_tile<C, __nv_bfloat16, N>(cta, d, w);
+    case DType::kFloat16: return store_tile<C, __half, N>(cta, d, w);
+    case DType::kFloat32: return store_tile<C, float, N>(cta, d, w);
     default: return;
   }
 }

@@ -12,6 +12,11 @@
 namespace abiding::mxfp8_moe::sm90_mm {
 
 __device__ __forceinline__ float lds_f32(uint32_t address) { return __uint_as_float(lds_u32(address)); }
+__device__ __forceinline__ float2 lds_f32x2(uint32_t address) {
+  float2 two;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(address));
+  return two;
+}
 
 // d = this thread's sums of a work tile of width N, scaled.
 template <class C, int N>
@@ -39,21 +44,18 @@ __device__ __forceinline__ void mainloop_fp8(const Cta<C>& cta, float (&d)[N / 2
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) d[j] += part[j];
   }
-  // The last stage has the scales of the weight rows (convert_row_scales).
+  // The last stage has the scales (convert_row_scales).
   const uint32_t scales = cta.scale_smem(stage) + row % 32 * 16 + row / 32 * 4;
   const float scale = lds_f32(scales), scale8 = lds_f32(scales + 128);
-  release_stage(cta, stage);
-  const float* token_scales = cta.a.p.a_scales + w.first_token;
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int token = 8 * j + lane % 4 * 2 + c;
-      const float token_scale = token < w.tokens ? token_scales[token] : 0.0f;
-      d[4 * j + c] = d[4 * j + c] * token_scale * scale;
-      d[4 * j + c + 2] = d[4 * j + c + 2] * token_scale * scale8;
-    }
+    const float2 token_scale = lds_f32x2(cta.token_scale_smem(stage) + (8 * j + lane % 4 * 2) * 4);
+    d[4 * j] = d[4 * j] * token_scale.x * scale;
+    d[4 * j + 1] = d[4 * j + 1] * token_scale.y * scale;
+    d[4 * j + 2] = d[4 * j + 2] * token_scale.x * scale8;
+    d[4 * j + 3] = d[4 * j + 3] * token_scale.y * scale8;
   }
+  release_stage(cta, stage);
 }
 
 }  // namespace abiding::mxfp8_moe::sm90_mm

@@ -7,8 +7,8 @@
 namespace abiding::mxfp8_moe {
 
 // CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N
-// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kStreamK_N16 and
-// kN64 run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
+// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN64, and
+// kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
 enum class TileShape { kStreamK_N16, kN64, kM256_N128, kN160_Cluster2, kN256_Cluster2 };
 
 ABIDING_HD constexpr int max_tokens(TileShape shape) {
@@ -48,16 +48,16 @@ constexpr int choose_cluster(int64_t tiles, int64_t k_tiles, int64_t ctas) {
 }
 
 // `rows` is the number of rows that this rank is expected to have, of `experts` experts; how they are spread is known
-// on the device alone. `sms` is the device's.
-constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int sms) {
-  if (rows < 1 || experts < 1 || sms < 1) return {TileShape::kN64, 1};
+// on the device alone. `ctas` of kStreamK_N16 are resident at once.
+constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int ctas) {
+  if (rows < 1 || experts < 1 || ctas < 1) return {TileShape::kN64, 1};
   const int64_t busy_experts = rows < experts ? rows : experts, tokens_per_expert = rows / busy_experts;
   if (tokens_per_expert > 140) return {TileShape::kN256_Cluster2, 1};
   if (tokens_per_expert > 105) return {TileShape::kN160_Cluster2, 1};
   if (tokens_per_expert > 40) return {experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128, 1};
   if (tokens_per_expert >= 5) return {TileShape::kN64, 1};
   const int64_t tiles = busy_experts * ((n + kStreamKBlockM - 1) / kStreamKBlockM);
-  return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, 2 * sms)};
+  return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, ctas)};
 }
 
 // The tokens of an expert that one of its tiles takes.

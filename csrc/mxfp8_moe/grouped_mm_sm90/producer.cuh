@@ -20,7 +20,7 @@ template <class C>
 __device__ __forceinline__ void load_weights(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
   const KernelParams& a = cta.a;
   const uint32_t barrier = cta.full_barrier(stage);
-  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kScaleBytes + C::kSlabs * w.n * 128);
+  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kWeightScaleBytes + C::kSlabs * w.n * 128);
   tma_load_3d(cta.weight_smem(stage), cta.weights, k, w.m_tile * C::kBlockM, w.expert, barrier);
 #pragma unroll
   for (int i = 0; i < C::kScaleTiles; ++i) {
@@ -81,17 +81,23 @@ __device__ __forceinline__ void produce(const Cta<C>& cta) {
 }
 
 // Beside e4m3 tokens, one warp: a weight row's codes must be the same in all K tiles of a work tile. In the last of
-// them the codes of a row become its scale, a float, which is NaN where they are not.
+// them the codes of a row become its scale, a float, which is NaN where they are not. The tokens' scales join them.
 template <class C>
 __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
+  const int lane = threadIdx.x % 32;
   PipelineState<C::kStages> at;
+  pdl_wait();  // the tokens' scales are the upstream kernel's
   for (Scheduler<C> tiles(cta); !tiles.done();) {
     const WorkTile w = tiles.tile();
     tiles.advance(w);
+    float token_scales[(C::kBlockN + 31) / 32];
+#pragma unroll
+    for (int t = 0; t < C::kBlockN; t += 32)
+      token_scales[t / 32] = t + lane < w.tokens ? cta.a.p.a_scales[w.first_token + t + lane] : 0.0f;
     uint32_t codes = 0, differing = 0;  // of rows l, l + 32, l + 64 and l + 96 of lane l: a byte each, a bit each
     for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i, at.advance()) {
       mbarrier_wait(cta.full_barrier(at.stage), at.phase);
-      const uint32_t line = cta.scale_smem(at.stage) + threadIdx.x % 32 * 16;
+      const uint32_t line = cta.scale_smem(at.stage) + lane * 16;
       const int existing = cta.a.scale_blocks - i * kScaleTileBlocks;  // blocks that belong to K
       const uint32_t mask = existing < kScaleTileBlocks ? (1u << 8 * existing) - 1 : ~0u;
       uint32_t words[4];
@@ -106,6 +112,10 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
         for (int j = 0; j < 4; ++j)
           words[j] = differing >> j & 1 ? 0x7FC00000 : __float_as_uint(ue8m0_decode(codes >> 8 * j & 0xFF));
         store_shared_v4(line, words);
+#pragma unroll
+        for (int t = 0; t < C::kBlockN; t += 32)
+          if (t + lane < C::kBlockN)
+            store_shared_f32(cta.token_scale_smem(at.stage) + (t + lane) * 4, token_scales[t / 32]);
         fence_proxy_async();
       }
       mbarrier_arrive(cta.ready_barrier(at.stage));
