@@ -189,38 +189,64 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
   }
 }
 
-// The scales of e4m3 rows: NaN where a row's codes differ. A warp takes a scale tile column by column, and each lane
-// four rows of it.
-__global__ void __launch_bounds__(32) row_scales_kernel(RowScalesParams p) {
+// The scales of e4m3 rows: NaN where a row's codes differ. A CTA has a scale tile: its warps share the columns, whose
+// loads are all in flight together up to K = 8192, and a lane has four rows of each. 64 registers per thread at most, so
+// that a CTA fits beside two of a GEMM (Config::kSpareThreads).
+constexpr int kRowScalesCtasPerSm = 4;
+constexpr int kWarps = kThreads / 32, kColumnsInFlight = 8;
+
+__global__ void __launch_bounds__(kThreads, kRowScalesCtasPerSm)
+    row_scales_kernel(const __grid_constant__ RowScalesParams p, bool is_small) {
   extern __shared__ int memory[];
+  __shared__ uint32_t differing_rows[kWarps][4];  // a bit per row
   TileTable table(memory, p.groups.count);
   pdl_wait();
-  table.build<32>(p.groups, kScaleTileRows);
+  if (is_small) pdl_launch_dependents();
+  table.build<kThreads>(p.groups, kScaleTileRows);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tile_columns = static_cast<int>(p.scale_buffer.columns / kScaleTileBlocks);
+  const int blocks = static_cast<int>(p.k / kScaleBlock);
   for (int tile = blockIdx.x; tile < table.first[p.groups.count]; tile += gridDim.x) {
     const ScaleTile at_tile = scale_tile(table, p.groups, tile);
     const bool held = p.scale_buffer.holds(at_tile.scale_begin, at_tile.rows);
     const uint8_t* scales = p.scales + at_tile.scale_begin * p.scale_buffer.columns +
                             int64_t{at_tile.first} / kScaleTileRows * tile_columns * kScaleTileBytes;
-    uint32_t first[4], differing[4] = {};
-#pragma unroll 4
-    for (int column = 0; column < tile_columns; ++column) {
-      if (!held) break;
-      const uint4 codes = reinterpret_cast<const uint4*>(scales + int64_t{column} * kScaleTileBytes)[threadIdx.x];
-      const uint32_t mask = codes_mask(p.k / kScaleBlock - int64_t{column} * kScaleTileBlocks);
-      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+    const uint4* codes = reinterpret_cast<const uint4*>(scales) + lane;
+    uint4 first_column = {~0u, ~0u, ~0u, ~0u};  // NaN where the buffer does not hold the scales
+    uint32_t differing[4] = {};
+    if (held) first_column = codes[0];
+    for (int from = warp; held && from < tile_columns; from += kWarps * kColumnsInFlight) {
+      uint4 loaded[kColumnsInFlight];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (column == 0) first[i] = same_codes(code_of(words[i], 0));
-        differing[i] |= (words[i] ^ first[i]) & mask;
+      for (int i = 0; i < kColumnsInFlight; ++i)
+        if (const int column = from + i * kWarps; column < tile_columns)
+          loaded[i] = codes[int64_t{column} * (kScaleTileBytes / 16)];
+#pragma unroll
+      for (int i = 0; i < kColumnsInFlight; ++i) {
+        const int column = from + i * kWarps;
+        if (column >= tile_columns) continue;
+        const uint32_t mask = codes_mask(blocks - column * kScaleTileBlocks);
+        differing[0] |= (loaded[i].x ^ same_codes(code_of(first_column.x, 0))) & mask;
+        differing[1] |= (loaded[i].y ^ same_codes(code_of(first_column.y, 0))) & mask;
+        differing[2] |= (loaded[i].z ^ same_codes(code_of(first_column.z, 0))) & mask;
+        differing[3] |= (loaded[i].w ^ same_codes(code_of(first_column.w, 0))) & mask;
       }
     }
+    __syncthreads();  // of the tile before, differing_rows may still be read
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = at_tile.first + 32 * i + static_cast<int>(threadIdx.x);
-      if (row >= at_tile.rows) continue;
-      p.out[at_tile.begin + row] = ue8m0_decode(held && differing[i] == 0 ? code_of(first[i], 0) : uint8_t{255});
+      const uint32_t rows = __ballot_sync(~0u, differing[i] != 0);
+      if (lane == 0) differing_rows[warp][i] = rows;
     }
+    __syncthreads();
+    const int row = at_tile.first + static_cast<int>(threadIdx.x);
+    if (warp >= 4 || row >= at_tile.rows) continue;
+    uint32_t rows = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) rows |= differing_rows[w][warp];
+    const uint32_t first =
+        warp < 2 ? (warp == 0 ? first_column.x : first_column.y) : (warp == 2 ? first_column.z : first_column.w);
+    p.out[at_tile.begin + row] = ue8m0_decode(rows >> lane & 1 ? uint8_t{255} : code_of(first, 0));
   }
 }
 
@@ -278,8 +304,13 @@ cudaError_t run_cuda(const RowScalesParams& p, cudaStream_t stream) {
   if (p.scale_buffer.columns == 0) return cudaSuccess;
   unsigned grid = 0;
   const int64_t tiles = max_tiles(p.groups, p.scale_buffer, false) / (p.scale_buffer.columns / kScaleTileBlocks);
-  if (const cudaError_t status = choose_grid(tiles, &grid); status != cudaSuccess) return status;
-  return launch(row_scales_kernel, with_max_smem({grid, 32, TileTable::bytes(p.groups.count)}), stream, p);
+  if (const cudaError_t status = choose_grid(tiles, kRowScalesCtasPerSm, &grid); status != cudaSuccess) return status;
+  // As a small grid of the layer does ((*) in layer.cu), unless the GEMM has kN64 tiles, which leave no registers.
+  int sms = 0;
+  if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
+  const bool is_small = tiles <= sms / 2 && p.groups.rows < 5 * p.groups.count;
+  return launch(row_scales_kernel, with_max_smem({grid, kThreads, TileTable::bytes(p.groups.count)}), stream, p,
+                is_small);
 }
 
 cudaError_t run_cuda(const RoundParams& given, cudaStream_t stream) {
