@@ -154,6 +154,24 @@ struct RowScalesParams {
   float* out;  // [rows]
 };
 
+// Whether weights are as Compute::kFp8 needs them, which a debug run looks at: one code per row. Rows are those of all
+// experts, in order.
+struct RowCodesRule {
+  int64_t experts, n, k;
+  const uint8_t* scales;  // as GroupedMmParams has them
+
+  ABIDING_HD int64_t size() const { return experts * n; }
+  ABIDING_HD int64_t value(int64_t) const { return 0; }
+  ABIDING_HD bool accepts(int64_t i) const {
+    const int64_t row = i % n, columns = scale_columns(k);
+    const uint8_t* codes = scales + i / n * round_up(n, kScaleTileRows) * columns;
+    bool same = true;
+    for (int64_t block = 1; block < k / kScaleBlock; ++block)
+      same &= codes[scale_at(row, block, columns)] == codes[scale_at(row, 0, columns)];
+    return same;
+  }
+};
+
 // bf16 of e4m3 data and scales, for the rows of all groups; NaN where the buffer does not hold a group's scales.
 struct DequantizeParams {
   Groups groups;

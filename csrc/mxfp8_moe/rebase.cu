@@ -1,8 +1,9 @@
-// Rebasing: a warp takes a weight row and keeps its bytes and codes in shared memory, first to find the row's code, then
-// to move the bytes. Memory is read once and written once, which leaves few instructions per byte; so what is rare (NaN,
-// elements that lose bits) has paths of its own. Which rows a CTA has is fixed, so that a report needs no atomics and
-// has the same bits again.
+// Rebasing: a warp takes a weight row and keeps its bytes and codes in shared memory, first to find the row's code and
+// then to move the bytes. Memory is read once and written once, which leaves few instructions per byte; so what is rare
+// (NaN, elements that lose bits) has paths of its own. Which rows a CTA has is fixed, so that a report needs no atomics
+// and has the same bits again.
 #include "common/copy_async.cuh"
+#include "common/find_bad.cuh"
 #include "common/launch.cuh"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/quantizer.cuh"
@@ -138,8 +139,8 @@ __device__ __forceinline__ uint32_t move_rounded(uint32_t word, int shift, Loss&
   return moved;
 }
 
-// The same of 16 bytes. Elements that stay normal lose nothing: `shift` comes off their exponents, for the four bytes of
-// a word at once.
+// The same of 16 bytes. Elements that stay normal lose nothing: `shift` comes off their exponents, for the four bytes
+// of a word at once.
 __device__ __forceinline__ uint4 move_vec16(uint4 bytes, int shift, bool has_nan, Loss& loss) {
   constexpr uint32_t kOnes = 0x01010101, kHigh = 0x80 * kOnes;
   const uint32_t less = 8 * shift * kOnes, least = less + 8 * kOnes;  // that much is at most 0x80 per byte
@@ -298,6 +299,10 @@ __global__ void __launch_bounds__(kReportThreads) report_kernel(const __grid_con
 }
 
 }  // namespace
+
+cudaError_t find_first_bad(const RowCodesRule& rule, int64_t* result, cudaStream_t stream) {
+  return launch_find_bad(rule, result, stream);
+}
 
 cudaError_t run_cuda(const RebaseParams& p, cudaStream_t stream) {
   int sms = 0;
