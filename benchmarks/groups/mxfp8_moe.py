@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from benchmarks.peers.mxfp8 import Gemm, LayerPeer, Library, Peer, Routed
 from benchmarks.result_file import CaseResult, Param
 
 Calls = list[Callable[[], object]]
+Made = TypeVar("Made", Peer, LayerPeer)
 
 LONG_US = 300.0
 """Calls with a larger roofline bound are timed with fewer repetitions."""
@@ -70,7 +72,7 @@ def target_us(case: CaseResult) -> float | None:
         exact = float(case.params["exact_us"])
         if case.op == "moe_fp8":
             return exact * (1 if tokens < 512 else 0.80 if tokens < 2048 else 0.68 if tokens < 8192 else 0.70)
-        return exact if tokens <= 512 else min(0.90 * exact, 1.05 * min(case.peers.values(), default=math.inf))
+        return exact if tokens <= 512 else min(0.90 * exact, 1.05 * case.peers.get("fp8 row-wise", math.inf))
     if case.op == "grouped_mm":
         if tokens > 2048:
             rows_per_expert = tokens * int(case.params["top_k"]) / int(case.params["experts"])
@@ -131,7 +133,9 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
                 theirs = (peer for library in libraries for peer in library.gemms(gemm, _of_op("grouped_mm", cases)))
                 peers["grouped_mm"] = [*_bf16(gemm), *theirs]
             if "grouped_mm_fp8" in settings.ops:
-                peers["grouped_mm_fp8"] = _scaled(gemm)
+                fp8_cases = [case for case in cases if case.routing == "uniform"]
+                made = _working(libraries, partial(_gemms_fp8, gemm=gemm, cases=fp8_cases))
+                peers["grouped_mm_fp8"] = [*_scaled(gemm), *made]
             for op in sorted(GEMM_OPS & set(settings.ops)):
                 for case in _of_op(op, cases):
                     if op == "grouped_mm" or case.routing == "uniform":
@@ -141,8 +145,11 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
         timed = cases if "moe_fp8" in modes else _of_op("moe", cases)
         layers = [library.layer(*gemms, timed) for library in libraries]
         for op, mode in modes.items():
+            peers_of_op = layers
+            if op == "moe_fp8":
+                peers_of_op = [*layers, *_working(libraries, lambda library: library.layers_fp8(*gemms, cases))]
             for case in _of_op(op, cases):
-                yield _time_layer(op, replace(case, mode=mode), layer, layers, settings)
+                yield _time_layer(op, replace(case, mode=mode), layer, peers_of_op, settings)
 
 
 def _of_op(op: str, cases: list[LayerCase]) -> list[LayerCase]:
@@ -316,6 +323,21 @@ def _libraries(settings: Settings) -> list[Library]:
         except Exception as error:  # a peer that fails to load must not keep ours from being timed
             say(f"{path} is skipped: {error!r}")
     return found
+
+
+def _gemms_fp8(library: Library, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+    return library.gemms_fp8(gemm, cases)
+
+
+def _working(libraries: list[Library], make: Callable[[Library], list[Made]]) -> list[Made]:
+    """What `make` makes of each library; those that cannot are left out, since ours are to be timed all the same."""
+    made: list[Made] = []
+    for library in libraries:
+        try:
+            made += make(library)
+        except Exception as error:
+            say(f"{type(library).__name__} has no peers for FP8 tensor cores: {error!r}")
+    return made
 
 
 def _scaled(gemm: Gemm) -> list[Peer]:
