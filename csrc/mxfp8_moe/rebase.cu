@@ -311,7 +311,8 @@ cudaError_t run_cuda(const RebaseParams& p, cudaStream_t stream) {
   const auto ctas = static_cast<unsigned>(p.units() < most ? p.units() : most);
   if (ctas > 0) {
     const RowMemory kept(p.k);
-    const LaunchConfig config{ctas, kThreads, static_cast<size_t>(kWarps * kept.rows_at_once() * kept.size() * 16)};
+    const auto smem_bytes = static_cast<size_t>(kWarps * kept.rows_at_once() * kept.size() * 16);
+    const LaunchConfig config = with_max_smem({ctas, kThreads, smem_bytes});  // for kCtasPerSm of them
     // The same value in every call: the limit is the kernel's, and another thread may set it before the launch.
     if (const cudaError_t status =
             cudaFuncSetAttribute(rebase_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
