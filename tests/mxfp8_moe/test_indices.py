@@ -83,7 +83,8 @@ def test_weights_that_are_not_rebased_raise_in_fp8(device: torch.device, monkeyp
         n, k = (320, 96) if name == "s13" else (96, 160)
         codes = mxfp8_moe.unswizzle_scales(scales, n, k)
         codes[2, row, 1] ^= 1
-        bad = replace(layer, **{name: mxfp8_moe.swizzle_scales(codes)})
+        spoiled_scales = mxfp8_moe.swizzle_scales(codes)
+        bad = replace(layer, s13=spoiled_scales) if name == "s13" else replace(layer, s2=spoiled_scales)
         with pytest.raises(ValueError, match=f"^moe: {name} has several codes in row {row} of expert 2; expected"):
             bad.run(mxfp8_moe)
         bad.run(mxfp8_moe, mode="w8a8")
