@@ -4,8 +4,8 @@ nvcc, which must be on the machine; nothing is downloaded.
 Tiles are chosen by Humming's heuristics for each number of rows, as vLLM does. Its GEMM comes in two kinds: `indexed`
 gathers a token's row for each of its experts, `grouped` takes rows in the order of their experts, as ours does.
 
-Beside mode "fp8" stand its two ways to multiply e4m3 rows (`FORMATS`): rows with one scale each and MXFP8 weights, and
-rows with a scale per 128 and other weights, with one float32 scale per 128 x 128.
+Beside mode "fp8" stand its two ways to multiply e4m3 rows (`FORMATS`): rows with one scale each, of tokens and of
+weights, as rebased weights are; and rows with a scale per 128, of weights with one float32 scale per 128 x 128.
 """
 
 from __future__ import annotations
@@ -74,22 +74,29 @@ class Humming:
 
     def weights(self, weight: Tensor, codes: Tensor, stacks: list[int], rows: str | None = None) -> HummingWeights:
         """Weights [E, N, K] e4m3 and plain codes [E, N, K / 32] in Humming's layout; `stacks` are the parts of N.
-        `rows` is one of `FORMATS`, or None for bfloat16 rows; "humming_fp8_block" has scales of its own."""
+        `rows` is one of `FORMATS`, or None for bfloat16 rows. "humming_fp8_token" takes the first code of a weight row
+        for all of it, and "humming_fp8_block" has scales of its own."""
         experts, n, k = weight.shape
-        source, scales = self.modelopt.ModeloptMxfp8WeightSchema(), {"weight_scale": codes}
-        if rows == "humming_fp8_block":
-            source = self.fp8.Fp8WeightSchema(weight_block_size=(128, 128))
-            blocks = (experts, -(-n // 128), -(-k // 128))
-            scales = {source.weight_scale_key: torch.full(blocks, 0.01, device=weight.device)}
+        plain = weight.view(torch.float8_e4m3fn)
         given = {"a_dtype": "float8e4m3", "input_scale_dtype": "float32"} | FORMATS[rows] if rows else {}
-        schema, tensors = source.convert_humming(
-            tensors={"weight": weight.view(torch.float8_e4m3fn), **scales},
-            shape_n_stacks=stacks,
-            shape_k_stacks=[k],
-            param_dtype=torch.bfloat16,
-            num_experts=experts,
-            device=weight.device,
-        )
+        if rows == "humming_fp8_token":
+            schema = self.schema.HummingWeightSchema(b_dtype="float8e4m3")
+            scales = torch.exp2(codes[..., :1].float() - 127).bfloat16()
+            tensors = {"weight": plain.view(torch.int32), "weight_scale": scales}
+        else:
+            source, named = self.modelopt.ModeloptMxfp8WeightSchema(), {"weight_scale": codes}
+            if rows == "humming_fp8_block":
+                source = self.fp8.Fp8WeightSchema(weight_block_size=(128, 128))
+                blocks = (experts, -(-n // 128), -(-k // 128))
+                named = {source.weight_scale_key: torch.full(blocks, 0.01, device=weight.device)}
+            schema, tensors = source.convert_humming(
+                tensors={"weight": plain, **named},
+                shape_n_stacks=stacks,
+                shape_k_stacks=[k],
+                param_dtype=torch.bfloat16,
+                num_experts=experts,
+                device=weight.device,
+            )
         config, prepared = self.transform.prepare_and_transform_humming_tensors(
             tensors=tensors,
             shape_n=n,
