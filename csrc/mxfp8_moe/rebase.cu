@@ -41,14 +41,20 @@ static_assert(kWarps * (kKeptVectors + kKeptVectors / 32) * 16 <= kSmemBytes);
 
 // The rows that the CTA takes together: two neighbors of each quarter of a scale tile, whose words of codes fill a
 // sector of device memory.
-struct Row {
-  int64_t expert, row;
+struct Unit {
+  static constexpr unsigned kPerTile = kScaleTileRows / kRebaseRows;
+  unsigned expert, tile, in_tile;  // a tile of the expert, and a unit of the tile
 
-  __device__ Row(unsigned unit, unsigned tiles_per_expert, int warp) {
-    constexpr unsigned kUnits = kScaleTileRows / kRebaseRows;
-    const unsigned tile = unit / kUnits;
-    expert = tile / tiles_per_expert;
-    row = tile % tiles_per_expert * kScaleTileRows + warp % 4 * 32 + unit % kUnits * 2 + warp / 4;
+  __device__ Unit(unsigned unit, unsigned tiles)
+      : expert(unit / kPerTile / tiles), tile(unit / kPerTile % tiles), in_tile(unit % kPerTile) {}
+  // To the next one, without a division, which for a short row would take as long as the rest.
+  __device__ __forceinline__ void advance(unsigned tiles) {
+    if (++in_tile < kPerTile) return;
+    in_tile = 0;
+    if (++tile == tiles) tile = 0, ++expert;
+  }
+  __device__ __forceinline__ int64_t row(int warp) const {
+    return int64_t{tile} * kScaleTileRows + warp % 4 * 32 + in_tile * 2 + warp / 4;
   }
 };
 
@@ -163,9 +169,10 @@ __device__ __forceinline__ T sum_of_warp(T x) {
   return x;
 }
 
-// Returns the tally of row `index`, in all lanes.
-__device__ __forceinline__ RebaseTally rebase_row(const RowPart& part, int64_t index, int64_t k, bool in_place,
-                                                  uint4* to, uint8_t* out_scales) {
+// Adds row `index` to the lane's tally: the lane's own part of sums, and what all lanes know of the worst row and of
+// rows that stay.
+__device__ __forceinline__ void rebase_row(const RowPart& part, int64_t index, int64_t k, bool in_place, uint4* to,
+                                           uint8_t* out_scales, RebaseTally& tally) {
   const int lane = threadIdx.x % 32;
   RowCodes found;
   double error = 0, norm = 0;
@@ -215,12 +222,10 @@ __device__ __forceinline__ RebaseTally rebase_row(const RowPart& part, int64_t i
           (part.codes(i) & ~mask) | (same_codes(top) & mask);
     }
 
-  norm = sum_of_warp(norm);
-  if (__any_sync(~0u, loss.changed != 0)) {
-    error = sum_of_warp(error);
-    loss.changed = sum_of_warp(loss.changed);
-  }
-  return tally_of_row(index, error, norm, loss.changed, found.stays());
+  RebaseTally mine{error, norm, 0, index, loss.changed, found.stays()};
+  if (__any_sync(~0u, loss.changed != 0))
+    mine.worst = tally_of_row(index, sum_of_warp(error), sum_of_warp(norm), 0, false).worst;
+  add(tally, mine);
 }
 
 __global__ void __launch_bounds__(kThreads, kMinCtasPerSm) rebase_kernel(const __grid_constant__ RebaseParams p) {
@@ -236,30 +241,34 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm) rebase_kernel(const _
   const auto tiles_per_expert = static_cast<unsigned>(p.padded_rows() / kScaleTileRows);
   const auto unit_at = [&](unsigned cta) { return static_cast<unsigned>(p.units() * cta / gridDim.x); };
   const unsigned end = unit_at(blockIdx.x + 1);
-  const auto part_of = [&](const Row& at, int slot) {
-    const bool is_padding = at.row >= p.n;
-    return RowPart{reinterpret_cast<const uint4*>(p.weight + at.expert * p.expert_stride + at.row * p.stride),
-                   p.scales + at.expert * p.padded_rows() * columns + scale_at(at.row, 0, columns),
-                   is_padding ? 0 : static_cast<int>(p.k / 16),
+  const auto part_of = [&](const Unit& unit, int slot) {
+    const int64_t row = unit.row(warp);
+    return RowPart{reinterpret_cast<const uint4*>(p.weight + unit.expert * p.expert_stride + row * p.stride),
+                   p.scales + unit.expert * p.padded_rows() * columns + scale_at(row, 0, columns),
+                   row < p.n ? static_cast<int>(p.k / 16) : 0,
                    static_cast<int>(columns / kScaleTileBlocks),
                    memory + (warp * at_once + slot) * kept.size(),
                    kept};
   };
   RebaseTally tally{};
+  Unit loaded(unit_at(blockIdx.x), tiles_per_expert), at = loaded;
   for (unsigned first = unit_at(blockIdx.x); first < end; first += at_once) {
     const int count = static_cast<int>(min(end - first, static_cast<unsigned>(at_once)));
-    for (int i = 0; i < count; ++i) part_of(Row(first + i, tiles_per_expert, warp), i).load(lane);
+    for (int i = 0; i < count; ++i, loaded.advance(tiles_per_expert)) part_of(loaded, i).load(lane);
     wait_for_copies();
     __syncwarp();  // lanes read one another's codes
-    for (int i = 0; i < count; ++i) {
-      const Row at(first + i, tiles_per_expert, warp);
-      uint8_t* to = p.out + at.expert * p.out_expert_stride + at.row * p.out_stride;
-      uint8_t* out_scales = p.out_scales + at.expert * p.padded_rows() * columns + scale_at(at.row, 0, columns);
-      add(tally, rebase_row(part_of(at, i), at.expert * p.n + at.row, p.k, in_place, reinterpret_cast<uint4*>(to),
-                            out_scales));
+    for (int i = 0; i < count; ++i, at.advance(tiles_per_expert)) {
+      const RowPart part = part_of(at, i);
+      const int64_t row = at.row(warp);
+      uint8_t* to = p.out + at.expert * p.out_expert_stride + row * p.out_stride;
+      rebase_row(part, at.expert * p.n + row, p.k, in_place, reinterpret_cast<uint4*>(to),
+                 p.out_scales + (part.scales - p.scales), tally);
     }
     __syncwarp();  // before the next rows come
   }
+  tally.error = sum_of_warp(tally.error);
+  tally.norm = sum_of_warp(tally.norm);
+  tally.changed = sum_of_warp(tally.changed);
   if (lane == 0) tallies[warp] = tally;
   __syncthreads();
   if (threadIdx.x != 0) return;
