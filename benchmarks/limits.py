@@ -1,5 +1,5 @@
-"""What limits MoE layers: how busy each of their GEMMs, profiled alone under Nsight Compute, keeps the units of a GPU,
-and which SM clock the board's power limit leaves to a layer that runs repeatedly."""
+"""What limits MoE layers: how busy each of their GEMMs, profiled alone under Nsight Compute, keeps the units of a GPU;
+which SM clock the board's power limit leaves to a layer that runs repeatedly; and which kernels its time goes to."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import io
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import abiding
+from abiding import mxfp8_moe as api
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE_TOKENS, SHAPES, LayerCase, LayerInputs, performance_case
 from abiding.testing.timing import Roofline, graph_us
 from benchmarks.base import say
@@ -41,6 +44,12 @@ active."""
 _TIME_METRIC = "gpu__time_duration.sum"
 
 GEMMS = ("GEMM1", "GEMM2")
+STEPS = ("route", "gather", GEMMS[0], "activate", GEMMS[1], "combine")
+"""The kernels of a layer."""
+LAYERS = {"w8a8": "layer", "fp8": "layer_fp8"}
+"""What results call a layer, by its mode."""
+FP8_TOKENS = [8, 128, 512, 2048, 8192]
+"""Numbers of tokens of the layers in mode "fp8" that are timed."""
 CALLS = 4
 """Calls of the profiled program; the last one is profiled."""
 _QUERIED = "clocks.sm,power.draw.instant,clocks_event_reasons.sw_power_cap"
@@ -49,9 +58,15 @@ _SECONDS = 0.5
 
 
 def measure(
-    shapes: Sequence[str], tokens: Sequence[int], commit: str | None = None, *, profiled: Sequence[int] | None = None
+    shapes: Sequence[str],
+    tokens: Sequence[int],
+    commit: str | None = None,
+    *,
+    profiled: Sequence[int] | None = None,
+    fp8: Sequence[int] = (),
 ) -> Results:
-    """Time layers, and profile the GEMMs of those with the numbers of tokens `profiled` (default all), one call each.
+    """Time layers, and profile the GEMMs of those with the numbers of tokens `profiled` (default all), one call each;
+    time layers of mode "fp8" with the numbers of tokens `fp8`, and their kernels.
 
     Raises:
         RuntimeError: there is no GPU, no `ncu` (Nsight Compute) or no `nvidia-smi`, or one of these fails.
@@ -73,6 +88,13 @@ def measure(
         for count in tokens:
             say(f"{shape}, {count} tokens")
             results.cases.append(_time_layer(layer, performance_case(shape, count), roofline, device))
+        if fp8:
+            for weight, scales in ((layer.w13, layer.s13), (layer.w2, layer.s2)):
+                api.rebase(weight, scales, inplace=True)
+        for count in fp8:
+            say(f"{shape}, {count} tokens, fp8")
+            case = replace(performance_case(shape, count), mode="fp8")
+            results.cases.append(_time_layer(layer, case, roofline, device))
         del layer
         for count in profiled:
             say(f"{shape}, {count} tokens, profiled")
@@ -126,7 +148,7 @@ def parse(shown: str) -> list[dict[str, float]]:
 
 def _time_layer(layer: LayerInputs, case: LayerCase, roofline: Roofline, device: torch.device) -> CaseResult:
     """The time of a layer once the SM clock has settled, with that clock, the board's power, and how much of the time
-    the driver names the power cap as what holds the clock down."""
+    the driver names the power cap as what holds the clock down; in mode "fp8" also the time of each kernel."""
     timed = layer_calls(layer, case, device)
     with torch.cuda.device(device):
         nodes = max(4, len(timed.calls))
@@ -136,8 +158,59 @@ def _time_layer(layer: LayerInputs, case: LayerCase, roofline: Roofline, device:
             settled = graph_us(timed.calls, nodes=nodes, replays=replays)
     params: dict[str, Param] = {"tokens": case.tokens, "shape": case.name}
     params |= {"mhz": round(board.mhz), "watts": round(board.watts), "capped": round(board.capped, 2)}
-    bound_us = roofline.bound_us(timed.bytes, timed.flops)
-    return CaseResult.of("layer", params, settled, {}, l2_warm=False, bound_us=bound_us)
+    is_fp8 = case.mode == "fp8"
+    if is_fp8:
+        with torch.cuda.device(device):
+            params |= {step: round(us, 3) for step, us in steps(_kernel_ends(timed.calls, replays * nodes)).items()}
+    bound_us = roofline.bound_us(timed.bytes, timed.flops / 2 if is_fp8 else timed.flops)
+    return CaseResult.of(LAYERS[case.mode], params, settled, {}, l2_warm=False, bound_us=bound_us)
+
+
+def _kernel_ends(calls: Sequence[Callable[[], object]], count: int) -> list[tuple[str, float]]:
+    """The names of the kernels of the second half of `count` calls, replayed from a graph, and when each ended, in
+    microseconds."""
+    graph = torch.cuda.CUDAGraph()
+    rounds = math.ceil(20 / len(calls))  # the gap between two replays is not in the median
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    replays = max(2, count // 2 // (rounds * len(calls)))
+    for _ in range(replays):
+        graph.replay()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(replays):
+            graph.replay()
+        torch.cuda.synchronize()
+    events = profiler.events() or []
+    ends = [(str(e.name), float(e.time_range.end)) for e in events if e.device_type.name == "CUDA"]
+    return sorted(ends, key=lambda kernel: kernel[1])
+
+
+def steps(kernels: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Median microseconds of each kernel of a layer, from its name and when it ended, call after call: the time from
+    the end of the kernel before. PDL lets a kernel start before that, but none ends before its predecessor; so these
+    times add up to that of the layer."""
+    samples: dict[str, list[float]] = defaultdict(list)
+    before: float | None = None
+    seen: set[str] = set()
+    for name, end in kernels:
+        found = re.search(r"mxfp8_moe::.*?\b(route|gather|grouped_mm|activate|combine)\w*_kernel\b", name)
+        if not found:
+            continue
+        step = found[1]
+        if step == "route":
+            seen = set()
+        elif step == "grouped_mm":
+            step = GEMMS[1] if GEMMS[0] in seen else GEMMS[0]
+        seen.add(step)
+        if before is not None:
+            samples[step].append(end - before)
+        before = end
+    if missing := set(STEPS) - set(samples):
+        names = sorted({name for name, _ in kernels})
+        raise RuntimeError(f"the profiler shows no {', '.join(sorted(missing))} among the kernels {names}")
+    return {step: statistics.median(samples[step]) for step in STEPS}
 
 
 @dataclass
@@ -192,45 +265,73 @@ def to_markdown(results: Results) -> str:
                 ]
         return ["", "tokens", *map(str, columns)], rows
 
-    layers = rows_of(
-        "layer",
-        {
-            "µs": lambda case: f"{case.us:.0f}",
-            "of the bound": lambda case: f"{100 * case.bound_us / case.us:.0f} %",
-            "SM clock, MHz": lambda case: str(case.params["mhz"]),
-            "board power, W": lambda case: str(case.params["watts"]),
-            "power cap active": lambda case: f"{100 * case.params['capped']:.0f} %",
-        },
-    )
+    of_layers = {
+        "µs": lambda case: f"{case.us:.0f}",
+        "of the bound": lambda case: f"{100 * case.bound_us / case.us:.0f} %",
+        "SM clock, MHz": lambda case: str(case.params["mhz"]),
+        "board power, W": lambda case: str(case.params["watts"]),
+        "power cap active": lambda case: f"{100 * case.params['capped']:.0f} %",
+    }
+    of_steps = {
+        f"{step}, µs": lambda case, step=step: f"{case.params[step]:.1f} ({_share(case, step):.0f} %)" for step in STEPS
+    }
+    layers, layers_fp8 = rows_of(LAYERS["w8a8"], of_layers), rows_of(LAYERS["fp8"], of_layers | of_steps)
     busy = {
         f"{unit} busy": lambda *both, unit=unit: " / ".join(f"{case.params[unit]:.0f}" for case in both) + " %"
         for unit in UTILIZATION_METRICS
     }
     gemms = rows_of(GEMMS[0], busy | {"µs": lambda *both: " / ".join(f"{case.us:.0f}" for case in both)}, GEMMS[1])
-    head = f"**{results.gpu}** (driver {results.driver}, commit {results.commit[:12]}, {results.date})"
-    parts = [wrap(f"{head}: layers back to back, w8a8, uniform routing."), table(*layers)]
+
+    def head(op: str) -> str:
+        commit = next((case.commit for case in results.cases if case.op == op), "") or results.commit
+        return f"**{results.gpu}** (driver {results.driver}, commit {commit[:12]}, {results.date})"
+
+    parts = []
+    if layers[1]:
+        parts += [wrap(f"{head(LAYERS['w8a8'])}: layers back to back, w8a8, uniform routing."), table(*layers)]
+    if layers_fp8[1]:
+        about = (
+            "layers back to back, fp8, uniform routing. A kernel's time is from the end of the kernel before to its "
+            "own end, traced in graph replays; in parentheses its share of the layer's."
+        )
+        parts += [wrap(f"{head(LAYERS['fp8'])}: {about}"), table(*layers_fp8)]
     if gemms[1]:
-        parts += [wrap(f"{head}: one GEMM alone under Nsight Compute, GEMM1 / GEMM2."), table(*gemms)]
+        about = "one GEMM alone under Nsight Compute, GEMM1 / GEMM2."
+        parts += [wrap(f"{head(GEMMS[0])}: {about}"), table(*gemms)]
     return "\n\n".join(parts)
+
+
+def _share(case: CaseResult, step: str) -> float:
+    """Percent of the time of a layer's kernels that one of them has."""
+    return 100 * float(case.params[step]) / sum(float(case.params[one]) for one in STEPS)
 
 
 def main() -> None:
     """The command line `python -m benchmarks.limits`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.limits",
-        description="Profile a layer's GEMMs with Nsight Compute; sample clock and power.",
+        description="Profile a layer's GEMMs with Nsight Compute; sample clock and power; time the kernels of mode "
+        "fp8. What is not measured keeps its results in the file.",
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     counts = PERFORMANCE_TOKENS["uniform"]
-    parser.add_argument("--tokens", type=int, nargs="+", choices=counts, default=counts, help="of the layers to time")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", choices=counts, default=counts, help="of the w8a8 layers to time"
+    )
     parser.add_argument(
         "--profiled", type=int, nargs="*", choices=counts, default=[8, 128, 8192], help="of the layers to profile"
+    )
+    parser.add_argument(
+        "--fp8", type=int, nargs="*", choices=counts, default=FP8_TOKENS, help="of the layers in mode fp8 to time"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     parser.add_argument("--commit", help="commit to record (default: that of the checkout)")
     chosen = parser.parse_args()
-    results = measure(chosen.shape, chosen.tokens, chosen.commit, profiled=chosen.profiled)
+    results = measure(chosen.shape, chosen.tokens, chosen.commit, profiled=chosen.profiled, fp8=chosen.fp8)
     print(to_markdown(results))
+    path = results.path_in(chosen.output)
+    if path.exists() and not (chosen.tokens and chosen.profiled and chosen.fp8):
+        results = Results.read(path).replaced(results)
     print(f"Wrote {results.write(chosen.output)}")
 
 

@@ -45,6 +45,8 @@ PEERS = {
     "nccl": Style(BLACK, LONG, "D"),
     "gloo": Style(BLACK, LONG, "D"),
     "humming_indexed": Style(PURPLE, DENSE, "x"),
+    "humming_fp8_token": Style(ORANGE, SHORT, "v"),
+    "humming_fp8_block": Style(SKY, DENSE, "x"),
     "bf16": Style(BLACK, LONG, "D"),
     "nccl symmetric": Style(GRAY, LONG, "d"),
     "symm_mem one-shot": Style(ORANGE, DENSE, "v"),

@@ -61,7 +61,8 @@ def run(
     for case in benchmark.measure(settings):
         results.cases.append(case)
         theirs = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
-        say(f"{case.op} {benchmark.row(case)}, {benchmark.axis} {case.params[benchmark.axis]}, "
+        axis = benchmark.axis_of(case.op)
+        say(f"{case.op} {benchmark.row(case)}, {axis} {case.params[axis]}, "
             f"{case.cache_state}: {case.us:.2f} µs{theirs}, bound {case.bound_us:.2f}")  # fmt: skip
         if output is not None:
             (older.replaced(results) if older else results).write(output)

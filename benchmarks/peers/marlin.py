@@ -113,3 +113,9 @@ class Marlin:
             return run
 
         return LayerPeer("marlin", call)
+
+    def gemms_fp8(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+        return []
+
+    def layers_fp8(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> list[LayerPeer]:
+        return []

@@ -48,9 +48,10 @@ class CpuScope {
     run_cpu(params, arguments...);
   }
 
-  BadIndex find_bad(const IndexRule& rule) const {
-    for (int64_t i = 0; i < rule.indices.size; ++i)
-      if (!rule.accepts(i)) return {i, rule.indices[i]};
+  template <class Rule>
+  BadIndex find_bad(const Rule& rule) const {
+    for (int64_t i = 0; i < rule.size(); ++i)
+      if (!rule.accepts(i)) return {i, rule.value(i)};
     return {};
   }
 };

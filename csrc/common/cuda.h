@@ -10,8 +10,9 @@
 
 namespace abiding {
 
-// Writes the first index that breaks the rule to result[0], or -1, and its value to result[1]. Defined in find_bad.cu.
-cudaError_t find_bad(const IndexRule& rule, int64_t* result, cudaStream_t stream);
+// Writes the first index that breaks the rule to result[0], or -1, and its value to result[1]. Groups have overloads
+// for rules of their own, which ADL finds.
+cudaError_t find_first_bad(const IndexRule& rule, int64_t* result, cudaStream_t stream);
 
 class CudaScope {
  public:
@@ -30,13 +31,14 @@ class CudaScope {
   }
 
   // Synchronizes the stream, so it checks nothing while a graph is captured.
-  BadIndex find_bad(const IndexRule& rule) const {
+  template <class Rule>
+  BadIndex find_bad(const Rule& rule) const {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));
-    if (capture != cudaStreamCaptureStatusNone || rule.indices.size == 0) return {};
+    if (capture != cudaStreamCaptureStatusNone || rule.size() == 0) return {};
     const Tensor scratch = torch::stable::new_empty(tensor_, {2}, torch::headeronly::ScalarType::Long);
     BadIndex bad;
-    STD_CUDA_CHECK(abiding::find_bad(rule, static_cast<int64_t*>(scratch.mutable_data_ptr()), stream_));
+    STD_CUDA_CHECK(find_first_bad(rule, static_cast<int64_t*>(scratch.mutable_data_ptr()), stream_));
     STD_CUDA_CHECK(cudaMemcpyAsync(&bad, scratch.data_ptr(), sizeof bad, cudaMemcpyDeviceToHost, stream_));
     STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
     return bad;

@@ -28,6 +28,8 @@ struct IndexRule {
   Indices indices;
   int64_t low, high;
 
+  ABIDING_HD int64_t size() const { return indices.size; }
+  ABIDING_HD int64_t value(int64_t i) const { return indices[i]; }
   ABIDING_HD bool accepts(int64_t i) const { return low <= indices[i] && indices[i] < high; }
 };
 

@@ -17,6 +17,9 @@ cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const ActivateParams& p, cudaStream_t stream);
 cudaError_t run_cuda(const CombineParams& p, cudaStream_t stream);
 
+// As that of IndexRule (common/cuda.h).
+cudaError_t find_first_bad(const RowCodesRule& rule, int64_t* result, cudaStream_t stream);
+
 // An implementation of the grouped GEMM: what a file grouped_mm_sm<NN>.cu, or grouped_mm_portable.cu, defines. cuda.cpp
 // has the table.
 struct GroupedMmImpl {

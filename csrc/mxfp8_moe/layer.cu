@@ -12,7 +12,7 @@
 //   combine     nothing                       pair_rows, weights, gathered   out                 at its start
 //
 //   dequantize  nothing                       offsets, e4m3 rows, codes      bf16 rows           at its end
-//   row_scales  nothing                       offsets, codes                 fp32 scales         at its end
+//   row_scales  nothing                       offsets, codes                 fp32 scales         at its end (*)
 //   grouped_mm  offsets; weights: 2 stages    rows, their scales; weights    out                 after its pdl_wait
 //
 // gather and activate stand for their row-wise variants, too. A grouped_mm of the caller's bf16 rows, quantize and
@@ -34,8 +34,8 @@
 // ends, and the GEMM takes up to twice as long. So the kernels in front of a GEMM trigger by exiting, unless their grid
 // is small: at most one CTA of kSmallThreads threads per two SMs, for which the GEMM leaves registers
 // (Config::kSpareThreads). Such a gather triggers after its pdl_wait and such an activate at its start, so that the
-// GEMM is there and has its first weights when they end. For the same reason route does not trigger at its start:
-// gather's CTAs would settle among those of the layer before.
+// GEMM is there and has its first weights when they end; row_scales does as gather. For the same reason route does not
+// trigger at its start: gather's CTAs would settle among those of the layer before.
 #include "common/launch.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"

@@ -23,6 +23,7 @@ struct Operators {
     const Scope scope(a);
     check_index_values(op, scope,
                        {offset_rule(mm.gemm.groups), scale_offset_rule(mm.gemm.groups, mm.dequantize.scale_buffer)});
+    if (mm.compute == Compute::kFp8) check_row_codes(op, scope, "weight_scales", mm.gemm);
     if (mm.gemm.groups.rows == 0) return;
     Tensor scales;
     if (mm.compute == Compute::kFp8) {
@@ -105,6 +106,10 @@ struct Operators {
     set_expert_parallel(p, {kMoe, "x", x}, expert_map, global_experts);
     const Scope scope(x);
     check_index_values(kMoe, scope, {expert_rule(p.route), expert_map_rule(p.route)});
+    if (p.compute == Compute::kFp8) {
+      check_row_codes(kMoe, scope, "s13", p.gate_up);
+      check_row_codes(kMoe, scope, "s2", p.down);
+    }
     if (p.route.tokens == 0) return;
     const Tensor space = workspace ? *workspace : new_empty({kMoe, "w13", w13}, {p.layout.bytes});
     p.place(space.mutable_data_ptr());

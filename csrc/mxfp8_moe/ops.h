@@ -621,5 +621,13 @@ inline IndexRule scale_offset_rule(const Groups& groups, const ScaleBuffer& scal
   const int64_t size = groups.form == OffsetForm::kProblems ? groups.count : 0;
   return {"blockscale_offsets", {groups.scale_offsets, size, false}, 0, scales.rows + 1};
 }
+// Weights whose codes differ in a row give NaN in Compute::kFp8.
+template <class Scope>
+void check_row_codes(const char* op, const Scope& scope, const char* scales, const GroupedMmParams& p) {
+  if (!index_checks_enabled()) return;
+  const int64_t bad = scope.find_bad(RowCodesRule{p.groups.count, p.n, p.k, p.weight_scales}).at;
+  check(bad < 0, op, scales, " has several codes in row ", bad % p.n, " of expert ", bad / p.n,
+        "; expected one per row, as rebase makes them");
+}
 
 }  // namespace abiding::mxfp8_moe

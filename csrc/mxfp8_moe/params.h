@@ -84,14 +84,14 @@ struct QuantizeParams {
   bool clear_rest;  // also zero the tiles behind the last group that has scales
 };
 
-// What a rebase did to some rows, in the order of rows: sums of squares, the largest error / norm of a row and the
-// first row that has it (if it is not 0), elements whose value changed, rows that stayed.
+// What a rebase did to some rows: sums of squares, the largest error / norm of a row and the first row that has it (if
+// it is not 0), elements whose value changed, rows that stayed.
 struct RebaseTally {
   double error, norm, worst;
   int64_t worst_row, changed, left;
 };
 
-constexpr int kRebaseRows = 32;  // weight rows of one tally
+constexpr int kRebaseRows = 8;  // weight rows that are one unit of work
 
 // out = weight with one code per row (rebase.h). The outputs may be the inputs.
 struct RebaseParams {
@@ -102,7 +102,7 @@ struct RebaseParams {
   uint8_t* out;
   int64_t out_expert_stride, out_stride;
   uint8_t* out_scales;
-  RebaseTally* tallies;  // scratch: [experts, padded_rows() / kRebaseRows]
+  RebaseTally* tallies;  // scratch: one per unit of work
   int64_t* counts;       // elements changed, rows left, worst row
   double* errors;        // root mean square of all, and of the worst row
 
@@ -152,6 +152,24 @@ struct RowScalesParams {
   int64_t k;
   const uint8_t* scales;
   float* out;  // [rows]
+};
+
+// Whether weights are as Compute::kFp8 needs them, which a debug run looks at: one code per row. Rows are those of all
+// experts, in order.
+struct RowCodesRule {
+  int64_t experts, n, k;
+  const uint8_t* scales;  // as GroupedMmParams has them
+
+  ABIDING_HD int64_t size() const { return experts * n; }
+  ABIDING_HD int64_t value(int64_t) const { return 0; }
+  ABIDING_HD bool accepts(int64_t i) const {
+    const int64_t row = i % n, columns = scale_columns(k);
+    const uint8_t* codes = scales + i / n * round_up(n, kScaleTileRows) * columns;
+    bool same = true;
+    for (int64_t block = 1; block < k / kScaleBlock; ++block)
+      same &= codes[scale_at(row, block, columns)] == codes[scale_at(row, 0, columns)];
+    return same;
+  }
 };
 
 // bf16 of e4m3 data and scales, for the rows of all groups; NaN where the buffer does not hold a group's scales.

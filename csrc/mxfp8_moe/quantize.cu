@@ -9,11 +9,14 @@ namespace abiding::mxfp8_moe {
 namespace {
 
 constexpr int kThreads = 256, kUnroll = 4;
+// CTAs that an SM runs at once, by their registers. Persistent grids have as many: with more, the last ones start when
+// the others have ended.
+constexpr int kQuantizeCtasPerSm = 6, kRowCtasPerSm = 7, kRoundCtasPerSm = 4, kRowScalesCtasPerSm = 4;
 constexpr int kTileColumns = kScaleTileBlocks * kScaleBlock;  // elements of a row that one scale tile covers
 constexpr int kVectorsPerRow = kTileColumns / 8;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) round_kernel(RoundParams p) {
+__global__ void __launch_bounds__(kThreads, kRoundCtasPerSm) round_kernel(RoundParams p) {
   pdl_wait();
   pdl_launch_dependents();
   const int64_t row_vectors = p.k / 8, vectors = p.rows * row_vectors;
@@ -62,7 +65,7 @@ __device__ __forceinline__ ScaleTile scale_tile_of_lone_group(const Groups& grou
 constexpr int kQuarters = 4, kQuarterRows = kScaleTileRows / kQuarters;
 
 template <class T, bool kLone>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
+__global__ void __launch_bounds__(kThreads, kQuantizeCtasPerSm) quantize_kernel(QuantizeParams p) {
   extern __shared__ int memory[];
   TileTable table(memory, p.groups.count);
   pdl_wait();
@@ -117,49 +120,60 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeParams p) {
   }
 }
 
-// One code per row. A CTA takes one row of a scale tile at a time, of those of padding as well.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads) quantize_rowwise_kernel(QuantizeParams p) {
+// One code per row. A CTA takes one row of a scale tile at a time. Of rows of padding, the first one of each quarter of
+// a tile clears the codes of all that follow in the quarter. A lone group needs no tile table.
+template <class T, bool kLone>
+__global__ void __launch_bounds__(kRowThreads, kRowCtasPerSm)
+    quantize_rowwise_kernel(const __grid_constant__ QuantizeParams p) {
   extern __shared__ int memory[];
   TileTable table(memory, p.groups.count);
   pdl_wait();
   pdl_launch_dependents();
-  table.build<kRowThreads>(p.groups, kScaleTileRows);
+  if constexpr (!kLone) table.build<kRowThreads>(p.groups, kScaleTileRows);
+  const RowRange lone = kLone ? p.groups.range(0) : RowRange{};
   const int tile_columns = static_cast<int>(p.scale_buffer.columns / kScaleTileBlocks);
-  const int row_tiles = table.first[p.groups.count];
+  const int row_tiles =
+      kLone ? static_cast<int>((lone.count + kScaleTileRows - 1) / kScaleTileRows) : table.first[p.groups.count];
   const int scale_tiles = static_cast<int>(p.scale_buffer.rows / kScaleTileRows);
   const int all = p.clear_rest ? max(row_tiles, scale_tiles) : row_tiles;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t unit = blockIdx.x; unit < int64_t{all} * kScaleTileRows; unit += gridDim.x) {
     const int tile = static_cast<int>(unit / kScaleTileRows), row = static_cast<int>(unit % kScaleTileRows);
     ScaleTile at_tile{int64_t{tile} * kScaleTileRows, 0, 0, 0};  // of no group
     bool held = false;
     if (tile < row_tiles) {
-      const ScaleTile its = scale_tile(table, p.groups, tile);
+      const ScaleTile its = kLone ? scale_tile_of_lone_group(p.groups, lone, tile) : scale_tile(table, p.groups, tile);
       held = p.scale_buffer.holds(its.scale_begin, its.rows);
       if (held) at_tile = its;
     }
     if (!held && !(p.clear_rest && tile < scale_tiles)) continue;
-    uint32_t codes = 0;
-    if (at_tile.first + row < at_tile.rows) {
+    uint8_t* scales = p.scales + at_tile.scale_begin * p.scale_buffer.columns +
+                      int64_t{at_tile.first} / kScaleTileRows * tile_columns * kScaleTileBytes;
+    const auto codes_at = [&](int its_row, int column) {
+      return reinterpret_cast<uint32_t*>(scales + scale_at(its_row, 0, kScaleTileBlocks) +
+                                         int64_t{column} * kScaleTileBytes);
+    };
+    const int rows = at_tile.rows - at_tile.first;  // from the tile's first one on
+    if (row < rows) {
       const int64_t at = int64_t{at_tile.begin} + at_tile.first + row;
       const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.input) + at * p.input_stride);
       uint8_t* to = p.data + at * p.data_stride;
-      codes = same_codes(quantize_row<T, 8>(
+      const uint32_t codes = same_codes(quantize_row<T, 8>(
           static_cast<int>(p.k / 8), [&](int vector) { return from[vector]; },
           [&](int vector, const float (&x)[8], uint8_t code) {
             *reinterpret_cast<uint2*>(to + vector * 8) = quantize_vec8(x, code);
           }));
+      for (int column = threadIdx.x; column < tile_columns; column += kRowThreads)
+        *codes_at(row, column) = codes & codes_mask(p.k / kScaleBlock - int64_t{column} * kScaleTileBlocks);
+    } else if (row == rows || row % kQuarterRows == 0) {
+      const int cleared = row / kQuarterRows * kQuarterRows + lane;
+      for (int column = warp; cleared >= row && column < tile_columns; column += kRowThreads / 32)
+        *codes_at(cleared, column) = 0;
     }
-    uint8_t* scales = p.scales + at_tile.scale_begin * p.scale_buffer.columns +
-                      int64_t{at_tile.first} / kScaleTileRows * tile_columns * kScaleTileBytes +
-                      scale_at(row, 0, kScaleTileBlocks);
-    for (int column = threadIdx.x; column < tile_columns; column += kRowThreads)
-      *reinterpret_cast<uint32_t*>(scales + int64_t{column} * kScaleTileBytes) =
-          codes & codes_mask(p.k / kScaleBlock - int64_t{column} * kScaleTileBlocks);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p) {
+__global__ void __launch_bounds__(kThreads, kQuantizeCtasPerSm) dequantize_kernel(DequantizeParams p) {
   extern __shared__ int memory[];
   TileTable table(memory, p.groups.count);
   pdl_wait();
@@ -189,46 +203,71 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
   }
 }
 
-// The scales of e4m3 rows: NaN where a row's codes differ. A warp takes a scale tile column by column, and each lane
-// four rows of it.
-__global__ void __launch_bounds__(32) row_scales_kernel(RowScalesParams p) {
+// The scales of e4m3 rows: NaN where a row's codes differ. A CTA has a scale tile: its warps share the columns, whose
+// loads are all in flight together up to K = 8192, and a lane has four rows of each. 64 registers per thread at most,
+// so that a CTA fits beside two of a GEMM (Config::kSpareThreads).
+constexpr int kWarps = kThreads / 32, kColumnsInFlight = 8;
+
+__global__ void __launch_bounds__(kThreads, kRowScalesCtasPerSm)
+    row_scales_kernel(const __grid_constant__ RowScalesParams p, bool is_small) {
   extern __shared__ int memory[];
+  __shared__ uint32_t differing_rows[kWarps][4];  // a bit per row
   TileTable table(memory, p.groups.count);
   pdl_wait();
-  table.build<32>(p.groups, kScaleTileRows);
+  if (is_small) pdl_launch_dependents();
+  table.build<kThreads>(p.groups, kScaleTileRows);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tile_columns = static_cast<int>(p.scale_buffer.columns / kScaleTileBlocks);
+  const int blocks = static_cast<int>(p.k / kScaleBlock);
   for (int tile = blockIdx.x; tile < table.first[p.groups.count]; tile += gridDim.x) {
     const ScaleTile at_tile = scale_tile(table, p.groups, tile);
     const bool held = p.scale_buffer.holds(at_tile.scale_begin, at_tile.rows);
     const uint8_t* scales = p.scales + at_tile.scale_begin * p.scale_buffer.columns +
                             int64_t{at_tile.first} / kScaleTileRows * tile_columns * kScaleTileBytes;
-    uint32_t first[4], differing[4] = {};
-#pragma unroll 4
-    for (int column = 0; column < tile_columns; ++column) {
-      if (!held) break;
-      const uint4 codes = reinterpret_cast<const uint4*>(scales + int64_t{column} * kScaleTileBytes)[threadIdx.x];
-      const uint32_t mask = codes_mask(p.k / kScaleBlock - int64_t{column} * kScaleTileBlocks);
-      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+    const uint4* codes = reinterpret_cast<const uint4*>(scales) + lane;
+    uint4 first_column = {~0u, ~0u, ~0u, ~0u};  // NaN where the buffer does not hold the scales
+    uint32_t differing[4] = {};
+    if (held) first_column = codes[0];
+    for (int from = warp; held && from < tile_columns; from += kWarps * kColumnsInFlight) {
+      uint4 loaded[kColumnsInFlight];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (column == 0) first[i] = same_codes(code_of(words[i], 0));
-        differing[i] |= (words[i] ^ first[i]) & mask;
+      for (int i = 0; i < kColumnsInFlight; ++i)
+        if (const int column = from + i * kWarps; column < tile_columns)
+          loaded[i] = codes[int64_t{column} * (kScaleTileBytes / 16)];
+#pragma unroll
+      for (int i = 0; i < kColumnsInFlight; ++i) {
+        const int column = from + i * kWarps;
+        if (column >= tile_columns) continue;
+        const uint32_t mask = codes_mask(blocks - column * kScaleTileBlocks);
+        differing[0] |= (loaded[i].x ^ same_codes(code_of(first_column.x, 0))) & mask;
+        differing[1] |= (loaded[i].y ^ same_codes(code_of(first_column.y, 0))) & mask;
+        differing[2] |= (loaded[i].z ^ same_codes(code_of(first_column.z, 0))) & mask;
+        differing[3] |= (loaded[i].w ^ same_codes(code_of(first_column.w, 0))) & mask;
       }
     }
+    __syncthreads();  // of the tile before, differing_rows may still be read
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = at_tile.first + 32 * i + static_cast<int>(threadIdx.x);
-      if (row >= at_tile.rows) continue;
-      p.out[at_tile.begin + row] = ue8m0_decode(held && differing[i] == 0 ? code_of(first[i], 0) : uint8_t{255});
+      const uint32_t rows = __ballot_sync(~0u, differing[i] != 0);
+      if (lane == 0) differing_rows[warp][i] = rows;
     }
+    __syncthreads();
+    const int row = at_tile.first + static_cast<int>(threadIdx.x);
+    if (warp >= 4 || row >= at_tile.rows) continue;
+    uint32_t rows = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) rows |= differing_rows[w][warp];
+    const uint32_t first =
+        warp < 2 ? (warp == 0 ? first_column.x : first_column.y) : (warp == 2 ? first_column.z : first_column.w);
+    p.out[at_tile.begin + row] = ue8m0_decode(rows >> lane & 1 ? uint8_t{255} : code_of(first, 0));
   }
 }
 
 // As many CTAs as run at once, or as there are work items.
-cudaError_t choose_grid(int64_t items, unsigned* grid) {
+cudaError_t choose_grid(int64_t items, int ctas_per_sm, unsigned* grid) {
   int sms = 0;
   const cudaError_t status = sm_count(&sms);
-  const int64_t resident = int64_t{sms} * 8;
+  const int64_t resident = int64_t{sms} * ctas_per_sm;
   *grid = static_cast<unsigned>(items < 1 ? 1 : items < resident ? items : resident);
   return status;
 }
@@ -244,23 +283,24 @@ int64_t max_tiles(const Groups& groups, const ScaleBuffer& scales, bool all_scal
 
 cudaError_t run_cuda(const QuantizeParams& p, cudaStream_t stream) {
   unsigned ctas = 0;
+  const bool lone = p.groups.count == 1;
   const int64_t tiles = max_tiles(p.groups, p.scale_buffer, p.clear_rest);
   if (p.rowwise) {
     if (p.scale_buffer.columns == 0) return cudaSuccess;
     const int64_t rows = tiles / (p.scale_buffer.columns / kScaleTileBlocks) * kScaleTileRows;
-    if (const cudaError_t status = choose_grid(rows, &ctas); status != cudaSuccess) return status;
+    if (const cudaError_t status = choose_grid(rows, kRowCtasPerSm, &ctas); status != cudaSuccess) return status;
     return dispatch_16_bit(p.dtype, [&](auto tag) {
-      return launch(quantize_rowwise_kernel<CudaType<decltype(tag)>>,
+      using T = CudaType<decltype(tag)>;
+      return launch(lone ? quantize_rowwise_kernel<T, true> : quantize_rowwise_kernel<T, false>,
                     LaunchConfig{ctas, kRowThreads, TileTable::bytes(p.groups.count)}, stream, p);
     });
   }
   const int64_t units = tiles * kQuarters;
-  if (const cudaError_t status = choose_grid(units, &ctas); status != cudaSuccess) return status;
+  if (const cudaError_t status = choose_grid(units, kQuantizeCtasPerSm, &ctas); status != cudaSuccess) return status;
   const unsigned columns = static_cast<unsigned>(p.scale_buffer.columns / kScaleTileBlocks);
   if (columns == 0) return cudaSuccess;
   LaunchConfig config{columns, kThreads, TileTable::bytes(p.groups.count)};
   config.grid_y = (ctas + columns - 1) / columns;
-  const bool lone = p.groups.count == 1;
   return dispatch_16_bit(p.dtype, [&](auto tag) {
     using T = CudaType<decltype(tag)>;
     return launch(lone ? quantize_kernel<T, true> : quantize_kernel<T, false>, config, stream, p);
@@ -269,8 +309,8 @@ cudaError_t run_cuda(const QuantizeParams& p, cudaStream_t stream) {
 
 cudaError_t run_cuda(const DequantizeParams& p, cudaStream_t stream) {
   unsigned grid = 0;
-  if (const cudaError_t status = choose_grid(max_tiles(p.groups, p.scale_buffer, false), &grid); status != cudaSuccess)
-    return status;
+  const int64_t tiles = max_tiles(p.groups, p.scale_buffer, false);
+  if (const cudaError_t status = choose_grid(tiles, kQuantizeCtasPerSm, &grid); status != cudaSuccess) return status;
   return launch(dequantize_kernel, with_max_smem({grid, kThreads, TileTable::bytes(p.groups.count)}), stream, p);
 }
 
@@ -278,8 +318,13 @@ cudaError_t run_cuda(const RowScalesParams& p, cudaStream_t stream) {
   if (p.scale_buffer.columns == 0) return cudaSuccess;
   unsigned grid = 0;
   const int64_t tiles = max_tiles(p.groups, p.scale_buffer, false) / (p.scale_buffer.columns / kScaleTileBlocks);
-  if (const cudaError_t status = choose_grid(tiles, &grid); status != cudaSuccess) return status;
-  return launch(row_scales_kernel, with_max_smem({grid, 32, TileTable::bytes(p.groups.count)}), stream, p);
+  if (const cudaError_t status = choose_grid(tiles, kRowScalesCtasPerSm, &grid); status != cudaSuccess) return status;
+  // As a small grid of the layer does ((*) in layer.cu), unless the GEMM has kN64 tiles, which leave no registers.
+  int sms = 0;
+  if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
+  const bool is_small = tiles <= sms / 2 && p.groups.rows < 5 * p.groups.count;
+  return launch(row_scales_kernel, with_max_smem({grid, kThreads, TileTable::bytes(p.groups.count)}), stream, p,
+                is_small);
 }
 
 cudaError_t run_cuda(const RoundParams& given, cudaStream_t stream) {
@@ -290,7 +335,8 @@ cudaError_t run_cuda(const RoundParams& given, cudaStream_t stream) {
   }
   unsigned grid = 0;
   const int64_t vectors = p.rows * (p.k / 8);
-  if (const cudaError_t status = choose_grid((vectors + kThreads - 1) / kThreads, &grid); status != cudaSuccess)
+  if (const cudaError_t status = choose_grid((vectors + kThreads - 1) / kThreads, kRoundCtasPerSm, &grid);
+      status != cudaSuccess)
     return status;
   return dispatch_16_bit(p.dtype, [&](auto tag) {
     return launch(round_kernel<CudaType<decltype(tag)>>, LaunchConfig{grid, kThreads}, stream, p);

@@ -8,13 +8,20 @@
 namespace abiding::mxfp8_moe {
 
 // The values of two e4m3 bytes, the first in the low half.
-__device__ __forceinline__ float2 decode_pair(uint32_t pair) {
+__device__ __forceinline__ __half2 decode_halves(uint32_t pair) {
 #if __CUDA_ARCH__ >= 890
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
   __half2 two;
   memcpy(&two, &halves, 4);
-  return __half22float2(two);
+  return two;
+#else
+  return __floats2half2_rn(e4m3_decode(static_cast<uint8_t>(pair)), e4m3_decode(static_cast<uint8_t>(pair >> 8)));
+#endif
+}
+__device__ __forceinline__ float2 decode_pair(uint32_t pair) {
+#if __CUDA_ARCH__ >= 890
+  return __half22float2(decode_halves(pair));
 #else
   return {e4m3_decode(static_cast<uint8_t>(pair)), e4m3_decode(static_cast<uint8_t>(pair >> 8))};
 #endif

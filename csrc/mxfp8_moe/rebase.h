@@ -42,13 +42,14 @@ ABIDING_HD RebaseTally tally_of_row(int64_t row, double error, double norm, int6
   return {error, norm, error > 0 ? error / norm : 0, row, changed, stays};
 }
 
-// Adds the tally of later rows.
-ABIDING_HD void add(RebaseTally& tally, const RebaseTally& later) {
-  tally.error += later.error;
-  tally.norm += later.norm;
-  tally.changed += later.changed;
-  tally.left += later.left;
-  if (later.worst > tally.worst) tally.worst = later.worst, tally.worst_row = later.worst_row;
+// Adds the tally of other rows; of equally bad rows the first one counts.
+ABIDING_HD void add(RebaseTally& tally, const RebaseTally& other) {
+  tally.error += other.error;
+  tally.norm += other.norm;
+  tally.changed += other.changed;
+  tally.left += other.left;
+  if (other.worst > tally.worst || (other.worst == tally.worst && other.worst_row < tally.worst_row))
+    tally.worst = other.worst, tally.worst_row = other.worst_row;
 }
 
 ABIDING_HD void write_report(const RebaseParams& p, const RebaseTally& all) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "common/copy_async.cuh"
 #include "peer/rank_sum.cuh"
 #include "reduce_rms/exchange.cuh"
 #include "reduce_rms/kernels.h"
@@ -96,12 +97,6 @@ __device__ __forceinline__ Vector<T, kVectorized> nan_of() {
   else
     return static_cast<T>(kNan);
 }
-
-__device__ __forceinline__ void cp_async_16(uint4* to, const uint4* from) {
-  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-}
-__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // An empty asm statement that takes a loaded value: the compiler may not convert the value, and so wait for the load,
 // before it.
@@ -293,8 +288,8 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
     if constexpr (kInSmem) {
       uint4* held = rows + warp * columns.vectors;
       __syncwarp();  // the lanes are done with the row before
-      for (int i = lane; i < columns.vectors; i += 32) cp_async_16(held + i, row + i);
-      cp_async_wait_all();
+      for (int i = lane; i < columns.vectors; i += 32) copy_async(held + i, row + i);
+      wait_for_copies();
       __syncwarp();
       row = held;
     }

@@ -13,7 +13,7 @@ Offsets assign rows to experts. They are int32 and are read on the device, so no
 ``expert_offsets[E + 1]``, where each expert's rows start, with the total last, or ``offs[E]``, where they end, as
 torch's grouped GEMMs take them. A range that leads outside of the tensors counts as empty. Rows of no expert are
 neither read nor written. ``ABIDING_CHECK_INDICES=1`` turns offsets outside of the tensors and experts that do not exist
-into errors, which costs a synchronization on a GPU.
+into errors, and weights that mode "fp8" cannot multiply, which costs a synchronization on a GPU.
 
 All functions take CPU and CUDA tensors (compute capability >= 8.0), row strides in multiples of 16 bytes, up to 1024
 experts, and N and K in multiples of 32. They work under ``torch.compile(fullgraph=True)`` and in CUDA graphs, and

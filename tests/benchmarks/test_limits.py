@@ -100,3 +100,40 @@ def test_tables_have_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
     assert ["s", "tensor cores busy", "72 / 30 %"] in cells
     assert ["s", "µs", "9 / 9"] in cells
     assert "old" not in lines
+    assert not any("fp8" in line for line in lines[1:-1])
+
+
+def test_layers_of_fp8_have_a_table_of_their_own_with_their_kernels() -> None:
+    params: dict[str, Param] = {"tokens": 8, "shape": "s", "mhz": 1980, "watts": 400, "capped": 0.25}
+    params |= dict(zip(limits.STEPS, (1.0, 2.0, 10.0, 1.5, 4.5, 1.0), strict=True))
+    fp8 = CaseResult("layer_fp8", params, 20.2, 0.0, l2_warm=False, bound_us=10.1, commit="d" * 40)
+    some = Results(limits.GROUP, "NVIDIA H200", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, [fp8])
+    text = limits.to_markdown(some)
+    assert text.startswith("**NVIDIA H200** (driver 580, commit dddddddddddd, 2026-01-02): layers back to back, fp8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
+    assert cells[0] == ["", "tokens", "8"]
+    assert ["s", "of the bound", "50 %"] in cells
+    assert ["s", "GEMM1, µs", "10.0 (50 %)"] in cells
+    assert ["s", "activate, µs", "1.5 (8 %)"] in cells
+
+
+KERNELS = [
+    "abiding::mxfp8_moe::(anonymous namespace)::route_kernel(abiding::mxfp8_moe::RouteParams, int)",
+    "void abiding::mxfp8_moe::(anonymous namespace)::gather_rowwise_kernel<true>(abiding::mxfp8_moe::GatherParams",
+    "void abiding::mxfp8_moe::sm90_mm::grouped_mm_kernel<abiding::mxfp8_moe::sm90_mm::Config<(abiding::mxfp8_moe::Row",
+    "void abiding::mxfp8_moe::(anonymous namespace)::activate_rowwise_kernel<(abiding::mxfp8_moe::Activation)0, true>(",
+    "void abiding::mxfp8_moe::sm90_mm::grouped_mm_kernel<abiding::mxfp8_moe::sm90_mm::Config<(abiding::mxfp8_moe::Row",
+    "abiding::mxfp8_moe::(anonymous namespace)::combine_kernel(abiding::mxfp8_moe::CombineParams)",
+]
+
+
+def test_a_kernel_lasts_from_the_end_of_the_one_before() -> None:
+    lasts = [1.0, 2.0, 10.0, 1.5, 4.5, 1.0]
+    ends, now = [], 100.0
+    for call in range(4):
+        for name, us in zip(KERNELS, lasts, strict=True):
+            now += us + 50 * (call == 3 and us == 2.0)  # one is late
+            ends += [(name, now), ("void at::native::elementwise_kernel<4>(int)", now + 0.1)]
+    assert limits.steps(ends) == pytest.approx(dict(zip(limits.STEPS, lasts, strict=True)))
+    with pytest.raises(RuntimeError, match="shows no activate among the kernels"):
+        limits.steps([kernel for kernel in ends if "activate" not in kernel[0]])

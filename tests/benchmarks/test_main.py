@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.groups import GROUPS
 from benchmarks.result_file import Results
 
 
@@ -33,3 +34,17 @@ def test_a_group_is_timed_into_the_named_file(tmp_path: Path, capsys: pytest.Cap
     assert (found.group, found.commit) == ("mla_prologue", "abc")
     assert {case.op for case in found.cases} == {"gather_kv"}
     assert "`gather_kv`, µs per call:" in capsys.readouterr().out
+
+
+def test_what_only_moves_bytes_has_a_target_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "some.json"
+    assert main(["mxfp8_moe", "--op", "rebase", "--op", "quantize_rowwise", "--output", str(path)]) == 0
+    cases = Results.read(path).cases
+    assert [(case.op, case.params["k"]) for case in cases] == [
+        *(("quantize_rowwise", 256), ("quantize_rowwise", 256), ("rebase", 256), ("rebase", 128))
+    ]
+    benchmark = GROUPS["mxfp8_moe"]
+    assert [benchmark.target_us(case) for case in cases] == [case.bound_us / 0.9 + 2.5 for case in cases]
+    assert [benchmark.row(case) for case in cases] == ["256 columns", "256 columns", "small", "small"]
+    assert benchmark.axis_of("rebase") == "k"
+    assert "`rebase`, µs per call:" in capsys.readouterr().out

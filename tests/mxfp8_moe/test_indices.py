@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from calls.mxfp8_moe import (
@@ -15,6 +17,12 @@ from calls.mxfp8_moe import (
     SPOILS,
     well_formed,
 )
+from torch import Tensor
+
+from abiding import mxfp8_moe
+from abiding.mxfp8_moe import MXFP8
+from abiding.testing.cases.mxfp8_moe import GemmCase, GemmInputs, LayerCase
+from abiding.testing.comparison import assert_bitwise_equal
 
 
 def test_checked_indices_raise(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +54,40 @@ def test_checked_indices_accept_valid_values(op: str, device: torch.device, monk
         call.args["topk_ids"].view(-1)[:2] = torch.tensor([-1, -(1 << 63)])
     call.raw()
     call.check()
+
+
+def test_weights_that_are_not_rebased_raise_in_fp8(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    i = GemmCase((7, 40), 160, 224).make(device).rebased()
+    layer = LayerCase(6, 96, 160, 3, 2, mode="fp8").make(device)
+    a = i.quantize(mxfp8_moe, rowwise=True)
+    plain = i.codes.clone()
+    plain[1, 130, 6] += 1  # the last one of K
+    spoiled = replace(i, weight_scale=mxfp8_moe.swizzle_scales(plain))
+
+    def multiply(one: GemmInputs, rows: MXFP8 | Tensor) -> Tensor:
+        return one.run(mxfp8_moe, rows, compute="fp8")
+
+    monkeypatch.setenv("ABIDING_CHECK_INDICES", "1")
+    message = r"weight_scale has several codes in row 130 of expert 1; expected one per row, as rebase makes them"
+    for rows in (a, i.x):
+        multiply(i, rows)
+        with pytest.raises(ValueError, match="^grouped_mm: " + message):
+            multiply(spoiled, rows)
+    spoiled.run(mxfp8_moe, a)  # exact products take any codes
+    with pytest.raises(ValueError, match=r"^linear: scale has several codes in row 130 of expert 0; expected .*rebase"):
+        mxfp8_moe.linear(i.x, i.weight[1], spoiled.weight_scale[1], mode="fp8")
+    mxfp8_moe.linear(i.x, i.weight[1], spoiled.weight_scale[1], mode="w8a8")
+    checked = layer.run(mxfp8_moe)
+    for name, row in (("s13", 319), ("s2", 0)):
+        scales = getattr(layer, name)
+        n, k = (320, 96) if name == "s13" else (96, 160)
+        codes = mxfp8_moe.unswizzle_scales(scales, n, k)
+        codes[2, row, 1] ^= 1
+        spoiled_scales = mxfp8_moe.swizzle_scales(codes)
+        bad = replace(layer, s13=spoiled_scales) if name == "s13" else replace(layer, s2=spoiled_scales)
+        with pytest.raises(ValueError, match=f"^moe: {name} has several codes in row {row} of expert 2; expected"):
+            bad.run(mxfp8_moe)
+        bad.run(mxfp8_moe, mode="w8a8")
+    monkeypatch.setenv("ABIDING_CHECK_INDICES", "0")
+    multiply(spoiled, a)
+    assert_bitwise_equal(layer.run(mxfp8_moe), checked)

@@ -122,7 +122,9 @@ def test_performance_layers_are_the_whole_table() -> None:
     tokens = mxfp8_moe.PERFORMANCE_TOKENS
     table = {(name, way, t) for name in mxfp8_moe.SHAPES for way in tokens for t in tokens[way]}
     real = {(f"{name}-ep8-real", "uniform", t) for name in ("wide", "minimax-m3") for t in tokens["uniform"]}
-    assert found == table | real
+    between = {(name, "uniform", t) for name in mxfp8_moe.SHAPES for t in (384, 1000, 3000)}
+    assert found == table | real | between
+    assert {(c.name, c.routing, c.tokens) for c in mxfp8_moe.PERFORMANCE if c.mode == "fp8"} == between
     assert tokens["uniform"] == (1, 3, 8, 11, 32, 48, 100, 128, 256, 512, 2048, 8192)
     zipf = mxfp8_moe.LayerCase(4096, 32, 32, 64, 4, "zipf").make()
     counts = zipf.topk_ids.flatten().bincount().sort(descending=True).values

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -355,19 +356,27 @@ PERFORMANCE_TOKENS: dict[Routing, tuple[int, ...]] = {
     "uniform": (1, 3, 8, 11, 32, 48, 100, 128, 256, 512, 2048, 8192),
     "zipf": (32, 512, 8192),
 }
-PERFORMANCE = [
-    LayerCase(tokens, *shape, routing, name=name)
-    for name, shape in SHAPES.items()
-    for routing, all_tokens in PERFORMANCE_TOKENS.items()
-    for tokens in all_tokens
-]
+FP8_TOKENS = (384, 1000, 3000)
+"""Further numbers of tokens of uniform routing, in mode "fp8" alone."""
+
+
+def _performance_cases() -> Iterator[LayerCase]:
+    for name, shape in SHAPES.items():
+        for routing, all_tokens in PERFORMANCE_TOKENS.items():
+            for tokens in sorted((*all_tokens, *(FP8_TOKENS if routing == "uniform" else ()))):
+                mode: Mode = "fp8" if tokens in FP8_TOKENS else "w8a8"
+                yield LayerCase(tokens, *shape, routing, mode=mode, name=name)
+
+
+PERFORMANCE = list(_performance_cases())
 PERFORMANCE += [
     replace(case, name=f"{case.name}-real", global_experts=8 * case.experts)
     for case in PERFORMANCE
-    if case.name.endswith("-ep8") and case.routing == "uniform"
+    if case.name.endswith("-ep8") and case.routing == "uniform" and case.tokens not in FP8_TOKENS
 ]
 """Besides SHAPES, whose pairs are all here: "wide-ep8-real" and "minimax-m3-ep8-real", where tokens choose among the
-experts of 8 ranks, so that about seven eighths of the pairs are elsewhere."""
+experts of 8 ranks, so that about seven eighths of the pairs are elsewhere. Cases of mode "fp8" are timed in that mode
+alone, all others in every mode."""
 
 
 def performance_case(shape: str, tokens: int) -> LayerCase:
