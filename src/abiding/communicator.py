@@ -218,9 +218,9 @@ class Communicator:
         route = self.explain(x)
         if route.backend == "abiding":
             if out is None:
-                result = self.run("all_reduce", _PUBLIC_NAMES, _ALL_REDUCE, (x,))
+                result = self.run("all_reduce", "x", _PUBLIC_NAMES, _ALL_REDUCE, (x,))
                 return result
-            self.run("all_reduce", _PUBLIC_NAMES, _ALL_REDUCE_OUT, (x,), out=out)
+            self.run("all_reduce", "x", _PUBLIC_NAMES, _ALL_REDUCE_OUT, (x,), out=out)
             return out
         self.check_open("all_reduce")
         for name, tensor in (("x", x), ("out", x if out is None else out)):
@@ -281,9 +281,10 @@ class Communicator:
     def run(
         self,
         function: str,
+        first: str,
         names: Mapping[str, str],
         op: torch._ops.OpOverload,
-        tensors: Sequence[Tensor],
+        tensors: tuple[Tensor, ...],
         *rest: object,
         **out: Tensor,
     ) -> Any:
@@ -291,17 +292,22 @@ class Communicator:
 
         Args:
             function, names, op: as in :func:`abiding._api.call`.
+            first: the function's name of the first tensor, which must be on the communicator's device.
             tensors: the operator's arguments before ``state`` and ``comm``.
             rest, out: its arguments after those.
         """
         if self._interrupted is not None:
             raise RuntimeError(self._interrupted)
-        if torch.is_grad_enabled():
-            tensors = [_without_grad(tensor) for tensor in tensors]
-            out = {name: _without_grad(tensor) for name, tensor in out.items()}
+        for tensor in (*tensors, *out.values()):
+            if getattr(tensor, "requires_grad", False):
+                tensors = tuple(_without_grad(tensor) for tensor in tensors)
+                out = {name: _without_grad(tensor) for name, tensor in out.items()}
+                break
         try:
             return op(*tensors, self._token, self._handle, *rest, **out)
         except RuntimeError as error:
+            # Not before the call: the host has a microsecond or two, and the operator looks itself, in other words.
+            self.check_device(function, first, tensors[0])
             raise self._explained(error, function, names) from None
 
     def _explained(self, error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
