@@ -23,7 +23,7 @@ demo: setup ## run the main job and check it against the reference, on a GPU if 
 	$(BIN)/abiding demo
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 engines: setup ## check our code against vLLM's and transformers' own Python, oldest and newest release
 	@timeout 600 $(BIN)/python tools/fetch_engines.py build/engines; status=$$?; \

@@ -31,6 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ops, aten = torch.ops.abiding, torch.ops.aten
     x, out, weight, rows = torch.empty(0), torch.empty(0), torch.ones(8), torch.empty(0, 8)
+    wq, wk = torch.ones(4), torch.ones(2)
     with virtual_ranks(2) as (comm, _):
         token, handle = comm._token, comm._handle
         calls: dict[str, Callable[[], object]] = {
@@ -42,6 +43,8 @@ def main() -> None:
             "comm.all_reduce(x, out)": lambda: comm.all_reduce(x, out),
             "operator reduce_rms": lambda: ops.reduce_rms.default(rows, weight, token, handle, 1e-6),
             "rms_norm(x, weight, comm)": lambda: reduce_rms.rms_norm(rows, weight, comm),
+            "operator reduce_rms_qk": lambda: ops.reduce_rms_qk.default(rows, wq, wk, token, handle, 1e-6),
+            "qk_norm(qkv, wq, wk, comm)": lambda: reduce_rms.qk_norm(rows, wq, wk, comm),
         }
         for name, call in calls.items():
             print(f"{cost_us(call):6.2f}  {name}", flush=True)

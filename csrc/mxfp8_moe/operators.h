@@ -104,6 +104,10 @@ struct Operators {
     Moe p = check_moe(x, w13, s13, w2, s2, topk_ids, topk_weights, activation, w8a8, workspace, compute, out);
     set_activation(p.activate, swiglu_alpha, swiglu_beta, swiglu_limit);
     set_expert_parallel(p, {kMoe, "x", x}, expert_map, global_experts);
+    if (workspace && expert_map) {
+      const Argument map{kMoe, "expert_map", *expert_map};
+      check_memory_of_its_own({kMoe, "workspace", *workspace}, kMoe, {&map});
+    }
     const Scope scope(x);
     check_index_values(kMoe, scope, {expert_rule(p.route), expert_map_rule(p.route)});
     if (p.compute == Compute::kFp8) {

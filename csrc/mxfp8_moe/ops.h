@@ -69,6 +69,24 @@ inline void check_apart(const char* op, const Argument& out, const Argument& inp
         input.name(), "; expected memory of its own");
 }
 
+// A workspace is written while every other tensor is in use: what routes rows must not change under the kernels' hands.
+inline void check_memory_of_its_own(const Argument& workspace, const char* op,
+                                    std::initializer_list<const Argument*> others) {
+  const auto extent = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const auto bytes = t.numel() > 0 ? (last + 1) * static_cast<int64_t>(t.element_size()) : 0;
+    return std::pair(begin, begin + static_cast<uintptr_t>(bytes));
+  };
+  const auto [begin, end] = extent(workspace.tensor());
+  for (const Argument* other : others) {
+    const auto [first, last] = extent(other->tensor());
+    check(begin == end || first == last || end <= first || last <= begin, op, workspace.name(), " overlaps ",
+          other->name(), "; expected memory of its own");
+  }
+}
+
 // Scale codes in tiles: any shape over memory without gaps is accepted, since the layout is not a tensor's.
 inline uint8_t* check_scales(const Argument& scales, const Argument& device, const char* op) {
   const Tensor& tensor = scales.dtype({DType::kUint8}).same_device(device).tensor();
@@ -522,6 +540,9 @@ inline Moe check_moe(const Tensor& x, const Tensor& w13, const Tensor& s13, cons
     space.dtype({DType::kUint8}).rank(1).contiguous().aligned_on_cpu_too(kAlignment).same_device(rows);
     check(workspace->size(0) >= moe.layout.bytes, op, "workspace has shape ", space.shape(), "; expected at least [",
           moe.layout.bytes, "] for ", tokens, " tokens, as mxfp8_moe_workspace_bytes says");
+    const Argument first_scales{op, "s13", s13}, second_scales{op, "s2", s2};
+    check_memory_of_its_own(space, op,
+                            {&rows, &gate_up, &first_scales, &down, &second_scales, &ids, &weights, &result});
   }
   const int64_t pairs = tokens * top_k;
   Groups groups{};

@@ -34,14 +34,18 @@ inline bool has_stopped(const Communicator& communicator) {
   return fault != static_cast<uint32_t>(Fault::kNone) && fault != kRecordInWriting;
 }
 
+// In the `count` of an all_reduce whose message goes through torch.distributed. No message has so many elements.
+constexpr int64_t kElsewhere = int64_t{1} << 55;
+
 // Such as "rms_norm with 5 rows of 64 float32 columns"; "another call" where it is not known.
 inline std::string call_words(const CallTag& tag) {
   if (tag.words[0] == kEmpty) return "another call";
   const Call call = call_of(tag);
   std::ostringstream text;
-  text << op_name(call.op) << " with " << call.count;
+  text << op_name(call.op) << " with " << (call.op == Op::kAllReduce ? call.count & ~kElsewhere : call.count);
   if (call.op == Op::kAllReduce)
-    text << " " << traits_of(call.dtype).name << " elements";
+    text << " " << traits_of(call.dtype).name << " elements"
+         << (call.count & kElsewhere ? " through torch.distributed" : "");
   else
     text << " rows of " << call.widths[0] << (call.op == Op::kQkNorm ? " + " + std::to_string(call.widths[1]) : "")
          << " " << traits_of(call.dtype).name << " columns";

@@ -5,6 +5,7 @@
 #include "common/registration.h"
 #include "peer/buffers.h"
 #include "peer/fault.h"
+#include "peer/host.h"
 
 namespace abiding::peer {
 namespace {
@@ -98,6 +99,19 @@ void announce_closed(int64_t fa) {
 void announce_interrupted(int64_t fa) {
   const CommunicatorRef communicator("announce_interrupted", "fa", fa);
   communicator->memory->announce(*communicator, Fault::kInterrupted);
+}
+
+// Compares a call that goes through torch.distributed with those of the other ranks, of which some may wait for its
+// message at peer memory: an epoch of tags alone. Not for GPUs: whatever a kernel found, the host would already have
+// entered the other library's collective.
+void announce_call(int64_t fa, const Tensor& message) {
+  const char* op = "announce_call";
+  with_communicator(op, "fa", fa, "message", message, [&](const Communicator& communicator) {
+    const Argument argument{op, "message", message};
+    const Peers peers = communicator.peers({Op::kAllReduce, argument.dtype(), message.numel() | kElsewhere});
+    HostCallScope<HostAccess> scope(peers, kDirect);
+    if (scope.ok() && scope.receive_tags()) scope.end();
+  });
 }
 
 void dispose(int64_t fa) {
@@ -208,6 +222,7 @@ std::vector<int64_t> probe_missing(int64_t fa) {
 }  // namespace
 
 ABIDING_KERNELS(abiding_custom_ar, CPU, peer, m) {
+  m.impl("announce_call", ABIDING_BOX(announce_call));
   m.impl("init_custom_ar", ABIDING_BOX(init_custom_ar));
   m.impl("open_mem_handle", ABIDING_BOX(open_mem_handle));
 }

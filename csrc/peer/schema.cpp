@@ -18,6 +18,7 @@ ABIDING_SCHEMAS(abiding_custom_ar, peer, m) {
   m.def("close_mem_handle(int ptr) -> ()");
   m.def("announce_closed(int fa) -> ()");
   m.def("announce_interrupted(int fa) -> ()");
+  m.def("announce_call(int fa, Tensor message) -> ()");
   m.def("configure(int fa, float timeout_s, int max_blocks, int one_shot_bytes=-1) -> ()");
   m.def("fault(int fa, bool look=False) -> int[]");
   m.def("fault_text(int fa, bool look=False) -> str");

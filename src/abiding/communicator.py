@@ -35,6 +35,7 @@ from abiding._peer_memory import PeerMemory, connect, own_tensors, refuse_to_cop
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _ALL_REDUCE, _ALL_REDUCE_OUT = torch.ops.abiding.all_reduce.default, torch.ops.abiding.all_reduce.out
+_ANNOUNCE_CALL = torch.ops.abiding_custom_ar.announce_call.default
 _PUBLIC_NAMES = {"input": "x"}
 _CLOSE_TIMEOUT_S = 10.0
 _CALL_BYTES = 128  # of the name of a call and its sizes
@@ -105,6 +106,10 @@ class Communicator:
     every call raises a RuntimeError that names the operator and the rank, until all ranks have called :meth:`reset`.
     Captured graphs stay valid across a reset.
 
+    Between GPUs, calls that go through ``torch.distributed`` on any rank are not compared: that they are equal is a
+    precondition, as it is of NCCL. With ``ABIDING_CHECK_CALLS=1`` in the environment of any rank every call is compared
+    on the host before it is made, slowly.
+
     A communicator belongs to the process that made it. In a fork every call raises, and closing it is local. Ctrl-C
     (any signal's handler that raises) ends a wait within about a second, and stops the communicator on all ranks.
     A rank that closes, or leaves ``with`` by an exception, ends the waits of the others: "rank 0 has closed".
@@ -114,7 +119,8 @@ class Communicator:
             ``torch.distributed`` is not initialized.
         device: the device of the messages. Default: the current CUDA device if the group has an NCCL backend, or if
             the group has one rank and CUDA kernels are available; otherwise the CPU.
-        max_bytes: larger messages go through ``torch.distributed``. Must be the same on all ranks.
+        max_bytes: larger messages go through ``torch.distributed``. Must be the same on all ranks, whose messages
+            must all be larger or none.
         timeout_s: how long a rank waits for another before the call is aborted with a fault; seconds, or a timedelta.
 
     Raises:
@@ -142,6 +148,7 @@ class Communicator:
         try:
             with own_tensors():
                 unavailable = connect(memory, group, self.rank, self.ranks, self.max_bytes, self.timeout_s)
+                self._checks_calls = self.ranks > 1 and _any_rank_checks_calls(group, self.ranks)
             self._set_peer_memory(memory if unavailable is None else None, unavailable)
         except BaseException:  # Ctrl-C, say, or a rank that died
             memory.release()
@@ -164,15 +171,16 @@ class Communicator:
     def _start(self, device: torch.device | str, max_bytes: int, timeout_s: float | timedelta) -> None:
         self.device = _checked_device(device)
         self.max_bytes, self.timeout_s = _checked_max_bytes(max_bytes), _checked_timeout_s(timeout_s)
-        self._closed, self._resets = False, 0
+        self._closed, self._resets, self._checks_calls = False, 0, False
         self._pid, self._forks = os.getpid(), _forks
         self._interrupted: str | None = None  # the error of a reset that not all ranks have finished
 
     def _set_peer_memory(self, memory: PeerMemory | None, unavailable: str | None) -> None:
         self._memory, self._unavailable = memory, unavailable
         self._handle = -1 if memory is None else memory.handle
-        # Of a message that goes through peer memory; -1: none does.
-        self._most_bytes = self.max_bytes if memory is not None and self.ranks > 1 else -1
+        # Of a message whose call is made without another look; -1: none is.
+        is_plain = memory is not None and self.ranks > 1 and not self._checks_calls
+        self._most_bytes = self.max_bytes if is_plain else -1
         with own_tensors():
             self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
         if memory is not None:
@@ -218,9 +226,9 @@ class Communicator:
         route = self.explain(x)
         if route.backend == "abiding":
             if out is None:
-                result = self.run("all_reduce", _PUBLIC_NAMES, _ALL_REDUCE, (x,))
+                result = self.run("all_reduce", "x", _PUBLIC_NAMES, _ALL_REDUCE, (x,))
                 return result
-            self.run("all_reduce", _PUBLIC_NAMES, _ALL_REDUCE_OUT, (x,), out=out)
+            self.run("all_reduce", "x", _PUBLIC_NAMES, _ALL_REDUCE_OUT, (x,), out=out)
             return out
         self.check_open("all_reduce")
         for name, tensor in (("x", x), ("out", x if out is None else out)):
@@ -230,7 +238,8 @@ class Communicator:
         with torch.no_grad():
             if route.backend == "copy":
                 return x.clone() if out is None else out.copy_(x)
-            self.agree("all_reduce", f"{x.numel()} {str(x.dtype).removeprefix('torch.')} elements")
+            self._announce(x)
+            self.agree("all_reduce", _call_words(x) + ("" if self._unavailable else " through torch.distributed"))
             result = x.clone()
             # Backends want contiguous tensors; the order of the strides is the same on all ranks.
             flat = result if result.is_contiguous() else result.as_strided((result.numel(),), (1,))
@@ -254,18 +263,35 @@ class Communicator:
         """Why the ranks have no peer memory, so that ``torch.distributed`` serves all calls; None if they have."""
         return self._unavailable
 
-    def agree(self, function: str, what: str) -> None:
-        """Raise on every rank unless all ranks make this call through ``torch.distributed``; on GPUs do nothing.
+    def _announce(self, x: Tensor) -> None:
+        """Compare an all-reduce through ``torch.distributed`` with calls of ranks that wait for it at peer memory."""
+        if self._memory is None or self.device.type != "cpu" or self._checks_calls or torch.compiler.is_compiling():
+            return
+        try:
+            _ANNOUNCE_CALL(self._handle, x)
+        except RuntimeError as error:
+            raise self._explained(error, "all_reduce", _PUBLIC_NAMES) from None
 
-        Peer memory compares the calls itself. NCCL does not, and a comparison on the host would wait for the GPU.
+    def agree(self, function: str, what: str) -> None:
+        """Raise on every rank unless all ranks make this call through ``torch.distributed``.
+
+        Peer memory compares the calls itself. NCCL does not, and a comparison on the host waits for the GPU: there only
+        ABIDING_CHECK_CALLS=1 asks for it, and then of calls through peer memory too, before either route is taken.
         """
-        if self.ranks == 1 or self.device.type != "cpu":
+        if not (self._checks_calls or (self.ranks > 1 and self.device.type == "cpu")) or torch.compiler.is_compiling():
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         with own_tensors():
-            own = torch.frombuffer(bytearray(f"{function} with {what}".encode().ljust(_CALL_BYTES)), dtype=torch.uint8)
-            gathered = [torch.empty_like(own) for _ in range(self.ranks)]
-            dist.all_gather(gathered, own, group=self.group)
-        calls = [bytes(one.tolist()).decode().rstrip() for one in gathered]
+            calls = [""] * self.ranks
+            if self._checks_calls:
+                dist.all_gather_object(calls, f"{function} with {what}", group=self.group)
+            else:  # the other makes two gathers, of pickles and their sizes
+                text = f"{function} with {what}".encode()[:_CALL_BYTES].ljust(_CALL_BYTES)
+                own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+                gathered = [torch.empty_like(own) for _ in calls]
+                dist.all_gather(gathered, own, group=self.group)
+                calls = [bytes(one.tolist()).decode().rstrip() for one in gathered]
         for rank, call in enumerate(calls):
             if call != calls[0]:
                 raise RuntimeError(
@@ -281,9 +307,10 @@ class Communicator:
     def run(
         self,
         function: str,
+        first: str,
         names: Mapping[str, str],
         op: torch._ops.OpOverload,
-        tensors: Sequence[Tensor],
+        tensors: tuple[Tensor, ...],
         *rest: object,
         **out: Tensor,
     ) -> Any:
@@ -291,17 +318,25 @@ class Communicator:
 
         Args:
             function, names, op: as in :func:`abiding._api.call`.
+            first: the function's name of the first tensor, which must be on the communicator's device.
             tensors: the operator's arguments before ``state`` and ``comm``.
             rest, out: its arguments after those.
         """
         if self._interrupted is not None:
             raise RuntimeError(self._interrupted)
-        if torch.is_grad_enabled():
-            tensors = [_without_grad(tensor) for tensor in tensors]
-            out = {name: _without_grad(tensor) for name, tensor in out.items()}
+        for tensor in (*tensors, *out.values()):
+            if getattr(tensor, "requires_grad", False):
+                tensors = tuple(_without_grad(tensor) for tensor in tensors)
+                out = {name: _without_grad(tensor) for name, tensor in out.items()}
+                break
+        if self._checks_calls and all(isinstance(tensor, Tensor) for tensor in tensors):
+            self.check_open(function)
+            self.agree(function, f"{_call_words(*tensors)} through peer memory")
         try:
             return op(*tensors, self._token, self._handle, *rest, **out)
         except RuntimeError as error:
+            # Not before the call: the host has a microsecond or two, and the operator looks itself, in other words.
+            self.check_device(function, first, tensors[0])
             raise self._explained(error, function, names) from None
 
     def _explained(self, error: RuntimeError, function: str, names: Mapping[str, str]) -> Exception:
@@ -447,6 +482,21 @@ def checked(function: str, comm: object) -> Communicator:
     if not isinstance(comm, Communicator):
         raise TypeError(f"{function}: comm is a {type(comm).__name__}; expected a Communicator")
     return comm
+
+
+def _any_rank_checks_calls(group: dist.ProcessGroup | None, ranks: int) -> bool:
+    """Whether ABIDING_CHECK_CALLS=1 on any rank: a comparison that only some ranks take part in would not end."""
+    asked: list[Any] = [None] * ranks
+    dist.all_gather_object(asked, os.environ.get("ABIDING_CHECK_CALLS") == "1", group=group)
+    return any(asked)
+
+
+def _call_words(*tensors: Tensor) -> str:
+    """Such as "9 float32 elements" of a message, "[3, 8] and [8] float32" of rows and their weights."""
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    if len(tensors) == 1:
+        return f"{tensors[0].numel()} {dtype} elements"
+    return f"{' and '.join(str(list(tensor.shape)) for tensor in tensors)} {dtype}"
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:

@@ -46,10 +46,10 @@ def rms_norm(x: Tensor, weight: Tensor, comm: Communicator, *, eps: float = 1e-6
             stopped or is closed; the message names the operator and the rank.
         TypeError, ValueError: an argument's dtype, device, shape or strides are not accepted.
     """
-    checked("rms_norm", comm).check_device("rms_norm", "x", x)
-    if comm.unavailable_reason is None:
-        result: Tensor = comm.run("rms_norm", _PUBLIC_NAMES, _ops.reduce_rms.default, (x, weight), eps)
+    if checked("rms_norm", comm).unavailable_reason is None:
+        result: Tensor = comm.run("rms_norm", "x", _PUBLIC_NAMES, _ops.reduce_rms.default, (x, weight), eps)
         return result
+    comm.check_device("rms_norm", "x", x)
     _check_arguments("rms_norm", "x", x, {"weight": weight}, eps)
     if weight.numel() != x.size(1):
         raise ValueError(
@@ -75,11 +75,11 @@ def qk_norm(qkv: Tensor, wq: Tensor, wk: Tensor, comm: Communicator, *, eps: flo
     Raises:
         RuntimeError, TypeError, ValueError: as :func:`rms_norm`.
     """
-    checked("qk_norm", comm).check_device("qk_norm", "qkv", qkv)
-    if comm.unavailable_reason is None:
+    if checked("qk_norm", comm).unavailable_reason is None:
         op = _ops.reduce_rms_qk.default
-        result: tuple[Tensor, Tensor] = comm.run("qk_norm", _PUBLIC_NAMES, op, (qkv, wq, wk), eps)
+        result: tuple[Tensor, Tensor] = comm.run("qk_norm", "qkv", _PUBLIC_NAMES, op, (qkv, wq, wk), eps)
         return result
+    comm.check_device("qk_norm", "qkv", qkv)
     _check_arguments("qk_norm", "qkv", qkv, {"wq": wq, "wk": wk}, eps)
     if qkv.size(1) != wq.numel() + 2 * wk.numel():
         raise ValueError(

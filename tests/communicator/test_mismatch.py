@@ -40,6 +40,14 @@ def summed_in_place(count: int) -> Prepare:
     return prepare
 
 
+def summed_with_gaps(count: int) -> Prepare:
+    def prepare(device: torch.device) -> Call:
+        x = torch.ones(count, 2, device=device)[:, 0]
+        return lambda comm: [comm.all_reduce(x)]
+
+    return prepare
+
+
 def normed(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Prepare:
     def prepare(device: torch.device) -> Call:
         x = torch.ones(rows, width, dtype=dtype, device=device)
@@ -184,19 +192,19 @@ def without_peer_memory(rank: int) -> list[str]:
         patch.setattr(_peer_memory, "_host", lambda *_: f"host {rank}")
         comm = Communicator()
     assert comm.unavailable_reason is not None
-    with comm, Communicator(max_bytes=64) as small:
+    with comm, Communicator(max_bytes=64, timeout_s=TIMEOUT_S) as small:
         for call, at in (
             (summed(100 + rank), comm),
             (summed(100, torch.float16 if rank else torch.bfloat16), comm),
             (normed(3, 8) if rank else summed(9), comm),
             (normed(3, 8 + rank), comm),
             (qk_normed(3, 8, 4 + rank), comm),
-            (summed(100 + rank), small),
-            (summed(3 + rank, torch.int64), small),
+            (summed(9, torch.complex64 if rank else torch.uint16), small),
         ):
             with pytest.raises(RuntimeError) as caught:
                 call(at.device)(at)
             errors.append(str(caught.value))
+            at.reset()
             assert_bitwise_equal(at.all_reduce(torch.ones(50)), torch.full((50,), 2.0))
         # On GPUs the calls are not compared; the true width divides all the same.
         with pytest.MonkeyPatch.context() as patch:
@@ -214,12 +222,123 @@ def test_calls_through_torch_distributed() -> None:
         ("rms_norm with 3 rows of 8 float32 columns", "all_reduce with 9 float32 elements"),
         ("rms_norm with 3 rows of 9 float32 columns", "rms_norm with 3 rows of 8 float32 columns"),
         ("qk_norm with 3 rows of 8 + 5 float32 columns", "qk_norm with 3 rows of 8 + 4 float32 columns"),
-        ("all_reduce with 101 float32 elements", "all_reduce with 100 float32 elements"),
-        ("all_reduce with 4 int64 elements", "all_reduce with 3 int64 elements"),
+        # With peer memory too, for dtypes that have no number in a tag.
+        (
+            "all_reduce with 9 complex64 elements through torch.distributed",
+            "all_reduce with 9 uint16 elements through torch.distributed",
+        ),
     ]
     for errors in run_processes(without_peer_memory, 2):
         for text, (last, first) in zip(errors, expected, strict=True):
             assert f"rank 1 called {last}, and rank 0 {first}; expected the same call on every rank" in text
+
+
+# Calls of which rank 1's goes through torch.distributed, or both, with max_bytes=400; and how the errors name them.
+ROUTES: dict[str, tuple[Prepare, str, Prepare, str]] = {
+    "on both sides of max_bytes": (
+        *(summed(100), "all_reduce with 100 float32 elements"),
+        *(summed(101), "all_reduce with 101 float32 elements through torch.distributed"),
+    ),
+    "a dtype for each route": (
+        *(summed(100), "all_reduce with 100 float32 elements"),
+        *(summed(100, torch.int64), "all_reduce with 100 int64 elements through torch.distributed"),
+    ),
+    "gaps on one rank": (
+        *(summed(100), "all_reduce with 100 float32 elements"),
+        *(summed_with_gaps(100), "all_reduce with 100 float32 elements through torch.distributed"),
+    ),
+    "another operator": (
+        *(normed(3, 8), "rms_norm with 3 rows of 8 float32 columns"),
+        *(summed(101), "all_reduce with 101 float32 elements through torch.distributed"),
+    ),
+    "both past max_bytes": (
+        *(summed(200), "all_reduce with 200 float32 elements through torch.distributed"),
+        *(summed(101), "all_reduce with 101 float32 elements through torch.distributed"),
+    ),
+}
+
+
+def on_two_routes(rank: int, ranks: int) -> dict[str, str]:
+    errors = {}
+    with Communicator(max_bytes=400, timeout_s=TIMEOUT_S) as comm:
+        for name, (first, _, last, _) in ROUTES.items():
+            begin = time.monotonic()
+            with pytest.raises(RuntimeError) as caught:
+                (last if rank == ranks - 1 else first)(comm.device)(comm)
+            errors[name] = str(caught.value)
+            with pytest.raises(RuntimeError):
+                comm.all_reduce(torch.ones(500))
+            assert time.monotonic() - begin < TIMEOUT_S / 2, "no rank waits for words that never come"
+            assert comm.state == "stopped"
+            comm.reset()
+            for count in (100, 101, 99, 300, 301):
+                assert_bitwise_equal(comm.all_reduce(torch.ones(count)), torch.full((count,), float(ranks)))
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_calls_on_two_routes(ranks: int) -> None:
+    for errors in run_processes(on_two_routes, ranks, ranks):
+        for name, (_, first_words, _, last_words) in ROUTES.items():
+            with pytest.raises(RuntimeError, match=names_both(ranks - 1, first_words, last_words)):
+                raise RuntimeError(errors[name])
+
+
+def with_every_call_checked(rank: int) -> dict[str, str]:
+    """As between GPUs, where nothing else compares these; only rank 1 asks for it. No call begins that differs."""
+    errors = {}
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setenv("ABIDING_CHECK_CALLS", "1")
+        comm = Communicator(max_bytes=400, timeout_s=TIMEOUT_S)
+    with comm:
+        for name, (first, _, last, _) in ROUTES.items():
+            with pytest.raises(RuntimeError) as caught:
+                (last if rank else first)(comm.device)(comm)
+            errors[name] = str(caught.value)
+            assert comm.state == "ready"
+            for count in (100, 101):
+                assert_bitwise_equal(comm.all_reduce(torch.ones(count)), torch.full((count,), 2.0))
+            for call in (normed(3, 8), qk_normed(3, 8, 4)):
+                call(comm.device)(comm)
+    return errors
+
+
+def test_every_call_is_checked_where_the_environment_says_so() -> None:
+    peer, other = "through peer memory", "through torch.distributed"
+    for errors in run_processes(with_every_call_checked, 2):
+        for name, last, first in (
+            ("on both sides of max_bytes", f"all_reduce with 101 float32 elements {other}",
+             f"all_reduce with 100 float32 elements {peer}"),
+            ("a dtype for each route", f"all_reduce with 100 int64 elements {other}",
+             f"all_reduce with 100 float32 elements {peer}"),
+            ("gaps on one rank", f"all_reduce with 100 float32 elements {other}",
+             f"all_reduce with 100 float32 elements {peer}"),
+            ("another operator", f"all_reduce with 101 float32 elements {other}",
+             f"rms_norm with [3, 8] and [8] float32 {peer}"),
+            ("both past max_bytes", f"all_reduce with 101 float32 elements {other}",
+             f"all_reduce with 200 float32 elements {other}"),
+        ):  # fmt: skip
+            assert errors[name].endswith(
+                f": rank 1 called {last}, and rank 0 {first}; expected the same call on every rank"
+            )
+
+
+def alone_on_a_route(rank: int) -> str | None:
+    """Rank 0 makes a call through torch.distributed that rank 1 never makes."""
+    with Communicator(max_bytes=0, timeout_s=1.0) as comm:
+        comm.all_reduce(torch.ones(9))
+        if rank == 1:
+            time.sleep(2.5)
+            return None
+        with pytest.raises(RuntimeError) as caught:
+            comm.all_reduce(torch.ones(9))
+    return str(caught.value)
+
+
+def test_no_wait_for_a_call_through_torch_distributed_is_longer_than_the_timeout() -> None:
+    error, _ = run_processes(alone_on_a_route, 2)
+    assert error.startswith("abiding::all_reduce: this communicator has stopped: rank 1 did not send in time")
 
 
 # --- virtual ranks on a GPU: a call cannot raise, so it leaves NaN ----------------------------------------------------

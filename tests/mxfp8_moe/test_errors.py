@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from calls import Spoil, assert_function_refuses, assert_operator_refuses, every
+from calls import Spoil, assert_function_refuses, assert_operator_refuses, every, refusal
 from calls.mxfp8_moe import (
     GEMM,
     LAYER,
     MM,
     MM_BF16,
     MOE,
+    MOE_MAPPED,
     PUBLIC_FUNCTIONS,
     PUBLIC_NAMES,
     QUANT,
@@ -235,3 +236,13 @@ def test_sizes_of_a_workspace_are_checked(argument: int) -> None:
         sizes = [value if index == argument else size for index, size in enumerate(good)]
         with pytest.raises(ValueError, match=rf"workspace_bytes: {name} is {value}.*; expected"):
             mxfp8_moe.workspace_bytes(*sizes)
+
+
+@pytest.mark.parametrize("name", ["x", "s2", "topk_ids", "topk_weights", "expert_map", "out"])
+def test_a_workspace_has_memory_of_its_own(name: str) -> None:
+    """It is written while the others are in use: an output over the routes that it holds led rows to any address."""
+    call = well_formed(MOE_MAPPED)
+    tensor, workspace = call.args[name], call.args["workspace"]
+    inside = workspace[512:][: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+    call.args[name] = inside.copy_(tensor)
+    refusal(call.raw, RuntimeError, rf"mxfp8_moe: workspace overlaps {name}; expected memory of its own")

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from calls import is_refused
-from calls.malformed import WELL_FORMED, malformed
+from calls.malformed import WELL_FORMED, base, malformed
 
 HANG_S = 20.0
 
@@ -37,6 +37,7 @@ def make_calls(group: str, op: str, wanted: int, progress: mmap.mmap) -> None:
             refused += 1
         else:
             accepted += 1
+            base.cache_clear()
         seed += 1
         if accepted > 4 * wanted:
             raise AssertionError(f"only {refused} of {seed} calls were refused")

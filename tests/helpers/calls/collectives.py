@@ -21,7 +21,7 @@ raw = torch.ops.abiding_custom_ar
 LIFE = "abiding_custom_ar::"
 
 OPERATORS = (
-    *("all_reduce", "all_reduce.out", LIFE + "all_reduce", "reduce_rms", "reduce_rms_qk"),
+    *("all_reduce", "all_reduce.out", LIFE + "all_reduce", LIFE + "announce_call", "reduce_rms", "reduce_rms_qk"),
     *("minimax_allreduce_rms", "minimax_allreduce_rms_qk"),
 )
 LIFE_OPERATORS = tuple(
@@ -96,13 +96,18 @@ def well_formed(op: str, rng: random.Random) -> Call:
     """An accepted call of a rank that is alone."""
     comm = communicator()
     shared: list[int] = []
+    guards: dict[str, GuardedTensor]
+    args: dict[str, Any]
     tables = contextlib.ExitStack()
     dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16])
-    if "all_reduce" in op:
+    if op == LIFE + "announce_call":
+        message = guarded((5, 7), rng.choice([dtype, torch.int64, torch.complex64]), fill=0)
+        guards, args = {"message": message}, {"fa": comm._handle, "message": message.tensor}
+    elif "all_reduce" in op:
         shape = rng.choice([(0,), (1,), (33,), (5, 7), (2, 3, 4)])
         x, out = (guarded(shape, dtype, fill=torch.randn(shape)) for _ in range(2))
         guards = {"input": x, "out": out}
-        args: dict[str, Any] = {"input": x.tensor, "state": comm._token, "comm": comm._handle, "out": out.tensor}
+        args = {"input": x.tensor, "state": comm._token, "comm": comm._handle, "out": out.tensor}
         if op == LIFE + "all_reduce":
             guards = {"inp": x, "out": out}
             args = {"fa": comm._handle, "inp": x.tensor, "out": out.tensor}
