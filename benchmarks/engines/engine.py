@@ -25,6 +25,7 @@ VARIANTS = {
     "off": {"ABIDING_VLLM": "0"},
     "w8a16": {"ABIDING_VLLM": "moe"},
     "w8a8": {"ABIDING_VLLM": "moe", "ABIDING_VLLM_MOE_MODE": "w8a8"},
+    "fp8": {"ABIDING_VLLM": "moe", "ABIDING_VLLM_MOE_MODE": "fp8"},
     "all": {"ABIDING_VLLM": "all"},
     "spoilt": {"ABIDING_VLLM": "moe", "SEEDED_SPOIL": "1"},
 }

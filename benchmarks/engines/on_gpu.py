@@ -1,7 +1,7 @@
 """On the GPU machine, in the folder that ``pack.py`` made: unpack it, look at it, compare variants of the engine.
 
-    python -m benchmarks.engines.on_gpu setup check compare:tiny:stock,off,w8a16,w8a8,spoilt
-    python -m benchmarks.engines.on_gpu times:m2x12:stock,humming,w8a16,w8a8
+    python -m benchmarks.engines.on_gpu setup check compare:tiny:stock,off,w8a16,w8a8,fp8,spoilt
+    python -m benchmarks.engines.on_gpu times:m2x4:stock,humming,w8a16,w8a8,fp8 times:m2x12:stock,fp8
 
 Results come to --output (default ./results): one JSON file per variant, the logs, and what ``compare.py`` says.
 """

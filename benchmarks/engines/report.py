@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import DENSE, GRAY, OURS, PEERS, PURPLE, Style, figure
+from benchmarks.plots import DENSE, GRAY, LONG, ORANGE, OURS, PEERS, PURPLE, Style, figure
 from benchmarks.result_file import RESULTS
 from benchmarks.tables import table, wrap
 
@@ -19,10 +19,17 @@ NAMES = {
     "off": "abiding installed, off",
     "w8a16": "**abiding**, w8a16",
     "w8a8": "**abiding**, w8a8",
+    "fp8": "**abiding**, fp8",
     "all": "**abiding**, all jobs",
     "spoilt": "spoilt control",
 }
-STYLES = {"stock": PEERS["marlin"], "humming": PEERS["humming"], "w8a16": OURS, "w8a8": Style(PURPLE, DENSE, "v")}
+STYLES = {
+    "stock": PEERS["marlin"],
+    "humming": PEERS["humming"],
+    "w8a16": OURS,
+    "w8a8": Style(PURPLE, DENSE, "v"),
+    "fp8": Style(ORANGE, LONG, "D"),
+}
 DECODE, PREFILL = ("decode", "graph_ms"), ("prefill", "forward_ms")
 VLLM_LEGEND = """MiniMax-M2's widths with seeded weights, in MXFP8, captured graphs; a decode step is the replay of its
 graph, a prefill the forward pass of one prompt. All variants are loaded at once and measure in turns. What is compared,

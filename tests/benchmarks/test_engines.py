@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engines import compare, condense, pack, report
+from benchmarks.engines import compare, condense, engine, pack, report
 
 
 def result(variant: str, noise: float, *, ours: bool) -> dict[str, Any]:
@@ -44,6 +44,9 @@ def result(variant: str, noise: float, *, ours: bool) -> dict[str, Any]:
         ({}, None),
         ({"w8a16": result("w8a16", 0.5, ours=True)}, "w8a16 differs from stock"),
         ({"off": result("off", 0.5, ours=False)}, "off differs from stock"),
+        ({"fp8": result("fp8", 0.005, ours=True)}, None),
+        ({"fp8": result("fp8", 0.05, ours=True)}, "fp8 differs from stock"),
+        ({"fp8": result("fp8", 0.005, ours=False)}, "fp8, decode 8: 0 kernels of ours"),
         ({"spoilt": result("spoilt", 0.002, ours=True)}, "the comparison notices nothing"),
         ({"w8a16": result("w8a16", 0.002, ours=False)}, "w8a16, decode 8: 0 kernels of ours"),
         ({"off": result("off", 0.002, ours=True)}, "off, decode 8: 2 kernels of ours"),
@@ -54,6 +57,7 @@ def test_the_gate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], failure: str | None
 ) -> None:
     noises = {"stock": (0.002, False), "off": (0.002, False), "w8a16": (0.002, True), "spoilt": (0.5, True)}
+    noises["fp8"] = (0.005, True)
     for name, (noise, ours) in noises.items():
         if (content := changed.get(name, result(name, noise, ours=ours))) is not None:
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -66,7 +70,7 @@ def test_the_gate(
 
 
 def test_condensed_results_and_their_tables(tmp_path: Path) -> None:
-    for name, ours in (("stock", False), ("w8a16", True)):
+    for name, ours in (("stock", False), ("w8a16", True), ("fp8", True)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name, 0.002, ours=ours)))
     condensed = condense.condense([tmp_path], "0123456789abcdef", skipped=["prefill 2048"])
     row = condensed["models"][0]["variants"]["w8a16"]
@@ -74,7 +78,17 @@ def test_condensed_results_and_their_tables(tmp_path: Path) -> None:
     assert row["prefill"] == {}
     assert row["kernels"] == {"decode 8": {"ours": 2, "all": 5}}
     assert "| **abiding**, w8a16 | 2 (1.00)  |" in report.times_table(condensed)
+    assert "| **abiding**, fp8   | 2 (1.00)  |" in report.times_table(condensed)
     assert "2 of 5" in report.equality_table(condensed)
+
+
+def test_every_variant_has_a_name_and_what_may_be_timed_a_line() -> None:
+    assert report.NAMES.keys() == engine.VARIANTS.keys()
+    assert report.STYLES.keys() <= engine.VARIANTS.keys()
+    assert {"stock", "humming", "w8a16", "w8a8", "fp8"} <= report.STYLES.keys()
+    assert {*compare.OURS} == {
+        name for name, setting in engine.VARIANTS.items() if setting.get("ABIDING_VLLM", "0") != "0"
+    }
 
 
 @pytest.mark.parametrize("name", pack.PROGRAMS)
