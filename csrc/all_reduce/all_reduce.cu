@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
   uint4 own{};
   if (has_vector) own = whole ? *input : message.load(i);
   scope.begin();
+  scope.check_poison();
   scope.send_tag();
   if (has_vector) {
     const uint4 wire = peer::encode(own);
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
   pdl_wait();
   CallScope scope(peers, peer::kDirect, tag_rank());
   scope.begin();
+  scope.check_poison();
   scope.send_tag();
   const auto exists = [&](int k) { return k < range.count; };
   const auto own = [&](int j) { return message.load(range.begin + j); };
@@ -178,6 +180,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kSingle>, 1)
   pdl_wait();
   CallScope scope(peers, peer::kDirect, tag_rank());
   scope.begin();
+  scope.check_poison();
   scope.send_tag();
   const auto exists = [&](int owner, int64_t k) {
     return k < range.count && owner * shard + range.begin + k < vectors;
