@@ -22,6 +22,9 @@ using peer::Peers;
 // ranks.
 template <int kRanks, bool kSingle>
 constexpr int kMaxThreads = kSingle && kRanks == 2 ? 1024 : 512;
+// With the warp that exchanges tags, as registers allow: ptxas rounds 17 warps up to 20.
+template <int kRanks, bool kSingle>
+constexpr int kMaxCtaThreads = kMaxThreads<kRanks, kSingle> + (kSingle && kRanks > 2 ? 32 : 0);
 template <int kRanks, bool kAligned, bool kSingle>
 constexpr int kVectorsInFlight = kAligned && !kSingle && (kRanks == 2 || kRanks == 4) ? 2 : 1;
 
@@ -38,8 +41,8 @@ struct CtaRange {
   __device__ __forceinline__ bool has_vector() const { return static_cast<int>(threadIdx.x) < count; }
 };
 
-// The rank with which this thread exchanges the call's tags. They take the last warp, which has no vectors if the
-// message is small, so that it polls for nothing else.
+// The rank with which this thread exchanges the call's tags. They take the last warp. In kernels in which no thread has
+// more than one vector, launch_ranks() gives that warp none, unless a CTA would have too many threads.
 __device__ __forceinline__ int tag_rank() { return static_cast<int>(threadIdx.x) - static_cast<int>(blockDim.x - 32); }
 
 // Software pipeline over the thread's vectors: calls each stage with k, a vector's index in the range, kBatch vectors
@@ -60,7 +63,7 @@ __device__ __forceinline__ void run_pipeline(const CtaRange& range, Stages... st
 
 // One-shot with at most one vector per thread: all addresses are computed before pdl_wait.
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
+__global__ void __launch_bounds__(kMaxCtaThreads<kRanks, true>, 1)
     one_shot_single_kernel(const Message<T, true> message, int64_t vectors, int vectors_per_cta,
                            const __grid_constant__ Peers peers) {
   const int ranks = kRanks ? kRanks : peers.ranks;
@@ -79,9 +82,13 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, true>, 1)
     addresses |= reinterpret_cast<uintptr_t>(to[r]) | reinterpret_cast<uintptr_t>(from[r]);
   }
   pdl_wait(addresses);
+#pragma unroll
+  for (int r = 0; r < kRankBound<kRanks>; ++r)
+    if (r < ranks) opaque(to[r]), opaque(from[r]);  // or they are computed again after the wait
   uint4 own{};
   if (has_vector) own = whole ? *input : message.load(i);
   scope.begin();
+  scope.check_poison();
   scope.send_tag();
   if (has_vector) {
     const uint4 wire = peer::encode(own);
@@ -130,7 +137,7 @@ __device__ __forceinline__ void receive_sums(CallScope& scope, const Peers& peer
 }
 
 template <class T, bool kAligned, int kRanks>
-__global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
+__global__ void __launch_bounds__(kMaxCtaThreads<kRanks, false>, 1)
     one_shot_kernel(const Message<T, kAligned> message, int64_t vectors, int vectors_per_cta,
                     const __grid_constant__ Peers peers) {
   constexpr int kBatch = kVectorsInFlight<kRanks, kAligned, false>;
@@ -139,6 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
   pdl_wait();
   CallScope scope(peers, peer::kDirect, tag_rank());
   scope.begin();
+  scope.check_poison();
   scope.send_tag();
   const auto exists = [&](int k) { return k < range.count; };
   const auto own = [&](int j) { return message.load(range.begin + j); };
@@ -168,7 +176,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, false>, 1)
 }
 
 template <class T, bool kAligned, int kRanks, bool kSingle>
-__global__ void __launch_bounds__(kMaxThreads<kRanks, kSingle>, 1)
+__global__ void __launch_bounds__(kMaxCtaThreads<kRanks, kSingle>, 1)
     two_shot_kernel(const Message<T, kAligned> message, int64_t vectors, int vectors_per_cta,
                     const __grid_constant__ Peers peers) {
   constexpr int kBatch = kVectorsInFlight<kRanks, kAligned, kSingle>;
@@ -178,6 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRanks, kSingle>, 1)
   pdl_wait();
   CallScope scope(peers, peer::kDirect, tag_rank());
   scope.begin();
+  scope.check_poison();
   scope.send_tag();
   const auto exists = [&](int owner, int64_t k) {
     return k < range.count && owner * shard + range.begin + k < vectors;
@@ -256,8 +265,11 @@ cudaError_t launch_ranks(const AllReduceParams& p, const Peers& peers, cudaStrea
   // depend on kAligned.
   GridShape shape = choose_grid_shape(per_rank, peers.max_ctas, kMaxThreads<kRanks, true>);
   const bool single = shape.vectors_per_cta <= static_cast<int>(shape.threads);
-  if constexpr (kAligned)  // unaligned messages are slow in any case, and have one kernel fewer
+  if constexpr (kAligned) {  // unaligned messages are slow in any case, and have one kernel fewer
+    if (single && shape.vectors_per_cta > static_cast<int>(shape.threads) - 32)
+      shape.threads = std::min(shape.threads + 32, unsigned{kMaxCtaThreads<kRanks, true>});
     if (single) return start(&one_shot_single_kernel<T, kRanks>, &two_shot_kernel<T, kAligned, kRanks, true>, shape);
+  }
   shape.threads = std::min(shape.threads, unsigned{kMaxThreads<kRanks, false>});
   return start(&one_shot_kernel<T, kAligned, kRanks>, &two_shot_kernel<T, kAligned, kRanks, false>, shape);
 }

@@ -88,15 +88,21 @@ void send_probes(const Communicator& communicator) {
   STD_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-// On a stream of its own: other streams hold kernels that wait for ranks.
+// Tells the ranks that know of no fault yet: the first one is the cause. On a stream of its own: other streams hold
+// kernels that wait for ranks.
 void announce(const Communicator& communicator, Fault fault) {
   const RelaxedCapture relaxed;
   cudaStream_t stream = nullptr;
   STD_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const uint32_t poison = poison_word(fault, communicator.rank, communicator.rank);
   cudaError_t error = cudaSuccess;
+  uint32_t known[kMaxRanks];
   for (int r = 0; r < communicator.ranks && error == cudaSuccess; ++r)
-    error = cudaMemcpyAsync(&header(communicator, r)->poison, &poison, sizeof poison, cudaMemcpyDefault, stream);
+    error = cudaMemcpyAsync(&known[r], &header(communicator, r)->poison, sizeof poison, cudaMemcpyDefault, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  for (int r = 0; r < communicator.ranks && error == cudaSuccess; ++r)
+    if (known[r] == 0)
+      error = cudaMemcpyAsync(&header(communicator, r)->poison, &poison, sizeof poison, cudaMemcpyDefault, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   STD_CUDA_CHECK(error);

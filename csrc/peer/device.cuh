@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+
 #include "common/launch.cuh"
 #include "peer/protocol.h"
 
@@ -82,9 +84,10 @@ __device__ __forceinline__ bool is_cta_leader() { return (threadIdx.x | threadId
 
 // A CTA's part in one call. begin() claims the CTA's epoch, end() publishes the next one.
 //
-// The tags of the call travel beside its data: as many threads as there are other ranks send one each, and poll one
-// each in the loop in which they poll for data. Invariant: every CTA compares the tags of all ranks before it ends. A
-// CTA that another rank's call does not have waits until its CTA 0, which every call has, has found the tags to differ.
+// The tags of the call travel beside its data: as many threads as there are other ranks send one each, and receive one
+// each. They belong in a warp that has no data to wait for, where there is one, because to send and to compare a tag
+// takes some 50 instructions. Invariant: every CTA compares the tags of all ranks before it ends. A CTA that another
+// rank's call does not have waits until its CTA 0, which every call has, has found the tags to differ.
 class CallScope {
  public:
   // This thread exchanges tags with rank `tag_rank`, unless that is this rank or none. Every other rank needs one
@@ -99,15 +102,17 @@ class CallScope {
     // atomicExch, not atomicAdd: the compiler would warp-aggregate the add and wait for its result here.
     if (is_cta_leader()) claim_ = atomicExch(&own->claims[blockIdx.x], kClaimed);
     epoch_ = load_cached(&own->epochs[blockIdx.x]);
-    // Used by send_tag(), so that a call's own loads need not wait for it.
+    // Not used here, so that a call's own loads need not wait for it.
     poison_ = load_cached(&own->poison);
   }
 
-  // Sends this thread's tag; all threads of the CTA call this. Ordering: a stopped rank must not send the call's. Its
-  // CTA may be the first of this index since the calls differed, and meet one that still waits in that call: equal tags
-  // would join two calls.
+  // All threads of the CTA call this before they receive anything. It waits for the poison that begin() loads.
+  __device__ __forceinline__ void check_poison() { ok_ = poison_ == 0; }
+
+  // Sends this thread's tag, if it has one. Ordering: a stopped rank must not send the call's. Its CTA may be the first
+  // of this index since the calls differed, and meet one that still waits in that call: equal tags would join two
+  // calls.
   __device__ __forceinline__ void send_tag() {
-    ok_ = poison_ == 0;
     if (tag_rank_ < 0 || tag_rank_ >= peers_.ranks || tag_rank_ == peers_.rank) return;
     const int distance = tag_rank_ >= peers_.rank ? tag_rank_ - peers_.rank : tag_rank_ - peers_.rank + peers_.ranks;
     uint2 tag = own_tag(peers_);
@@ -116,6 +121,16 @@ class CallScope {
     const uint32_t region = tag_rank_ * peers_.max_ctas + blockIdx.x;
     tag_at_ = static_cast<uint32_t>(channel_offset(kTags)) +
               epoch_ % kSlots * static_cast<uint32_t>(slot_bytes(kTags)) + region * peers_.region_bytes[kTags];
+  }
+
+  // Waits for this thread's tag. A thread may call it that waits for no words; end() does it for all.
+  __device__ __forceinline__ void receive_tag() {
+    if (tag_at_ == 0 || !ok_) return;
+    uint32_t no_words[1];
+    const auto is_pending = [](int) { return false; };
+    const auto nowhere = [](int) -> uint32_t* { return nullptr; };
+    load_pending(no_words, tag_rank_, is_pending, nowhere);
+    receive(no_words, tag_rank_, is_pending, nowhere);
   }
 
   // Reports a second kernel on another stream. end() does it, too; kernels whose registers are too few to hold the
@@ -129,20 +144,18 @@ class CallScope {
   // Publishes the next epoch once the tags of all ranks are there. False: the results of this CTA are to be NaN,
   // whatever has been written.
   __device__ __forceinline__ bool end() {
-    if (tag_at_ != 0 && ok_) {
-      uint32_t no_words[1];
-      const auto is_pending = [](int) { return false; };
-      const auto nowhere = [](int) -> uint32_t* { return nullptr; };
-      load_pending(no_words, tag_rank_, is_pending, nowhere);
-      receive(no_words, tag_rank_, is_pending, nowhere);
-    }
+    receive_tag();
+    // The call's last warp is awaited at the barrier: the address is computed before it, and what needs the barrier's
+    // result comes after the stores.
+    uint32_t* epoch = &header(peers_, 0)->epochs[blockIdx.x];
+    asm volatile("" : "+l"(epoch));
     const bool all_ok = !__syncthreads_or(!ok_);
-    check_claim();
     if (is_cta_leader()) {
+      store_volatile(epoch, epoch_ + 1);
+      store_volatile(epoch + (offsetof(Header, claims) - offsetof(Header, epochs)) / sizeof *epoch, epoch_ + 1);
       if (!all_ok) report_fault(peers_, load_volatile(&header(peers_, 0)->poison), epoch_, 0);
-      store_volatile(&header(peers_, 0)->epochs[blockIdx.x], epoch_ + 1);
-      store_volatile(&header(peers_, 0)->claims[blockIdx.x], epoch_ + 1);
     }
+    check_claim();
     return all_ok;
   }
 

@@ -53,11 +53,13 @@ constexpr int64_t kHeaderBytes = 64 << 10;
 ABIDING_HD constexpr int64_t slot_bytes(Channel channel) {
   return channel == kTags ? 256 << 10 : channel == kScalars ? 1 << 20 : 8 << 20;
 }
+// Not a loop over the channels: nvcc leaves such a loop in kernels, on their way to the first load.
 ABIDING_HD constexpr int64_t channel_offset(int channel) {
-  int64_t offset = kHeaderBytes;
-  for (int earlier = 0; earlier < channel; ++earlier) offset += kSlots * slot_bytes(static_cast<Channel>(earlier));
-  return offset;
+  return kHeaderBytes + (channel > kDirect ? kSlots * slot_bytes(kDirect) : 0) +
+         (channel > kResult ? kSlots * slot_bytes(kResult) : 0) +
+         (channel > kScalars ? kSlots * slot_bytes(kScalars) : 0) + (channel > kTags ? kSlots * slot_bytes(kTags) : 0);
 }
+static_assert(kChannels == 4, "channel_offset() names each channel");
 constexpr int64_t kWorkspaceBytes = channel_offset(kChannels);
 
 // A region is what one of a rank's `ctas` CTAs may send to one rank in an epoch.

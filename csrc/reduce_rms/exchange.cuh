@@ -20,24 +20,23 @@ struct Lane {
       : part(static_cast<int>(lane / 16)), rank(static_cast<int>(lane % 16)) {}
 };
 
-// Whether the lanes of a kernel poll the tags of the call beside its data; if not, after it. On sm_80 the kernels that
-// hold many vectors (CtaTile::vectors_per_thread) have no registers for that.
-#if __CUDA_ARCH__ >= 900
-template <int kVectors>
-constexpr bool kTagBesideData = true;
-#else
-template <int kVectors>
-constexpr bool kTagBesideData = 0 <= kVectors && kVectors <= 2;
-#endif
+// Which lanes of a CTA exchange the call's tags, and when.
+enum class TagLanes {
+  kIdleWarp,    // a token's second warp, while the first exchanges words; if there is none, as kBesideData
+  kBesideData,  // the first warp, in the loop that polls for words
+  kAtEnd        // the first warp, in end(): an L2 access later, but it takes fewer registers
+};
 
 // Exchange over a communicator's workspaces.
-template <int kParts, bool kTag>
+template <int kParts, TagLanes kTagLanes>
 class WorkspaceExchange {
  public:
   __device__ __forceinline__ WorkspaceExchange(const Peers& peers, Lane lane)
-      : peers_(peers),
-        lane_(lane),
-        scope_(peers, peer::kScalars, threadIdx.y == 0 && threadIdx.x < 16 ? lane.rank : -1) {}
+      : peers_(peers), lane_(lane), scope_(peers, peer::kScalars, is_tag_lane() ? lane.rank : -1) {}
+  static __device__ __forceinline__ bool has_idle_warp() { return kTagLanes == TagLanes::kIdleWarp && blockDim.x > 32; }
+  static __device__ __forceinline__ bool is_tag_lane() {
+    return threadIdx.y == 0 && threadIdx.x - (has_idle_warp() ? 32 : 0) < 16;
+  }
   __device__ __forceinline__ int ranks() const { return peers_.ranks; }
   __device__ __forceinline__ void begin() { scope_.begin(); }
 
@@ -55,7 +54,14 @@ class WorkspaceExchange {
     to_ += scope_.slot_offset() / static_cast<int64_t>(sizeof *to_);
     from_ += scope_.slot_offset() / static_cast<int64_t>(sizeof *from_);
     asm volatile("" : "+l"(to_), "+l"(from_));
+    scope_.check_poison();
+    if (!has_idle_warp()) scope_.send_tag();
+  }
+  // The threads that exchange no words call this meanwhile.
+  __device__ __forceinline__ void exchange_tag() {
+    if (!has_idle_warp() || !is_tag_lane()) return;
     scope_.send_tag();
+    scope_.receive_tag();
   }
   __device__ __forceinline__ void check_claim() { scope_.check_claim(); }
   // Moves on by a number of this CTA's tokens.
@@ -72,6 +78,7 @@ class WorkspaceExchange {
     uint32_t word[1];
     const auto is_pending = [](int) { return true; };
     const auto slot_ptr = [&](int) { return from_; };
+    constexpr bool kTag = kTagLanes != TagLanes::kAtEnd;
     scope_.load_pending<kTag>(word, lane_.rank, is_pending, slot_ptr);
     const bool ok = scope_.receive<kTag>(word, lane_.rank, is_pending, slot_ptr);
     return ok ? __uint_as_float(peer::decode(word[0])) : kNan;
@@ -103,6 +110,7 @@ class TableExchange {
   __device__ __forceinline__ int ranks() const { return table_.ranks; }
   __device__ __forceinline__ void find_slots(int /*index*/) {}
   __device__ __forceinline__ void select_epoch() {}
+  __device__ __forceinline__ void exchange_tag() {}
   __device__ __forceinline__ void check_claim() {}
   __device__ __forceinline__ void advance(int /*tokens*/) {}
 
@@ -157,8 +165,8 @@ class TableExchange {
 };
 
 // The exchange of a kernel whose parameter is Endpoint: Peers or TableParams.
-template <class Endpoint, int kParts, bool kTag>
+template <class Endpoint, int kParts, TagLanes kTagLanes>
 using ExchangeOver =
-    std::conditional_t<std::is_same_v<Endpoint, Peers>, WorkspaceExchange<kParts, kTag>, TableExchange<kParts>>;
+    std::conditional_t<std::is_same_v<Endpoint, Peers>, WorkspaceExchange<kParts, kTagLanes>, TableExchange<kParts>>;
 
 }  // namespace abiding::reduce_rms

@@ -14,6 +14,15 @@
 namespace abiding::reduce_rms {
 namespace {
 
+// A kernel for 32 warps per CTA has 64 registers per thread. For sm_80, ptxas needs more of them for the same.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kFewRegisters = false;
+#else
+constexpr bool kFewRegisters = true;
+#endif
+// Of the kernels that need most registers.
+constexpr TagLanes kTagLanes = kFewRegisters ? TagLanes::kAtEnd : TagLanes::kBesideData;
+
 constexpr int kTableCtas = 16;  // so few that those of 8 ranks are resident on one GPU at once
 
 // What a thread loads at once: 16 bytes, or one element where rows are not aligned to 16 bytes.
@@ -165,6 +174,8 @@ __device__ __forceinline__ void find_scales(SharedSums<kParts>& shared, Exchange
     pdl_launch_dependents();
     const float total = sum_over_ranks(exchange, received);
     if (own.rank == 0 && own.part < kParts) shared.scales[threadIdx.y][own.part] = rsqrtf(total * inverse_width + eps);
+  } else {
+    exchange.exchange_tag();
   }
   __syncthreads();
 }
@@ -178,13 +189,13 @@ __device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const R
   const int thread = threadIdx.x, threads = blockDim.x, row = threadIdx.y;
   const Columns<T, kVectorized, kParts> columns(p);
 
-  // Calls body(c, i) for the thread's vectors, of which vector i of the row is the c-th.
-  const auto for_vectors = [&](auto body) {
+  // Calls body(c, i) for the thread's vectors, of which vector i of the row is the c-th, or for those from `begin` on.
+  const auto for_vectors = [&](auto body, int begin = 0, int end = kVectors) {
     if constexpr (kVectors == 0) {
       for (int i = thread; i < columns.vectors; i += threads) body(0, i);
     } else {
 #pragma unroll
-      for (int c = 0; c < kVectors; ++c)
+      for (int c = begin; c < end; ++c)
         if (const int i = thread + c * threads; i < columns.vectors) body(c, i);
     }
   };
@@ -194,17 +205,17 @@ __device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const R
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + row;
   const bool has_token = token < p.tokens;
   const V* first = columns.input(token) + thread;
-  const auto load_weights = [&] { for_vectors([&](int c, int i) { weights[c] = *columns.weight(i); }); };
+  const auto load_weight = [&](int c, int i) { weights[c] = *columns.weight(i); };
 
   pdl_wait(first);
   if (kVectors > 0 && has_token)
     for_vectors([&](int c, int i) { held[c] = c == 0 ? *first : columns.input(token)[i]; });
   // From here to the first use of the row, everything overlaps with its loads.
   const Lane own(threadIdx.x % 32);
-  ExchangeOver<Endpoint, kParts, kTagBesideData<kVectors>> exchange(endpoint, own);
+  constexpr TagLanes kTileTagLanes = kVectors <= 2 ? TagLanes::kIdleWarp : kTagLanes;
+  ExchangeOver<Endpoint, kParts, kTileTagLanes> exchange(endpoint, own);
   exchange.begin();
-  if constexpr (!kTagBesideData<kVectors> && sizeof(T) == 2) exchange.check_claim();  // or ptxas spills it
-  if (kWeightsEarly && has_token) load_weights();
+  if (kWeightsEarly && has_token) for_vectors(load_weight);
   exchange.find_slots(row);
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
   V* out = columns.out(token, thread);
@@ -223,13 +234,19 @@ __device__ __forceinline__ void normalize_tile(const Endpoint& endpoint, const R
   }
   find_scales(shared, exchange, own, sums, token, has_token, inverse_width, p.eps);
   if (has_token) {
-    if constexpr (kVectors > 0 && !kWeightsEarly) load_weights();
-    for (V& v : weights) pin(v);
-    for_vectors([&](int c, int i) {
-      if constexpr (kVectors == 0) held[c] = columns.input(token)[i], weights[c] = *columns.weight(i);
-      *(kWeightsEarly && c == 0 ? out : columns.out(token, i)) =
-          scaled<T, kVectorized>(held[c], weights[c], shared.scales[row][columns.in_second(i)]);
-    });
+    constexpr int kBatch = kVectors > 2 && kFewRegisters ? 2 : kVectors ? kVectors : 1;  // weights at once
+#pragma unroll
+    for (int begin = 0; begin < (kVectors ? kVectors : 1); begin += kBatch) {
+      if constexpr (kVectors > 0 && !kWeightsEarly) for_vectors(load_weight, begin, begin + kBatch);
+      for (V& v : weights) pin(v);
+      for_vectors(
+          [&](int c, int i) {
+            if constexpr (kVectors == 0) held[c] = columns.input(token)[i], weights[c] = *columns.weight(i);
+            *(kWeightsEarly && c == 0 ? out : columns.out(token, i)) =
+                scaled<T, kVectorized>(held[c], weights[c], shared.scales[row][columns.in_second(i)]);
+          },
+          begin, begin + kBatch);
+    }
   }
   if (!exchange.end() && has_token) for_vectors([&](int, int i) { *columns.out(token, i) = nan_of<T, kVectorized>(); });
 }
@@ -278,23 +295,28 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
   const float inverse_width = p.parts[own.part < kParts ? own.part : 0].inverse_full_width;
 
   pdl_wait();
-  ExchangeOver<Endpoint, kParts, kTagBesideData<kInSmem ? kRowInSmem : kRowReadTwice>> exchange(endpoint, own);
+  ExchangeOver<Endpoint, kParts, kTagLanes> exchange(endpoint, own);
+  const auto start_row = [&] {
+    if constexpr (kInSmem) {
+      const V* row = columns.input(token);
+      uint4* held = rows + warp * columns.vectors;
+      for (int i = lane; i < columns.vectors; i += 32) copy_async(held + i, row + i);
+    }
+  };
   exchange.begin();
+  if (token < tokens) start_row();
+  // All of this overlaps with the load of the row.
   exchange.check_claim();
   exchange.find_slots(warp);
   exchange.select_epoch();
-  for (; token < tokens; token += step()) {
+  while (token < tokens) {
     const V* row = columns.input(token);
     if constexpr (kInSmem) {
-      uint4* held = rows + warp * columns.vectors;
-      __syncwarp();  // the lanes are done with the row before
-      for (int i = lane; i < columns.vectors; i += 32) copy_async(held + i, row + i);
       wait_for_copies();
       __syncwarp();
-      row = held;
+      row = rows + warp * columns.vectors;
     }
-    constexpr bool kFewRegisters = !kTagBesideData<kRowInSmem> && sizeof(T) == 4;
-    constexpr int kBatch = kInSmem && !kFewRegisters ? 4 : 2;  // as registers allow
+    constexpr int kBatch = kInSmem && !(kFewRegisters && sizeof(T) == 4) ? 4 : 2;  // as registers allow
     V vectors[kBatch], weights[kBatch];
     float sums[kParts] = {};
 #pragma unroll
@@ -318,6 +340,9 @@ __device__ __forceinline__ void normalize_per_warp(const Endpoint& endpoint, con
           [&](int u, int i) { out[i] = scaled<T, kVectorized>(vectors[u], weights[u], factor); });
     }
     exchange.advance(warps());
+    token += step();
+    __syncwarp();  // the lanes are done with the row
+    if (token < tokens) start_row();
   }
   // Ordering: a warp without a token has received no peer data, so it may not trigger dependents; see find_scales.
   if (token >= step()) pdl_launch_dependents();
