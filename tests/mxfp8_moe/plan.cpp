@@ -40,15 +40,17 @@ int main() {
 
   // Empty calls, and a device that says nothing of itself: any shape, but no division by zero.
   for (const Plan& p :
-       {choose_plan(0, 8, 768, 6144, 132), choose_plan(8, 0, 768, 6144, 132), choose_plan(8, 8, 768, 6144, 0)})
+       {choose_plan(0, 8, 768, 6144, 264), choose_plan(8, 0, 768, 6144, 264), choose_plan(8, 8, 768, 6144, 0)})
     expect(p.cluster == 1, "an empty call has clusters of %d\n", p.cluster);
 
   // The experts of one token, in a layer with few and long tiles: stream-K takes as many CTAs as a cluster may have.
-  // With many tiles, or a short K, it gains nothing.
-  expect(choose_plan(4, 128, 768, 6144, 132).cluster == 8, "4 rows, K = 6144\n");
-  expect(choose_plan(4, 128, 6144, 384, 132).cluster == 1, "4 rows, K = 384\n");
-  expect(choose_plan(1000, 256, 6144, 384, 132).cluster == 1, "1000 rows of 256 experts, K = 384\n");
-  // With fewer SMs there is less to fill: never larger clusters.
+  // With many tiles, or a short K, it gains nothing. 132 SMs have one CTA each for e4m3 tokens, or two.
+  for (const int ctas : {132, 264}) {
+    expect(choose_plan(4, 128, 768, 6144, ctas).cluster == 8, "4 rows, K = 6144, %d CTAs\n", ctas);
+    expect(choose_plan(4, 128, 6144, 384, ctas).cluster == 1, "4 rows, K = 384, %d CTAs\n", ctas);
+    expect(choose_plan(1000, 256, 6144, 384, ctas).cluster == 1, "1000 rows, K = 384, %d CTAs\n", ctas);
+  }
+  // With fewer CTAs there is less to fill: never larger clusters.
   for (int64_t tiles = 1; tiles < 5000; tiles += 7)
     for (int64_t k_tiles : {1, 3, 12, 48})
       for (int64_t ctas = 2; ctas < 400; ctas *= 2)
@@ -59,7 +61,7 @@ int main() {
     for (int64_t experts : {1L, 8L, 128L, 1024L})
       for (int64_t n : {32L, 768L, 6144L})
         for (int64_t k : {32L, 384L, 6144L}) {
-          const Plan p = choose_plan(rows, experts, n, k, 132), more = choose_plan(rows + 1, experts, n, k, 132);
+          const Plan p = choose_plan(rows, experts, n, k, 264), more = choose_plan(rows + 1, experts, n, k, 264);
           const bool power = p.cluster >= 1 && p.cluster <= 8 && (p.cluster & (p.cluster - 1)) == 0;
           expect(power && (p.cluster == 1 || p.shape == TileShape::kStreamK_N16),
                  "%ld rows, %ld experts: clusters of %d\n", rows, experts, p.cluster);
