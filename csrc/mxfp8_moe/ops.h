@@ -69,22 +69,28 @@ inline void check_apart(const char* op, const Argument& out, const Argument& inp
         input.name(), "; expected memory of its own");
 }
 
+// The memory from a tensor's first element to its last one, gaps included.
+struct MemoryExtent {
+  uintptr_t begin, end;
+
+  explicit MemoryExtent(const Tensor& t) : begin(reinterpret_cast<uintptr_t>(t.data_ptr())), end(begin) {
+    if (t.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    end += static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(t.element_size()));
+  }
+  bool overlaps(const MemoryExtent& other) const {
+    return begin < end && other.begin < other.end && begin < other.end && other.begin < end;
+  }
+};
+
 // A workspace is written while every other tensor is in use: what routes rows must not change under the kernels' hands.
 inline void check_memory_of_its_own(const Argument& workspace, const char* op,
                                     std::initializer_list<const Argument*> others) {
-  const auto extent = [](const Tensor& t) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const auto bytes = t.numel() > 0 ? (last + 1) * static_cast<int64_t>(t.element_size()) : 0;
-    return std::pair(begin, begin + static_cast<uintptr_t>(bytes));
-  };
-  const auto [begin, end] = extent(workspace.tensor());
-  for (const Argument* other : others) {
-    const auto [first, last] = extent(other->tensor());
-    check(begin == end || first == last || end <= first || last <= begin, op, workspace.name(), " overlaps ",
-          other->name(), "; expected memory of its own");
-  }
+  const MemoryExtent extent(workspace.tensor());
+  for (const Argument* other : others)
+    check(!extent.overlaps(MemoryExtent(other->tensor())), op, workspace.name(), " overlaps ", other->name(),
+          "; expected memory of its own");
 }
 
 // Scale codes in tiles: any shape over memory without gaps is accepted, since the layout is not a tensor's.
@@ -184,18 +190,11 @@ inline Weight check_weight(const char* op, const Argument& weight, const Argumen
 
 // An output of rebase is the input itself, for a rebase in place, or memory of its own.
 inline void check_same_or_apart(const char* op, const Argument& out, const Argument& input) {
-  const auto extent = [](const Tensor& t) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-    return std::pair(begin, begin + static_cast<uintptr_t>(t.numel() > 0 ? last + 1 : 0));
-  };
-  const auto [begin, end] = extent(out.tensor());
-  const auto [first, last] = extent(input.tensor());
-  bool same = begin == first && out.tensor().dim() == input.tensor().dim();
+  const MemoryExtent to(out.tensor()), from(input.tensor());
+  bool same = to.begin == from.begin && out.tensor().dim() == input.tensor().dim();
   for (int64_t d = 0; same && d < out.tensor().dim(); ++d)
     same = out.tensor().size(d) == input.tensor().size(d) && out.tensor().stride(d) == input.tensor().stride(d);
-  check(same || end <= first || last <= begin, op, out.name(), " overlaps ", input.name(),
+  check(same || !to.overlaps(from), op, out.name(), " overlaps ", input.name(),
         "; expected that tensor itself, or memory of its own");
 }
 

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeCtasPerSm) dequantize_kerne
 
 // The scales of e4m3 rows: NaN where a row's codes differ. A CTA has a scale tile: its warps share the columns, whose
 // loads are all in flight together up to K = 8192, and a lane has four rows of each. 64 registers per thread at most,
-// so that a CTA fits beside two of a GEMM (Config::kSpareThreads).
+// so that a CTA fits beside those of a GEMM (Config::kSpareThreads).
 constexpr int kWarps = kThreads / 32, kColumnsInFlight = 8;
 
 __global__ void __launch_bounds__(kThreads, kRowScalesCtasPerSm)

@@ -38,7 +38,7 @@ struct Config {
   static constexpr int kCtasPerSm = kCtasPerSm_;
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
 
-  // Two CTAs of kStreamK_N16 leave registers for CTAs of the layer's other kernels beside them (layer.cu): the kernel
+  // The CTAs of kStreamK_N16 leave registers for CTAs of the layer's other kernels beside them (layer.cu): the kernel
   // is compiled for more threads per CTA than it has. kN64 has none to spare: ptxas would serialize wgmma (C7512).
   static constexpr int kSpareThreads = kShape == TileShape::kStreamK_N16 ? 128 : 0;
   static constexpr int kLaunchBound = kThreads + kSpareThreads;
