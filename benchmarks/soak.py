@@ -106,10 +106,9 @@ def play(rank: int, ranks: int, one: Round, device: str) -> str:
         outcome = str(error).splitlines()[0]
     _judge(one, rank, outcome, time.monotonic() - begin)
     comm.close()
-    comm_is_on_gpu = comm.device.type == "cuda"
     del comm, stress
     # On a GPU a rank that leaves by an exception does not wait; a thread frees its memory when the others have left.
-    deadline = time.monotonic() + (2 * TIMEOUT_S if comm_is_on_gpu else 0.0)
+    deadline = time.monotonic() + (2 * TIMEOUT_S if torch.device(device).type == "cuda" else 0.0)
     while held() != before and time.monotonic() < deadline:
         time.sleep(0.05)
     if (after := held()) != before:
