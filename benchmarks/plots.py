@@ -47,6 +47,7 @@ PEERS = {
     "humming_indexed": Style(PURPLE, DENSE, "x"),
     "humming_fp8_token": Style(ORANGE, SHORT, "v"),
     "humming_fp8_block": Style(SKY, DENSE, "x"),
+    "deep_gemm": Style(GREEN, DASH_DOT, "^"),
     "bf16": Style(BLACK, LONG, "D"),
     "nccl symmetric": Style(GRAY, LONG, "d"),
     "symm_mem one-shot": Style(ORANGE, DENSE, "v"),

@@ -32,7 +32,7 @@ def run(
 
     Args:
         group: one of `GROUPS`.
-        peers: the files that hold the peers' kernels, timed in the same run: shared libraries, for some groups wheels.
+        peers: the files that hold the peers' kernels, timed in the same run: libraries, for some groups packages.
         output: the folder, or the .json file, to write the results to. By default a whole run on a GPU writes to
             `benchmarks/results` and any other run writes nothing. If it holds results of this GPU, a run of some `ops`
             replaces only those.

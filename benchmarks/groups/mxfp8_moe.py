@@ -1,8 +1,8 @@
 """Times of MXFP8 grouped GEMMs and MoE layers at the shapes of models, L2-cold: consecutive calls use distinct experts.
 
 Peers are vLLM's Marlin kernels for MXFP8 weights (W8A16), from the library that holds its `_moe_C` operators;
-Humming's, from the wheel of humming-kernels; and torch's grouped GEMM of bfloat16 weights, which are twice as large.
-Only times are compared.
+Humming's, from the wheel of humming-kernels; DeepGEMM's for e4m3 rows, from a zip archive; and torch's grouped GEMM of
+bfloat16 weights, which are twice as large. Only times are compared.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from abiding.mxfp8_moe import MXFP8, Compute, Mode
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE, LayerCase, LayerInputs, rotated_ids
 from abiding.testing.timing import Timing, call_us, graph_us, rotations
 from benchmarks.base import Benchmark, Settings, say
+from benchmarks.peers.deep_gemm import DeepGemm
 from benchmarks.peers.humming import HummingLibrary
 from benchmarks.peers.marlin import Marlin
 from benchmarks.peers.mxfp8 import Gemm, LayerPeer, Library, Peer, Routed
@@ -143,7 +144,7 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
     modes = {op: mode for op, mode in MODES.items() if op in settings.ops}
     if modes:
         timed = cases if "moe_fp8" in modes else _of_op("moe", cases)
-        layers = [library.layer(*gemms, timed) for library in libraries]
+        layers = [peer for library in libraries for peer in library.layers(*gemms, timed)]
         for op, mode in modes.items():
             peers_of_op = layers
             if op == "moe_fp8":
@@ -314,7 +315,7 @@ def _time_layer(op: str, case: LayerCase, layer: LayerInputs, peers: list[LayerP
 
 
 def _libraries(settings: Settings) -> list[Library]:
-    loaders: dict[str, Callable[[Path], Library]] = {".so": Marlin, ".whl": HummingLibrary}
+    loaders: dict[str, Callable[[Path], Library]] = {".so": Marlin, ".whl": HummingLibrary, ".zip": DeepGemm}
     found = []
     for path in settings.peers:
         say(f"Loading {path}")

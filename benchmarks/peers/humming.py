@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from abiding import mxfp8_moe as api
 from abiding.testing.cases.mxfp8_moe import LayerCase, LayerInputs
+from benchmarks.peers.archive import unpacked
 from benchmarks.peers.mxfp8 import Gemm, LayerPeer, Peer, Routed
 
 KINDS = {"humming": "grouped_contiguous", "humming_indexed": "indexed"}
@@ -47,13 +47,10 @@ class Humming:
     """The imported package."""
 
     def __init__(self, path: Path) -> None:
-        """Import it from a wheel, which is unpacked into the temporary folder, or from an unpacked wheel."""
+        """Import it from a wheel, or from an unpacked wheel."""
         temporary = Path(tempfile.gettempdir())
         if path.suffix == ".whl":
-            unpacked = temporary / f"{path.stem}-unpacked"
-            if not unpacked.is_dir():
-                zipfile.ZipFile(path).extractall(unpacked)
-            path = unpacked
+            path = unpacked(path)
         for tool in path.glob("humming/_native/*/*"):
             tool.chmod(0o755)  # unpacking drops the executable bit, and one of these is its compiler
         sys.path.insert(0, str(path))
@@ -221,7 +218,7 @@ class HummingLibrary:
 
         return [Peer(name, partial(call, kind)) for name, kind in KINDS.items()]
 
-    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+    def layers(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> list[LayerPeer]:
         """Two indexed GEMMs, the activation and the weighted sum in torch's own operations."""
         first, second = self.weights(up, cases), self.weights(down, cases)
 
@@ -241,7 +238,7 @@ class HummingLibrary:
 
             return run
 
-        return LayerPeer("humming", call)
+        return [LayerPeer("humming", call)]
 
     def gemms_fp8(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
         """Grouped GEMMs of rows that are quantized before, as ours."""

@@ -90,7 +90,7 @@ class Marlin:
 
         return [Peer("marlin", call)]
 
-    def layer(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> LayerPeer:
+    def layers(self, up: Gemm, down: Gemm, cases: list[LayerCase]) -> list[LayerPeer]:
         """Sorting, two GEMMs, the activation in torch's own operations, the top-k sum."""
         first, second = self.weights(up), self.weights(down)
         experts = up.weight.size(0)
@@ -112,7 +112,7 @@ class Marlin:
 
             return run
 
-        return LayerPeer("marlin", call)
+        return [LayerPeer("marlin", call)]
 
     def gemms_fp8(self, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
         return []

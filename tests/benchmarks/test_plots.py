@@ -75,6 +75,7 @@ def test_lines_of_a_panel_differ_in_dashes_and_markers_too() -> None:
     together = (
         {"nccl", "nccl symmetric", "sglang", "symm_mem one-shot", "symm_mem two-shot", "vllm"},
         {"marlin", "humming"},
+        {"deep_gemm", "humming_fp8_token", "humming_fp8_block"},
     )
     for names in together:
         styles = [PEERS[name] for name in names] + [ROWS[0]]
