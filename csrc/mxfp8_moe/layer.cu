@@ -36,77 +36,133 @@
 // (Config::kSpareThreads). Such a gather triggers after its pdl_wait and such an activate at its start, so that the
 // GEMM is there and has its first weights when they end; row_scales does as gather. For the same reason route does not
 // trigger at its start: gather's CTAs would settle among those of the layer before.
+#include <algorithm>
+
 #include "common/launch.cuh"
+#include "common/sm90.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/quantizer.cuh"
+#include "mxfp8_moe/tile_table.cuh"
 
 namespace abiding::mxfp8_moe {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRouteThreads = 1024, kRouteUnroll = 4;
+constexpr int kRouteThreads = 1024;
+constexpr int kRouteCtas = 8;                   // of a cluster
+constexpr int kRouteLonePairs = 2048;           // above, a cluster is faster than a lone CTA
+constexpr int kRouteRows = 8;                   // of counters, whose loads are in flight at once
+constexpr int kRouteSmemBytes = 47 * 1024;      // for counters: what a kernel gets without asking
 constexpr int kSmallThreads = 128;              // of a small grid's CTA, see (*) above
 constexpr int kMinCtasPerSm = 2048 / kThreads;  // caps registers at 32 per thread
 
-// One CTA per expert, one warp per range of neighboring pairs. A warp counts the pairs of smaller experts and of its
-// own, and then numbers its expert's pairs in their order. Without local experts one CTA marks all pairs as elsewhere.
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteParams p, int range) {
-  __shared__ int smaller[kRouteThreads / 32], equal[kRouteThreads / 32];
-  const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int begin = warp * range, end = min(begin + range, static_cast<int>(p.tokens * p.top_k));
+// A counting sort by one cluster, or by a lone CTA where there are few pairs or no clusters. The first `warps` warps of
+// each CTA have `range` neighboring pairs each, in the order of ranks and warps, and a row of counters in shared
+// memory.
+//   1. A warp numbers its pairs of each expert from 0 on, in their order.
+//   2. An expert's thread in each CTA sums up what the warps have of it, and then what the CTAs have.
+//   3. Each CTA scans the sums over all experts: that gives the experts' first rows.
+//   4. The row of a pair is the first one of its expert's pairs in its CTA, plus those of the warps before, plus its
+//      number.
+// A lane takes kPairs pairs at a time. If there are more, their numbers wait in pair_rows, and else in registers.
+template <int kPairs>
+__global__ void __launch_bounds__(kRouteThreads, 1)
+    route_kernel(const __grid_constant__ RouteParams p, int warps, int range) {
+  extern __shared__ int counters[];  // rows of experts: one per warp; the pairs of this CTA; the first row of these
+  __shared__ int warp_sums[kRouteThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = blockIdx.x;
+  const int expert = threadIdx.x, experts = static_cast<int>(p.experts);
+  const bool has_expert = expert < experts;
+  int *mine = counters + warp * experts, *totals = counters + warps * experts, *firsts = totals + experts;
+  const int64_t pairs = p.tokens * p.top_k, begin = min((int64_t{rank} * warps + warp) * range, pairs);
+  const int size = warp < warps ? static_cast<int>(min(int64_t{range}, pairs - begin)) : 0;
   const void* ids = p.ids.address(begin + lane);
-  pdl_wait(ids);
+  int32_t* pair_rows = p.pair_rows + begin + lane;
+  if (warp < warps)
+    for (int e = lane; e < experts; e += 32) mine[e] = 0;
+  __syncwarp();
+  pdl_wait(ids, pair_rows);
   pdl_launch_dependents();
-  int before = 0, mine = 0;
-  for (int from = begin + lane; from < end; from += 32 * kRouteUnroll) {
-    int64_t id[kRouteUnroll];
-    int found[kRouteUnroll];
+
+  int found[kPairs], number[kPairs];
+  const bool in_registers = size <= 32 * kPairs;
+  const auto find = [&](int at) {
+    int64_t id[kPairs];
 #pragma unroll
-    for (int i = 0; i < kRouteUnroll; ++i)
-      id[i] = from + 32 * i < end ? p.ids.from(ids, from - begin - lane + 32 * i) : -1;
+    for (int i = 0; i < kPairs; ++i) id[i] = at + 32 * i + lane < size ? p.ids.from(ids, at + 32 * i) : -1;
 #pragma unroll
-    for (int i = 0; i < kRouteUnroll; ++i) found[i] = p.expert(id[i]);  // their loads are in flight together
+    for (int i = 0; i < kPairs; ++i) found[i] = p.expert(id[i]);  // their loads are in flight together
+  };
+  for (int at = 0; at < size; at += 32 * kPairs) {
+    find(at);
+    unsigned peers[kPairs];
 #pragma unroll
-    for (int i = 0; i < kRouteUnroll; ++i) {
-      before += found[i] >= 0 && found[i] < expert;
-      mine += found[i] == expert;
-      if (expert == 0 && found[i] < 0 && from + 32 * i < end) p.pair_rows[from + 32 * i] = -1;
+    for (int i = 0; i < kPairs; ++i)
+      if (at + 32 * i < size) peers[i] = __match_any_sync(~0u, found[i]);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (at + 32 * i >= size) break;
+      const int before = found[i] >= 0 ? mine[found[i]] : 0, lower = __popc(peers[i] & ((1u << lane) - 1));
+      number[i] = before + lower;
+      __syncwarp();
+      if (found[i] >= 0 && lower == 0) mine[found[i]] = before + __popc(peers[i]);
+      __syncwarp();
+      if (!in_registers && at + 32 * i + lane < size) pair_rows[at + 32 * i] = number[i];
     }
-  }
-  before = __reduce_add_sync(~0u, before);
-  mine = __reduce_add_sync(~0u, mine);
-  if (lane == 0) {
-    smaller[warp] = before;
-    equal[warp] = mine;
   }
   __syncthreads();
-  int first = 0, row = 0, count = 0;
-  for (int w = 0; w < warps; ++w) {
-    first += smaller[w];
-    row += w < warp ? equal[w] : 0;
-    count += equal[w];
-  }
-  if (threadIdx.x == 0) {
-    p.offsets[expert] = first;
-    if (expert == p.experts - 1) p.offsets[p.experts] = first + count;
-  }
-  if (mine == 0) return;
-  row += first;
-  for (int from = begin; from < end; from += 32 * kRouteUnroll) {
-    bool is_mine[kRouteUnroll];
+
+  int here = 0, lower_ranks = 0;  // this thread's expert: its pairs in this CTA, and in those before it
+  for (int from = 0; has_expert && from < warps; from += kRouteRows) {
+    int count[kRouteRows];
+    int* row = counters + from * experts + expert;
 #pragma unroll
-    for (int i = 0; i < kRouteUnroll; ++i) {
-      const int pair = from + i * 32 + lane;
-      is_mine[i] = pair < end && p.expert(p.ids[pair]) == expert;
-    }
+    for (int i = 0; i < kRouteRows; ++i) count[i] = from + i < warps ? row[i * experts] : 0;
 #pragma unroll
-    for (int i = 0; i < kRouteUnroll; ++i) {
-      const unsigned lanes = __ballot_sync(~0u, is_mine[i]);
-      if (is_mine[i]) p.pair_rows[from + i * 32 + lane] = row + __popc(lanes & ((1u << lane) - 1));
-      row += __popc(lanes);
+    for (int i = 0; i < kRouteRows; ++i) {
+      if (from + i < warps) row[i * experts] = here;
+      here += count[i];
     }
   }
+  int all = here;
+#if __CUDA_ARCH__ >= 900
+  if (gridDim.x > 1) {
+    if (has_expert) totals[expert] = here;
+    sm90::cluster_sync();
+    all = 0;
+#pragma unroll
+    for (int r = 0; r < kRouteCtas; ++r) {
+      const int there = has_expert ? sm90::load_cluster(sm90::mapa(sm90::smem_address(totals + expert), r)) : 0;
+      lower_ranks += r < rank ? there : 0;
+      all += there;
+    }
+    sm90::cluster_arrive();  // no CTA leaves before all have read its totals
+  }
+#endif
+  const int sum = inclusive_sum(all);
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  const int end = __reduce_add_sync(~0u, lane < warp ? warp_sums[lane] : 0) + sum;
+  if (has_expert) firsts[expert] = end - all + lower_ranks;
+  __syncthreads();
+  if (rank == 0 && has_expert) p.offsets[expert + 1] = end;
+  if (rank == 0 && threadIdx.x == 0) p.offsets[0] = 0;
+
+  for (int at = 0; at < size; at += 32 * kPairs) {
+    if (!in_registers) {
+      find(at);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) number[i] = at + 32 * i + lane < size ? pair_rows[at + 32 * i] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      if (at + 32 * i + lane < size)
+        pair_rows[at + 32 * i] = found[i] >= 0 ? firsts[found[i]] + mine[found[i]] + number[i] : -1;
+  }
+#if __CUDA_ARCH__ >= 900
+  if (gridDim.x > 1) sm90::cluster_wait();
+#endif
 }
 
 // Pairs of a token whose loads are in flight at once.
@@ -290,12 +346,27 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 
 }  // namespace
 
+// With `ctas` CTAs, and at least `least` pairs per warp if there are so many.
+template <int kPairs>
+cudaError_t run_route(const RouteParams& p, unsigned ctas, int64_t least, cudaStream_t stream) {
+  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  const int64_t pairs = p.tokens * p.top_k, experts = p.experts > 0 ? p.experts : 1;
+  const int64_t row_bytes = experts * sizeof(int), rows = kRouteSmemBytes / row_bytes - 2;
+  const int64_t most = rows < kRouteThreads / 32 ? rows : kRouteThreads / 32;
+  const int64_t warps = std::clamp<int64_t>(parts(pairs, ctas * least), 1, most);
+  const int64_t threads = 32 * std::max(warps, parts(experts, 32)), range = 32 * parts(pairs, ctas * warps * 32);
+  const LaunchConfig config{ctas, static_cast<unsigned>(threads), static_cast<size_t>((warps + 2) * row_bytes), ctas};
+  return launch(route_kernel<kPairs>, with_max_smem(config), stream, p, static_cast<int>(warps),
+                static_cast<int>(range));
+}
+
 cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
+  int major = 0;
+  if (const cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major); status != cudaSuccess)
+    return status;
   const int64_t pairs = p.tokens * p.top_k;
-  const unsigned threads = pairs <= 256 ? 64 : kRouteThreads, warps = threads / 32;
-  const auto range = static_cast<int>(round_up((pairs + warps - 1) / warps, 32));
-  return launch(route_kernel, with_max_smem({static_cast<unsigned>(p.experts > 0 ? p.experts : 1), threads}), stream, p,
-                range);
+  if (pairs <= kRouteThreads) return run_route<1>(p, 1, 32, stream);
+  return run_route<8>(p, major >= 9 && pairs > kRouteLonePairs ? kRouteCtas : 1, 64, stream);
 }
 
 cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
