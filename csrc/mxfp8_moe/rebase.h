@@ -6,12 +6,12 @@
 
 namespace abiding::mxfp8_moe {
 
-// A block counts if it has a nonzero number. `largest` is its largest magnitude byte, NaN aside.
-ABIDING_HD bool is_counted(uint8_t code, int largest) { return code != 255 && largest != 0; }
+// A block counts if it has a nonzero number.
+ABIDING_HD bool is_counted(uint8_t code, bool has_number) { return code != 255 && has_number; }
 
 // The code to which a block cannot move: its largest element would become subnormal and lose bits. Then its row stays
-// as it is. e4m3's exponent field counts from 1; blocks whose largest element is subnormal never move.
-ABIDING_HD int code_too_far(uint8_t code, int largest) { return code + (largest >> 3 > 1 ? largest >> 3 : 1); }
+// as it is. `exponent` is e4m3's exponent field of that element, 1 if it is subnormal: such blocks never move.
+ABIDING_HD int code_too_far(uint8_t code, int exponent) { return code + exponent; }
 
 // What decides about a row: the largest code of the blocks that count, the least that is too far for one of them, and
 // whether codes differ.

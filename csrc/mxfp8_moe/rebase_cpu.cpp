@@ -46,9 +46,9 @@ RebaseTally rebase_row(const RebaseParams& p, int64_t expert, int64_t row) {
     const uint8_t code = p.scales[at(i)];
     const int largest = largest_byte(from + i * kScaleBlock);
     found.differ |= code != p.scales[at(0)];
-    if (!is_counted(code, largest)) continue;
+    if (!is_counted(code, largest != 0)) continue;
     found.top = std::max<int>(found.top, code);
-    found.too_far = std::min(found.too_far, code_too_far(code, largest));
+    found.too_far = std::min(found.too_far, code_too_far(code, std::max(largest >> 3, 1)));
   }
   const auto top = static_cast<uint8_t>(found.top);
   double error = 0, norm = 0;
