@@ -51,11 +51,24 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRouteThreads = 1024;
 constexpr int kRouteCtas = 8;                   // of a cluster
-constexpr int kRouteLonePairs = 2048;           // above, a cluster is faster than a lone CTA
+constexpr int kRouteLonePairs = 512;            // above, a cluster is faster than a lone CTA
+constexpr int kRouteShortPairs = 4096;          // above, it is faster to have several pairs per lane
 constexpr int kRouteRows = 8;                   // of counters, whose loads are in flight at once
 constexpr int kRouteSmemBytes = 47 * 1024;      // for counters: what a kernel gets without asking
 constexpr int kSmallThreads = 128;              // of a small grid's CTA, see (*) above
 constexpr int kMinCtasPerSm = 2048 / kThreads;  // caps registers at 32 per thread
+
+// The lanes of a warp with the same expert, for one of 0..experts - 1. Faster than __match_any_sync for all numbers of
+// experts of models.
+__device__ __forceinline__ unsigned lanes_with(int expert, int experts) {
+  unsigned same = ~0u;
+  for (int bit = 0; 1 << bit < experts; ++bit) {
+    const bool is_set = expert >> bit & 1;
+    const unsigned lanes = __ballot_sync(~0u, is_set);
+    same &= is_set ? lanes : ~lanes;
+  }
+  return same & __ballot_sync(~0u, expert >= 0);
+}
 
 // A counting sort by one cluster, or by a lone CTA where there are few pairs or no clusters. The first `warps` warps of
 // each CTA have `range` neighboring pairs each, in the order of ranks and warps, and a row of counters in shared
@@ -99,7 +112,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
     unsigned peers[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
-      if (at + 32 * i < size) peers[i] = __match_any_sync(~0u, found[i]);
+      if (at + 32 * i < size) peers[i] = lanes_with(found[i], experts);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (at + 32 * i >= size) break;
@@ -365,8 +378,8 @@ cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
   if (const cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major); status != cudaSuccess)
     return status;
   const int64_t pairs = p.tokens * p.top_k;
-  if (pairs <= kRouteThreads) return run_route<1>(p, 1, 32, stream);
-  return run_route<8>(p, major >= 9 && pairs > kRouteLonePairs ? kRouteCtas : 1, 64, stream);
+  const unsigned ctas = major >= 9 && pairs > kRouteLonePairs ? kRouteCtas : 1;
+  return pairs <= kRouteShortPairs ? run_route<1>(p, ctas, 32, stream) : run_route<4>(p, ctas, 64, stream);
 }
 
 cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
