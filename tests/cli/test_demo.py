@@ -20,6 +20,7 @@ from abiding.cli.app import app
 from abiding.cli.demo import collectives
 from abiding.cli.demo import mla_prologue as section
 from abiding.cli.demo import mxfp8_moe as layers
+from abiding.cli.demo.section import Section
 from abiding.testing.ranks import run_processes
 
 
@@ -30,8 +31,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "CASES", [replace(case, hidden=512, intermediate=256) for case in layers.CASES])
 
 
-def demo() -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["demo"])
+def demo(*only: Section) -> tuple[int, str]:
+    """The demo's exit status and output: of all sections, or of these alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if only:
+            patch.setattr("abiding.cli.demo.SECTIONS", only)
+        result = CliRunner().invoke(app, ["demo"])
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -60,7 +65,7 @@ def test_a_wrong_q_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(mla_prologue, "qnorm_rope_kv_insert", wrong)
-    status, text = demo()
+    status, text = demo(section.SECTION)
     assert status == 1
     assert "WRONG decode, 64 heads: Q is " in text
     assert "cache:" not in text
@@ -75,7 +80,7 @@ def test_one_wrong_cache_bit_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> 
         return out
 
     monkeypatch.setattr(mla_prologue, "qnorm_rope_kv_insert", wrong)
-    status, text = demo()
+    status, text = demo(section.SECTION)
     assert status == 1
     assert "cache: 1 of" in text
     assert "at (0, 36871), byte offset 36871" in text
@@ -90,7 +95,7 @@ def test_a_byte_beyond_the_page_fails_the_demo(monkeypatch: pytest.MonkeyPatch) 
         return out
 
     monkeypatch.setattr(mla_prologue, "qnorm_rope_kv_insert", wrong)
-    status, text = demo()
+    status, text = demo(section.SECTION)
     assert status == 1
     assert "cache: 1 bytes outside of the tensor were written; the first is at byte offset 37376" in text
 
@@ -98,7 +103,7 @@ def test_a_byte_beyond_the_page_fails_the_demo(monkeypatch: pytest.MonkeyPatch) 
 def test_a_wrong_read_back_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     right = mla_prologue.gather_kv
     monkeypatch.setattr(mla_prologue, "gather_kv", lambda *args, **kwargs: torch.ones_like(right(*args, **kwargs)))
-    status, text = demo()
+    status, text = demo(section.SECTION)
     assert status == 1
     assert "read-back is off by" in text
     assert "read-back of skipped slots" in text
@@ -107,7 +112,7 @@ def test_a_wrong_read_back_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_wrong_layer_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     right = mxfp8_moe.moe
     monkeypatch.setattr(mxfp8_moe, "moe", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
-    status, text = demo()
+    status, text = demo(layers.SECTION)
     assert status == 1
     assert "WRONG w8a8: the layer is 1.0" in text
     assert "WRONG w8a16: the layer is 1.0" in text
@@ -122,7 +127,7 @@ def test_one_wrong_scale_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None
         return mxfp8_moe.MXFP8(data, scales)
 
     monkeypatch.setattr(mxfp8_moe, "quantize", wrong)
-    status, text = demo()
+    status, text = demo(layers.SECTION)
     assert status == 1
     assert "WRONG w8a8: quantized activations: 1 of" in text
 
@@ -147,8 +152,7 @@ def test_the_collectives_are_held_against_torch_distributed(monkeypatch: pytest.
         return everyone
 
     monkeypatch.setattr(collectives, "run_processes", wrong)
-    monkeypatch.setattr(section, "CASES", section.CASES[:1])
-    status, text = demo()
+    status, text = demo(collectives.SECTION)
     assert status == 1
     assert "all_reduce on rank 1: 1 of" in text
     assert "all_reduce on ranks 0 and 1" in text

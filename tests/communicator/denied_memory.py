@@ -1,4 +1,4 @@
-"""Asks for shared memory where the system denies it for one cause, and prints the error."""
+"""Asks for shared memory where the system denies it for each of the causes given, and prints an error per line."""
 
 import contextlib
 import ctypes
@@ -32,20 +32,27 @@ def forbid_memfd_create() -> None:
     assert libc.prctl(22, 2, ctypes.create_string_buffer(program), 0, 0) == 0, ctypes.get_errno()
 
 
-cause = sys.argv[1]
+def ask(cause: str) -> None:
+    _, handle = raw.allocate_shared_memory_and_handle(4096)
+    try:
+        if cause.startswith("EMFILE"):
+            exhaust_descriptors()
+        if cause == "EPERM":
+            forbid_memfd_create()
+        if cause == "EMFILE open":
+            raw.open_mem_handle(handle)
+        elif cause == "ENOENT":
+            handle[8:12] = torch.tensor([0xFF, 0xFF, 0xFF, 0x7F], dtype=torch.uint8)  # the process
+            raw.open_mem_handle(handle)
+        else:
+            raw.allocate_shared_memory_and_handle(1 << 60 if cause == "EFBIG" else 4096)
+    except RuntimeError as error:
+        print(str(error).partition("\n")[0], flush=True)
+
+
 assert abiding.binaries()
-_, handle = raw.allocate_shared_memory_and_handle(4096)
-try:
-    if cause.startswith("EMFILE"):
-        exhaust_descriptors()
-    if cause == "EPERM":
-        forbid_memfd_create()
-    if cause == "EMFILE open":
-        raw.open_mem_handle(handle)
-    elif cause == "ENOENT":
-        handle[8:12] = torch.tensor([0xFF, 0xFF, 0xFF, 0x7F], dtype=torch.uint8)  # the process
-        raw.open_mem_handle(handle)
-    else:
-        raw.allocate_shared_memory_and_handle(1 << 60 if cause == "EFBIG" else 4096)
-except RuntimeError as error:
-    print(str(error).partition("\n")[0])
+for cause in sys.argv[1:]:  # each in a process of its own: nothing lifts these limits again
+    if os.fork() == 0:
+        ask(cause)
+        os._exit(0)
+    os.wait()

@@ -279,18 +279,21 @@ def test_a_rank_that_cannot_be_looked_up_has_not_ended() -> None:
 
 
 def test_errors_of_the_system_name_cause_and_remedy() -> None:
+    expected = {
+        "EMFILE": "Too many open files; expected a free descriptor of this process",
+        "EMFILE open": "Too many open files; expected a free descriptor of this process",
+        "EPERM": "Operation not permitted; expected processes of one user, and a sandbox",
+        "EFBIG": "cannot be (shared|mapped): .*; expected less, or more memory",
+        "ENOENT": "No such file or directory; expected a running process of this container",
+    }
     program = Path(__file__).parent / "denied_memory.py"
-    for cause, text in (
-        ("EMFILE", "Too many open files; expected a free descriptor of this process"),
-        ("EMFILE open", "Too many open files; expected a free descriptor of this process"),
-        ("EPERM", "Operation not permitted; expected processes of one user, and a sandbox"),
-        ("EFBIG", "cannot be (shared|mapped): .*; expected less, or more memory"),
-        ("ENOENT", "No such file or directory; expected a running process of this container"),
-    ):
-        result = subprocess.run(
-            [sys.executable, str(program), cause], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert re.search(text, result.stdout), (cause, result.stdout, result.stderr)
+    result = subprocess.run(
+        [sys.executable, str(program), *expected], capture_output=True, text=True, check=False, timeout=60
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(expected), (lines, result.stderr)
+    for (cause, text), line in zip(expected.items(), lines, strict=True):
+        assert re.search(text, line), (cause, line)
 
 
 # --- the default device -----------------------------------------------------------------------------------------------

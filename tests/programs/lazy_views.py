@@ -162,6 +162,7 @@ if __name__ == "__main__":
         "aliases": aliases,
         "public": public_functions,
     }
+    gc.freeze()  # all of torch, which every collection below would walk through
     refusals = programs[sys.argv[1]]()
     use_what_was_left()
     print(refusals)

@@ -134,7 +134,7 @@ def test_vllm_operators(ranks: int, device: torch.device) -> None:
         for seed, case in enumerate(
             (
                 *(RmsCase(1, 768, 128), RmsCase(37, 768, 128), RmsCase(5, 300, 17), RmsCase(0), RmsCase(200, 64, 8)),
-                *(RmsCase(1500, 24, 8), RmsCase(100, 9000, 40)),
+                *(RmsCase(1500, 24, 8), RmsCase(12, 9000, 40)),
             )
         )
     ]

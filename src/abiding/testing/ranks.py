@@ -82,7 +82,8 @@ def run_processes(
     # forkserver: a process that has imported torch once forks the ranks. A CUDA context does not survive a fork: spawn.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["torch", "torch.distributed", "abiding.testing.ranks"])
+        of_tests = {"pytest"} & sys.modules.keys()  # what the modules of tests import would take longer than a fork
+        context.set_forkserver_preload(["torch", "torch.distributed", "abiding.testing.ranks", *of_tests])
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
         task = (function.__code__.co_filename, function.__module__, function.__qualname__, ranks, args)
@@ -134,6 +135,7 @@ def _rank_main(
         torch.set_num_threads(threads)
         init_method, timeout = f"file://{folder}/store", timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", init_method, timeout, world_size=ranks, rank=rank)
+        dist.barrier()  # while others still connect, one that ends at once would fail them
         function = getattr(_module(file, module), name)
         outcome = pickle.dumps((function(rank, *args), None))
     except BaseException:
