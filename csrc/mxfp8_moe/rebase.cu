@@ -1,7 +1,7 @@
 // Rebasing: the lanes of a row look at its bytes, first to find the row's code and then to move the bytes. What they
-// cannot keep in registers they read a second time, while the L1 has it. Memory is fast enough that few instructions per
-// byte are left; so what is rare (NaN, elements that lose bits) has paths of its own. Which rows a CTA has is fixed, so
-// that a report needs no atomics and has the same bits again.
+// cannot keep in registers they read a second time, while the L1 has it. Instructions are what limits it, at some 200
+// per vector of 16 bytes; so what is rare (NaN, elements that lose bits) has paths of its own. Which rows a CTA has is
+// fixed, so that a report needs no atomics and has the same bits again.
 #include <algorithm>
 
 #include "common/find_bad.cuh"
@@ -118,8 +118,8 @@ __device__ __forceinline__ RebaseTally add_up(RebaseTally tally) {
 }
 
 // A row, as one of its kLanes lanes sees it: it has vectors lane, lane + kLanes, ... and keeps kKept of them at a time,
-// with the words of codes that they belong to. kLanes is at least 8, so that all vectors of a lane have the same place in
-// their words.
+// with the words of codes that they belong to. kLanes is at least 8: all vectors of a lane have the same place in their
+// words.
 template <int kLanes>
 struct RowLane {
   static constexpr unsigned kStep = kLanes * kKept;  // vectors that the row's lanes keep
@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm) rebase_kernel(const _
   pdl_wait();
   pdl_launch_dependents();
   constexpr unsigned kAtOnce = kThreads / kLanes;
+  static_assert(kAtOnce >= kRebaseRows);  // there is a tally for as many rows
   const auto vectors = static_cast<unsigned>(p.k / 16), padded_rows = static_cast<unsigned>(p.padded_rows());
   const int64_t expert = blockIdx.x, columns = scale_columns(p.k), expert_scales = expert * padded_rows * columns;
   const auto words = static_cast<unsigned>(columns / kScaleTileBlocks);
@@ -265,8 +266,10 @@ __global__ void __launch_bounds__(kThreads, kMinCtasPerSm) rebase_kernel(const _
       auto* const to = reinterpret_cast<uint4*>(p.out + expert * p.out_expert_stride + index * p.out_stride);
       uint8_t* const out_scales = p.out_scales + expert_scales + scale;
       for (unsigned first = 0; first < vectors; first += row.kStep) {
-        if (vectors > row.kStep) row.load(first);
-        __syncwarp();  // all lanes have read the codes that one of them writes
+        if (vectors > row.kStep) {  // the row is a warp's
+          row.load(first);
+          __syncwarp();  // all lanes have read the codes that one of them writes
+        }
         write(p, row, first, found, has_nan, to, out_scales, error, changed);
       }
     }
