@@ -1,7 +1,7 @@
 // Rebasing: the lanes of a row look at its bytes, first to find the row's code and then to move the bytes. What they
-// cannot keep in registers they read a second time, while the L1 has it. Instructions are what limits it, at some 200
-// per vector of 16 bytes; so what is rare (NaN, elements that lose bits) has paths of its own. Which rows a CTA has is
-// fixed, so that a report needs no atomics and has the same bits again.
+// cannot keep in registers they read a second time, while the L1 has it. Instructions are what limits it; so what is
+// rare (NaN, elements that lose bits) has paths of its own. Which rows a CTA has is fixed, so that a report needs no
+// atomics and has the same bits again.
 #include <algorithm>
 
 #include "common/find_bad.cuh"
