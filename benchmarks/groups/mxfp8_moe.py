@@ -131,8 +131,8 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
         if GEMM_OPS & set(settings.ops) and not real_ids:
             peers: dict[str, list[Peer]] = {}
             if "grouped_mm" in settings.ops:
-                theirs = (peer for library in libraries for peer in library.gemms(gemm, _of_op("grouped_mm", cases)))
-                peers["grouped_mm"] = [*_bf16(gemm), *theirs]
+                made = _working(libraries, partial(_gemms, gemm=gemm, cases=_of_op("grouped_mm", cases)))
+                peers["grouped_mm"] = [*_bf16(gemm), *made]
             if "grouped_mm_fp8" in settings.ops:
                 fp8_cases = [case for case in cases if case.routing == "uniform"]
                 made = _working(libraries, partial(_gemms_fp8, gemm=gemm, cases=fp8_cases))
@@ -144,7 +144,7 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
     modes = {op: mode for op, mode in MODES.items() if op in settings.ops}
     if modes:
         timed = cases if "moe_fp8" in modes else _of_op("moe", cases)
-        layers = [peer for library in libraries for peer in library.layers(*gemms, timed)]
+        layers = _working(libraries, lambda library: library.layers(*gemms, timed))
         for op, mode in modes.items():
             peers_of_op = layers
             if op == "moe_fp8":
@@ -326,6 +326,10 @@ def _libraries(settings: Settings) -> list[Library]:
     return found
 
 
+def _gemms(library: Library, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
+    return library.gemms(gemm, cases)
+
+
 def _gemms_fp8(library: Library, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
     return library.gemms_fp8(gemm, cases)
 
@@ -337,7 +341,7 @@ def _working(libraries: list[Library], make: Callable[[Library], list[Made]]) ->
         try:
             made += make(library)
         except Exception as error:
-            say(f"{type(library).__name__} has no peers for FP8 tensor cores: {error!r}")
+            say(f"{type(library).__name__} is skipped: {error!r}")
     return made
 
 
