@@ -118,7 +118,7 @@ def test_layers_of_fp8_have_a_table_of_their_own_with_their_kernels() -> None:
 
 
 KERNELS = [
-    "void abiding::mxfp8_moe::(anonymous namespace)::route_kernel<8>(abiding::mxfp8_moe::RouteParams, int, int)",
+    "void abiding::mxfp8_moe::(anonymous namespace)::route_kernel<4>(abiding::mxfp8_moe::RouteParams, int, int)",
     "void abiding::mxfp8_moe::(anonymous namespace)::gather_rowwise_kernel<true>(abiding::mxfp8_moe::GatherParams",
     "void abiding::mxfp8_moe::sm90_mm::grouped_mm_kernel<abiding::mxfp8_moe::sm90_mm::Config<(abiding::mxfp8_moe::Row",
     "void abiding::mxfp8_moe::(anonymous namespace)::activate_rowwise_kernel<(abiding::mxfp8_moe::Activation)0, true>(",
