@@ -178,6 +178,20 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
 #endif
 }
 
+// With `ctas` CTAs, and at least `least` pairs per warp if there are so many.
+template <int kPairs>
+cudaError_t run_route(const RouteParams& p, unsigned ctas, int64_t least, cudaStream_t stream) {
+  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+  const int64_t pairs = p.tokens * p.top_k, experts = std::max<int64_t>(p.experts, 1);
+  const int64_t row_bytes = experts * sizeof(int);
+  const int64_t most = std::min<int64_t>(kRouteSmemBytes / row_bytes - 2, kRouteThreads / 32);
+  const int64_t warps = std::clamp<int64_t>(parts(pairs, ctas * least), 1, most);
+  const int64_t threads = 32 * std::max(warps, parts(experts, 32)), range = 32 * parts(pairs, ctas * warps * 32);
+  const LaunchConfig config{ctas, static_cast<unsigned>(threads), static_cast<size_t>((warps + 2) * row_bytes), ctas};
+  return launch(route_kernel<kPairs>, with_max_smem(config), stream, p, static_cast<int>(warps),
+                static_cast<int>(range));
+}
+
 // Pairs of a token whose loads are in flight at once.
 constexpr int kPairsInFlight = 8;
 
@@ -358,20 +372,6 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 }
 
 }  // namespace
-
-// With `ctas` CTAs, and at least `least` pairs per warp if there are so many.
-template <int kPairs>
-cudaError_t run_route(const RouteParams& p, unsigned ctas, int64_t least, cudaStream_t stream) {
-  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-  const int64_t pairs = p.tokens * p.top_k, experts = p.experts > 0 ? p.experts : 1;
-  const int64_t row_bytes = experts * sizeof(int), rows = kRouteSmemBytes / row_bytes - 2;
-  const int64_t most = rows < kRouteThreads / 32 ? rows : kRouteThreads / 32;
-  const int64_t warps = std::clamp<int64_t>(parts(pairs, ctas * least), 1, most);
-  const int64_t threads = 32 * std::max(warps, parts(experts, 32)), range = 32 * parts(pairs, ctas * warps * 32);
-  const LaunchConfig config{ctas, static_cast<unsigned>(threads), static_cast<size_t>((warps + 2) * row_bytes), ctas};
-  return launch(route_kernel<kPairs>, with_max_smem(config), stream, p, static_cast<int>(warps),
-                static_cast<int>(range));
-}
 
 cudaError_t run_cuda(const RouteParams& p, cudaStream_t stream) {
   int major = 0;
