@@ -4,7 +4,7 @@
 // become bf16 in registers (mainloop.cuh); beside e4m3 tokens they stay in shared memory (mainloop_fp8.cuh). A CTA tile
 // is kBlockM weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh)
 // and has one producer warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or
-// four consumer warpgroups, which own 64 weight rows each (mainloop.cuh, epilogue.cuh).
+// four consumer warpgroups, which own one or two blocks of 64 weight rows each (mainloop.cuh, epilogue.cuh).
 #pragma once
 
 #include "common/sm90.cuh"
@@ -28,7 +28,7 @@ constexpr int kStagesBeforePdlWait = 2;
 
 // A pipeline stage is one K tile, kBlockK of K, which the mainloop multiplies in two halves.
 template <RowFormat kRows_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
-          ClusterMode kCluster_, int kCtasPerSm_ = 1>
+          ClusterMode kCluster_, int kCtasPerSm_ = 1, int kRowBlocks_ = 1>
 struct Config {
   static constexpr RowFormat kRows = kRows_;  // the tokens
   static constexpr bool kFp8 = kRows == RowFormat::kE4m3, kInterleaved = kRows == RowFormat::kBf16Interleaved;
@@ -36,6 +36,8 @@ struct Config {
   static constexpr int kConsumerWarpgroups = kConsumerWarpgroups_, kBlockK = kBlockK_, kStages = kStages_;
   static constexpr ClusterMode kCluster = kCluster_;
   static constexpr int kCtasPerSm = kCtasPerSm_;
+  static constexpr int kRowBlocks = kRowBlocks_;  // blocks of 64 weight rows of a consumer warpgroup
+  static_assert(kRowBlocks == 1 || kFp8);
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
 
   // The CTAs of kStreamK_N16 leave registers for CTAs of the layer's other kernels beside them (layer.cu): the kernel
@@ -48,7 +50,7 @@ struct Config {
   static constexpr int kConsumerRegisters =
       (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads / 8 * 8;
 
-  static constexpr int kBlockM = 64 * kConsumerWarpgroups;  // weight rows
+  static constexpr int kWarpgroupRows = 64 * kRowBlocks, kBlockM = kWarpgroupRows * kConsumerWarpgroups;  // weight rows
   static_assert(kBlockM % kScaleTileRows == 0);
   static constexpr int kBlockN = max_tokens(kShape), kTmaBoxRows = tma_box_rows(kShape);
   static constexpr int kScaleTiles = kBlockM / kScaleTileRows;  // per stage
@@ -69,8 +71,9 @@ struct Config {
   static constexpr uint32_t kWeightScaleBytes = kScaleTiles * kScaleTileBytes;
   static constexpr uint32_t kScaleBytes = kWeightScaleBytes + (kFp8 ? kBlockN * 4 : 0);
   static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
-  static constexpr uint32_t kStagingBytes = 128 * 16;            // of the epilogue: a vector per thread of a warpgroup
-  static constexpr uint32_t kEpilogueBytes = 2 * kStagingBytes;  // per warpgroup
+  // The epilogue's, per warpgroup: two buffers of vectors, kStagingVectors per thread.
+  static constexpr int kStagingVectors = kRowBlocks;
+  static constexpr uint32_t kStagingBytes = 128 * 16 * kStagingVectors, kEpilogueBytes = 2 * kStagingBytes;
 };
 
 // Offsets in dynamic shared memory, from a 1024-byte boundary (an atom of the 128-byte swizzle).

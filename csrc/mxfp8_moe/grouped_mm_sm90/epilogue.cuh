@@ -31,70 +31,80 @@ __device__ __forceinline__ void stmatrix_trans(uint32_t at, const uint32_t (&wor
                  : "memory");
 }
 
-// How a warpgroup's columns of the output travel through its staging memory, so that those of a token are stored as one
-// line: a batch of tokens at a time, a 16-byte vector per thread. There are two buffers.
-template <class T>
+// How columns of the output, 64 weight rows, travel through a warpgroup's staging memory, so that those of a token are
+// stored as one line: a batch of tokens at a time, in groups of as many as give each thread a 16-byte vector.
+template <class C, class T>
 struct Staging {
-  static constexpr int kVectors = 64 * sizeof(T) / 16, kTokens = 128 / kVectors;
+  static constexpr int kVectors = 64 * sizeof(T) / 16, kGroup = 128 / kVectors, kBatch = kGroup * C::kStagingVectors;
 
+  // One past the last token of the batch from `first` on, in a tile of n tokens.
+  static ABIDING_HD constexpr int batch_end(int first, int n) { return first + kBatch < n ? first + kBatch : n; }
   // The offset of a vector of a token in a buffer; permuted, against bank conflicts.
   static __device__ __forceinline__ uint32_t offset(int token, int vector) {
     return (token * kVectors + (vector ^ token % 8)) * 16;
   }
 };
 
-// Puts tokens [kFirst, kFirst + kCount) of a warp's rows into a staging buffer.
-template <class T, int kFirst, int kCount>
+// Puts tokens [kFirst, kEnd) of a warp's rows into a staging buffer.
+template <class C, class T, int kFirst, int kEnd>
 __device__ __forceinline__ void stage_tokens(const float* d, uint32_t buffer) {
-  using Shape = Staging<T>;
+  using Shape = Staging<C, T>;
+  constexpr int kCount = kEnd - kFirst < Shape::kGroup ? kEnd - kFirst : Shape::kGroup;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  d += kFirst / 2;
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
-      store_shared_f32(buffer + Shape::offset(token, row / 4) + row % 4 * 4, d[i]);
+      store_shared_f32(buffer + Shape::offset(token, row / 4) + row % 4 * 4, d[kFirst / 2 + i]);
     }
   } else {
     uint32_t words[kCount / 4];
 #pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) words[i] = round_pair<T>(d[2 * i], d[2 * i + 1]);
+    for (int i = 0; i < kCount / 4; ++i) words[i] = round_pair<T>(d[kFirst / 2 + 2 * i], d[kFirst / 2 + 2 * i + 1]);
     stmatrix_trans<kCount / 4>(buffer + Shape::offset(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words);
   }
+  if constexpr (kFirst + kCount < kEnd)
+    stage_tokens<C, T, kFirst + kCount, kEnd>(d, buffer + kCount * Shape::kVectors * 16);
 }
 
-// A warpgroup's part of a tile, from token kFirst on. `to` is where this thread's vector of its first token goes.
+// Stores the tokens from kFirst on, below `end`; the first batch is in its staging buffer. `to` is where this thread's
+// vector of the first token goes. While a batch is on its way from shared memory, the next one is put into the other
+// buffer: that buffer's readers have passed the barrier of the batch between.
 template <class C, class T, int N, int kFirst>
 __device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
-                                             uint32_t staging, T* to, bool exists) {
-  using Shape = Staging<T>;
-  constexpr int kCount = N - kFirst < Shape::kTokens ? N - kFirst : Shape::kTokens;
-  const GroupedMmParams& p = cta.a.p;
-  const int thread = threadIdx.x % 128, token = thread / Shape::kVectors, vector = thread % Shape::kVectors;
-  const uint32_t buffer = staging + kFirst / Shape::kTokens % 2 * C::kStagingBytes;
-  // A buffer is written again two batches later: its readers have then passed the barrier of the batch between.
-  stage_tokens<T, kFirst, kCount>(d, buffer);
+                                             uint32_t staging, T* to, int end) {
+  using Shape = Staging<C, T>;
+  constexpr int kNext = Shape::batch_end(kFirst, N);
+  constexpr int kGroups = (kNext - kFirst + Shape::kGroup - 1) / Shape::kGroup;
+  const int thread = threadIdx.x % 128, vector = thread % Shape::kVectors;
+  const auto buffer = [&](int first) { return staging + first / Shape::kBatch % 2 * C::kStagingBytes; };
   named_barrier_sync(1 + threadIdx.x / 128, 128);
-  uint32_t words[4];
-  load_shared_v4(words, buffer + Shape::offset(token, vector));
-  if (exists && kFirst + token < w.tokens && token < kCount)
-    *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
-  if constexpr (kFirst + kCount < N)
-    if (kFirst + kCount < w.tokens)
-      store_tokens<C, T, N, kFirst + kCount>(cta, d, w, staging, to + kCount * p.out_stride, exists);
+  uint32_t words[kGroups][4];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i)
+    load_shared_v4(words[i], buffer(kFirst) + Shape::offset(i * Shape::kGroup + thread / Shape::kVectors, vector));
+  if constexpr (kNext < N) stage_tokens<C, T, kNext, Shape::batch_end(kNext, N)>(d, buffer(kNext));
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i, to += Shape::kGroup * cta.a.p.out_stride)
+    if (const int token = kFirst + i * Shape::kGroup + thread / Shape::kVectors; token < end && token < kNext)
+      *reinterpret_cast<uint4*>(to) = uint4{words[i][0], words[i][1], words[i][2], words[i][3]};
+  if constexpr (kNext < N)
+    if (kNext < w.tokens) store_tokens<C, T, N, kNext>(cta, d, w, staging, to, end);
 }
 
 template <class C, class T, int N>
-__device__ __forceinline__ void store_tile(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w) {
-  using Shape = Staging<T>;
+__device__ __forceinline__ void store_tile(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w, int block) {
+  using Shape = Staging<C, T>;
   const GroupedMmParams& p = cta.a.p;
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-  const int64_t column = int64_t{w.m_tile} * C::kBlockM + warpgroup * 64 + thread % Shape::kVectors * (16 / sizeof(T));
+  const int64_t column = int64_t{w.m_tile} * C::kBlockM + warpgroup * C::kWarpgroupRows + block * 64 +
+                         thread % Shape::kVectors * (16 / sizeof(T));
   T* to = static_cast<T*>(p.out) + (w.first_token + thread / Shape::kVectors) * p.out_stride + column;
+  const uint32_t staging = cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes;
   named_barrier_sync(1 + warpgroup, 128);  // a warp may still read what the tile before left in the staging memory
+  stage_tokens<C, T, 0, Shape::batch_end(0, N)>(d, staging);
   // n is a multiple of 32, so vectors are inside or outside as a whole.
-  store_tokens<C, T, N, 0>(cta, d, w, cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes, to,
-                           column < p.n);
+  store_tokens<C, T, N, 0>(cta, d, w, staging, to, column < p.n ? w.tokens : 0);
 }
 
 // Stream-K: hands the accumulators to CTA cta.cluster_rank - 1 of the cluster, which has the part before this one.
@@ -123,17 +133,17 @@ __device__ __forceinline__ void add_part(const Cta<C>& cta, float (&d)[N / 2]) {
 }
 
 // What applies to a whole sum goes behind the stream-K block; store_value() in grouped_mm_portable.cu and store() in
-// cpu.cpp are its counterparts.
+// cpu.cpp are its counterparts. `block` is that of the warpgroup's weight rows.
 template <class C, int N>
-__device__ __forceinline__ void epilogue(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w) {
+__device__ __forceinline__ void epilogue(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w, int block) {
   if constexpr (C::kCluster == ClusterMode::kStreamK) {
     if (w.k_begin + w.k_tiles < cta.a.k_tiles) add_part<C, N>(cta, d);
     if (w.k_begin > 0) return send_part<C, N>(cta, d);
   }
   switch (cta.a.p.out_dtype) {
-    case DType::kBfloat16: return store_tile<C, __nv_bfloat16, N>(cta, d, w);
-    case DType::kFloat16: return store_tile<C, __half, N>(cta, d, w);
-    case DType::kFloat32: return store_tile<C, float, N>(cta, d, w);
+    case DType::kBfloat16: return store_tile<C, __nv_bfloat16, N>(cta, d, w, block);
+    case DType::kFloat16: return store_tile<C, __half, N>(cta, d, w, block);
+    case DType::kFloat32: return store_tile<C, float, N>(cta, d, w, block);
     default: return;
   }
 }

@@ -17,12 +17,13 @@ __device__ __forceinline__ void consume_tile(const Cta<C>& cta, const WorkTile& 
   constexpr int kNarrower = N - C::kTmaBoxRows;
   if constexpr (kNarrower > 0)
     if (w.n <= kNarrower) return consume_tile<C, kNarrower>(cta, w, at);
-  float d[N / 2];
+  float d[C::kRowBlocks][N / 2];
   if constexpr (C::kFp8)
     mainloop_fp8<C, N>(cta, d, w, at);
   else
-    mainloop<C, N>(cta, d, w, at);
-  epilogue<C, N>(cta, d, w);
+    mainloop<C, N>(cta, d[0], w, at);
+#pragma unroll
+  for (int block = 0; block < C::kRowBlocks; ++block) epilogue<C, N>(cta, d[block], w, block);
 }
 
 template <class C>
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
     if (warp == 0) produce(cta);
     if (C::kConvertedScales && warp > 0 && warp <= C::kScaleTiles) {
       if constexpr (C::kFp8)
-        convert_row_scales(cta);
+        convert_row_scales(cta, warp - 1);
       else
         convert_scales(cta, warp - 1);
     }

@@ -18,42 +18,55 @@ __device__ __forceinline__ float2 lds_f32x2(uint32_t address) {
   return two;
 }
 
-// d = this thread's sums of a work tile of width N, scaled.
+// d = this thread's sums of a work tile of width N, scaled; one array per block of 64 weight rows.
 template <class C, int N>
-__device__ __forceinline__ void mainloop_fp8(const Cta<C>& cta, float (&d)[N / 2], const WorkTile& w,
+__device__ __forceinline__ void mainloop_fp8(const Cta<C>& cta, float (&d)[C::kRowBlocks][N / 2], const WorkTile& w,
                                              PipelineState<C::kStages>& at) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-  static_assert(C::kBlockM == kScaleTileRows);
+  const int lane = threadIdx.x % 32, thread_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  // From lane 0, so that wgmma's descriptors are computed in uniform registers.
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
 #pragma unroll
-  for (float& sum : d) sum = 0;
+  for (auto& block : d)
+#pragma unroll
+    for (float& sum : block) sum = 0;
   int stage = at.stage;
   for (int i = 0; i < w.k_tiles; ++i) {
-    float part[N / 2];
     stage = at.stage;
     mbarrier_wait(cta.ready_barrier(stage), at.phase);
     at.advance();
-    const uint64_t weights = make_smem_desc_128b(cta.weight_smem(stage), threadIdx.x / 128 * 64 * 128);
     const uint64_t tokens = make_smem_desc_128b(cta.token_smem(stage), 0);
-    wgmma_fence();
 #pragma unroll
-    for (int mma = 0; mma < C::kBlockK / 32; ++mma)
-      WgmmaE4m3<N>::run(part, weights + mma * 2, tokens + mma * 2, mma > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    if (i + 1 < w.k_tiles) release_stage(cta, stage);
+    for (int block = 0; block < C::kRowBlocks; ++block) {
+      const uint64_t weights =
+          make_smem_desc_128b(cta.weight_smem(stage), (warpgroup * C::kWarpgroupRows + block * 64) * C::kBlockK);
+      float part[N / 2];
+      wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < N / 2; ++j) d[j] += part[j];
+      for (int mma = 0; mma < C::kBlockK / 32; ++mma)
+        WgmmaE4m3<N>::run(part, weights + mma * 2, tokens + mma * 2, mma > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (block + 1 == C::kRowBlocks && i + 1 < w.k_tiles) release_stage(cta, stage);
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) d[block][j] += part[j];
+    }
   }
   // The last stage has the scales (convert_row_scales).
-  const uint32_t scales = cta.scale_smem(stage) + row % 32 * 16 + row / 32 * 4;
-  const float scale = lds_f32(scales), scale8 = lds_f32(scales + 128);
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
-    const float2 token_scale = lds_f32x2(cta.token_scale_smem(stage) + (8 * j + lane % 4 * 2) * 4);
-    d[4 * j] = d[4 * j] * token_scale.x * scale;
-    d[4 * j + 1] = d[4 * j + 1] * token_scale.y * scale;
-    d[4 * j + 2] = d[4 * j + 2] * token_scale.x * scale8;
-    d[4 * j + 3] = d[4 * j + 3] * token_scale.y * scale8;
+  for (int block = 0; block < C::kRowBlocks; ++block) {
+    const int row = warpgroup * C::kWarpgroupRows + block * 64 + thread_row;
+    const uint32_t scales =
+        cta.scale_smem(stage) + row / kScaleTileRows * kScaleTileBytes + row % 32 * 16 + row % kScaleTileRows / 32 * 4;
+    const float scale = lds_f32(scales), scale8 = lds_f32(scales + 128);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float2 token_scale = lds_f32x2(cta.token_scale_smem(stage) + (8 * j + lane % 4 * 2) * 4);
+      float* sums = d[block] + 4 * j;
+      sums[0] = sums[0] * token_scale.x * scale;
+      sums[1] = sums[1] * token_scale.y * scale;
+      sums[2] = sums[2] * token_scale.x * scale8;
+      sums[3] = sums[3] * token_scale.y * scale8;
+    }
   }
   release_stage(cta, stage);
 }

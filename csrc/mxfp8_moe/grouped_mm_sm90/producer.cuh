@@ -80,10 +80,11 @@ __device__ __forceinline__ void produce(const Cta<C>& cta) {
   for (int i = 0; i < C::kStages; ++i, at.advance()) mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
 }
 
-// Beside e4m3 tokens, one warp: a weight row's codes must be the same in all K tiles of a work tile. In the last of
-// them the codes of a row become its scale, a float, which is NaN where they are not. The tokens' scales join them.
+// Beside e4m3 tokens, one warp per 128 weight rows: a row's codes must be the same in all K tiles of a work tile. In
+// the last of them the codes of a row become its scale, a float, which is NaN where they are not. Warp 0 adds the
+// tokens' scales.
 template <class C>
-__device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
+__device__ __forceinline__ void convert_row_scales(const Cta<C>& cta, int warp) {
   const int lane = threadIdx.x % 32;
   PipelineState<C::kStages> at;
   pdl_wait();  // the tokens' scales are the upstream kernel's
@@ -97,7 +98,7 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
     uint32_t codes = 0, differing = 0;  // of rows l, l + 32, l + 64 and l + 96 of lane l: a byte each, a bit each
     for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i, at.advance()) {
       mbarrier_wait(cta.full_barrier(at.stage), at.phase);
-      const uint32_t line = cta.scale_smem(at.stage) + lane * 16;
+      const uint32_t line = cta.scale_smem(at.stage) + warp * kScaleTileBytes + lane * 16;
       const int existing = cta.a.scale_blocks - i * kScaleTileBlocks;  // blocks that belong to K
       const uint32_t mask = existing < kScaleTileBlocks ? (1u << 8 * existing) - 1 : ~0u;
       uint32_t words[4];
@@ -114,7 +115,7 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta) {
         store_shared_v4(line, words);
 #pragma unroll
         for (int t = 0; t < C::kBlockN; t += 32)
-          if (t + lane < C::kBlockN)
+          if (warp == 0 && t + lane < C::kBlockN)
             store_shared_f32(cta.token_scale_smem(at.stage) + (t + lane) * 4, token_scales[t / 32]);
         fence_proxy_async();
       }
