@@ -36,6 +36,7 @@ __device__ __forceinline__ void stmatrix_trans(uint32_t at, const uint32_t (&wor
 template <class C, class T>
 struct Staging {
   static constexpr int kVectors = 64 * sizeof(T) / 16, kGroup = 128 / kVectors, kBatch = kGroup * C::kStagingVectors;
+  static constexpr uint32_t kGroupBytes = 128 * 16;
 
   // One past the last token of the batch from `first` on, in a tile of n tokens.
   static ABIDING_HD constexpr int batch_end(int first, int n) { return first + kBatch < n ? first + kBatch : n; }
@@ -63,33 +64,45 @@ __device__ __forceinline__ void stage_tokens(const float* d, uint32_t buffer) {
     for (int i = 0; i < kCount / 4; ++i) words[i] = round_pair<T>(d[kFirst / 2 + 2 * i], d[kFirst / 2 + 2 * i + 1]);
     stmatrix_trans<kCount / 4>(buffer + Shape::offset(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words);
   }
-  if constexpr (kFirst + kCount < kEnd)
-    stage_tokens<C, T, kFirst + kCount, kEnd>(d, buffer + kCount * Shape::kVectors * 16);
+  if constexpr (kFirst + kCount < kEnd) stage_tokens<C, T, kFirst + kCount, kEnd>(d, buffer + Shape::kGroupBytes);
 }
 
-// Stores the tokens from kFirst on, below `end`; the first batch is in its staging buffer. `to` is where this thread's
-// vector of the first token goes. While a batch is on its way from shared memory, the next one is put into the other
-// buffer: that buffer's readers have passed the barrier of the batch between.
+// Stores tokens [kFirst, kEnd), of which this thread has a vector of each group. `to` is where the first one goes.
+template <class C, class T, int kFirst, int kEnd>
+__device__ __forceinline__ void store_groups(const Cta<C>& cta, const uint32_t (*words)[4], const WorkTile& w, T* to,
+                                             bool exists) {
+  using Shape = Staging<C, T>;
+  constexpr int kCount = kEnd - kFirst < Shape::kGroup ? kEnd - kFirst : Shape::kGroup;
+  const int token = threadIdx.x % 128 / Shape::kVectors;
+  if (exists && kFirst + token < w.tokens && token < kCount)
+    *reinterpret_cast<uint4*>(to) = uint4{words[0][0], words[0][1], words[0][2], words[0][3]};
+  if constexpr (kFirst + kCount < kEnd)
+    store_groups<C, T, kFirst + kCount, kEnd>(cta, words + 1, w, to + kCount * cta.a.p.out_stride, exists);
+}
+
+// Stores the tokens from kFirst on. Batches take turns in two buffers: when one is written again, its readers have
+// passed the barrier of the batch between. Where batches are long, the next one is staged while this one is on its way
+// from shared memory.
 template <class C, class T, int N, int kFirst>
 __device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
-                                             uint32_t staging, T* to, int end) {
+                                             uint32_t staging, T* to, bool exists) {
   using Shape = Staging<C, T>;
-  constexpr int kNext = Shape::batch_end(kFirst, N);
-  constexpr int kGroups = (kNext - kFirst + Shape::kGroup - 1) / Shape::kGroup;
-  const int thread = threadIdx.x % 128, vector = thread % Shape::kVectors;
-  const auto buffer = [&](int first) { return staging + first / Shape::kBatch % 2 * C::kStagingBytes; };
+  constexpr int kEnd = Shape::batch_end(kFirst, N), kGroups = (kEnd - kFirst + Shape::kGroup - 1) / Shape::kGroup;
+  constexpr bool kOverlapped = C::kStagingVectors > 1;
+  const int thread = threadIdx.x % 128, token = thread / Shape::kVectors, vector = thread % Shape::kVectors;
+  const uint32_t buffer = staging + kFirst / Shape::kBatch % 2 * C::kStagingBytes;
+  const uint32_t other_buffer = staging + (kFirst / Shape::kBatch + 1) % 2 * C::kStagingBytes;
+  if constexpr (!kOverlapped || kFirst == 0) stage_tokens<C, T, kFirst, kEnd>(d, buffer);
   named_barrier_sync(1 + threadIdx.x / 128, 128);
   uint32_t words[kGroups][4];
 #pragma unroll
   for (int i = 0; i < kGroups; ++i)
-    load_shared_v4(words[i], buffer(kFirst) + Shape::offset(i * Shape::kGroup + thread / Shape::kVectors, vector));
-  if constexpr (kNext < N) stage_tokens<C, T, kNext, Shape::batch_end(kNext, N)>(d, buffer(kNext));
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i, to += Shape::kGroup * cta.a.p.out_stride)
-    if (const int token = kFirst + i * Shape::kGroup + thread / Shape::kVectors; token < end && token < kNext)
-      *reinterpret_cast<uint4*>(to) = uint4{words[i][0], words[i][1], words[i][2], words[i][3]};
-  if constexpr (kNext < N)
-    if (kNext < w.tokens) store_tokens<C, T, N, kNext>(cta, d, w, staging, to, end);
+    load_shared_v4(words[i], buffer + i * Shape::kGroupBytes + Shape::offset(token, vector));
+  if constexpr (kOverlapped && kEnd < N) stage_tokens<C, T, kEnd, Shape::batch_end(kEnd, N)>(d, other_buffer);
+  store_groups<C, T, kFirst, kEnd>(cta, words, w, to, exists);
+  if constexpr (kEnd < N)
+    if (kEnd < w.tokens)
+      store_tokens<C, T, N, kEnd>(cta, d, w, staging, to + (kEnd - kFirst) * cta.a.p.out_stride, exists);
 }
 
 template <class C, class T, int N>
@@ -100,11 +113,10 @@ __device__ __forceinline__ void store_tile(const Cta<C>& cta, const float (&d)[N
   const int64_t column = int64_t{w.m_tile} * C::kBlockM + warpgroup * C::kWarpgroupRows + block * 64 +
                          thread % Shape::kVectors * (16 / sizeof(T));
   T* to = static_cast<T*>(p.out) + (w.first_token + thread / Shape::kVectors) * p.out_stride + column;
-  const uint32_t staging = cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes;
   named_barrier_sync(1 + warpgroup, 128);  // a warp may still read what the tile before left in the staging memory
-  stage_tokens<C, T, 0, Shape::batch_end(0, N)>(d, staging);
   // n is a multiple of 32, so vectors are inside or outside as a whole.
-  store_tokens<C, T, N, 0>(cta, d, w, staging, to, column < p.n ? w.tokens : 0);
+  store_tokens<C, T, N, 0>(cta, d, w, cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes, to,
+                           column < p.n);
 }
 
 // Stream-K: hands the accumulators to CTA cta.cluster_rank - 1 of the cluster, which has the part before this one.
