@@ -40,10 +40,10 @@
 
 #include "common/launch.cuh"
 #include "common/sm90.cuh"
+#include "common/warp.cuh"
 #include "mxfp8_moe/activation.h"
 #include "mxfp8_moe/kernels.h"
 #include "mxfp8_moe/quantizer.cuh"
-#include "mxfp8_moe/tile_table.cuh"
 
 namespace abiding::mxfp8_moe {
 namespace {

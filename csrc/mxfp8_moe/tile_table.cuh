@@ -1,19 +1,10 @@
 // The tiles of rows that a call has, found on the device: each group's rows are cut into tiles, groups in order.
 #pragma once
 
+#include "common/warp.cuh"
 #include "mxfp8_moe/params.h"
 
 namespace abiding::mxfp8_moe {
-
-// The sum of the values of this lane and of all lanes before it.
-__device__ __forceinline__ int inclusive_sum(int value) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, value, step);
-    if (static_cast<int>(threadIdx.x % 32) >= step) value += other;
-  }
-  return value;
-}
 
 // Three arrays of `entries` numbers in a CTA's shared memory.
 struct TileTable {
