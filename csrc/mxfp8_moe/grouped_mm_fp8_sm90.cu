@@ -16,14 +16,13 @@ bool supports_fp8(const GroupedMmParams& p) { return p.a_scales && weights_fit_t
 cudaError_t run_fp8(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;
   if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
-  const Plan plan = choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms * StreamK_N16::kCtasPerSm);
+  const Plan plan =
+      choose_plan(RowFormat::kE4m3, p.expected_rows, p.groups.count, p.n, p.k, sms * StreamK_N16::kCtasPerSm);
   switch (plan.shape) {
     case TileShape::kStreamK_N16: return launch_config<StreamK_N16>(p, plan.cluster, sms, stream);
     case TileShape::kN64: return launch_config<N64>(p, 1, sms, stream);
-    case TileShape::kN160_Cluster2: return launch_config<N160_Cluster2>(p, 2, sms, stream);
-    default:  // kN256_Cluster2 would need more registers than there are, for accumulators and sums
-      if (p.groups.count > kM256MaxExperts) return launch_config<N160_Cluster2>(p, 2, sms, stream);
-      return launch_config<M256_N128>(p, 1, sms, stream);
+    case TileShape::kM256_N128: return launch_config<M256_N128>(p, 1, sms, stream);
+    default: return launch_config<N160_Cluster2>(p, 2, sms, stream);
   }
 }
 

@@ -34,8 +34,8 @@ bool supports(const GroupedMmParams& p) { return weights_fit_tma(p) && fits_tma(
 cudaError_t run(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;
   if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
-  const Plan plan =
-      choose_plan(p.expected_rows, p.groups.count, p.n, p.k, sms * StreamK_N16<RowFormat::kBf16>::kCtasPerSm);
+  const Plan plan = choose_plan(RowFormat::kBf16, p.expected_rows, p.groups.count, p.n, p.k,
+                                sms * StreamK_N16<RowFormat::kBf16>::kCtasPerSm);
   return p.interleaved ? launch_plan<RowFormat::kBf16Interleaved>(p, plan, sms, stream)
                        : launch_plan<RowFormat::kBf16>(p, plan, sms, stream);
 }

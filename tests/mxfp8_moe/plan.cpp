@@ -40,15 +40,17 @@ int main() {
 
   // Empty calls, and a device that says nothing of itself: any shape, but no division by zero.
   for (const Plan& p :
-       {choose_plan(0, 8, 768, 6144, 264), choose_plan(8, 0, 768, 6144, 264), choose_plan(8, 8, 768, 6144, 0)})
+       {choose_plan(RowFormat::kBf16, 0, 8, 768, 6144, 264), choose_plan(RowFormat::kBf16, 8, 0, 768, 6144, 264),
+        choose_plan(RowFormat::kBf16, 8, 8, 768, 6144, 0)})
     expect(p.cluster == 1, "an empty call has clusters of %d\n", p.cluster);
 
   // The experts of one token, in a layer with few and long tiles: stream-K takes as many CTAs as a cluster may have.
   // With many tiles, or a short K, it gains nothing. 132 SMs have one CTA each for e4m3 tokens, or two.
   for (const int ctas : {132, 264}) {
-    expect(choose_plan(4, 128, 768, 6144, ctas).cluster == 8, "4 rows, K = 6144, %d CTAs\n", ctas);
-    expect(choose_plan(4, 128, 6144, 384, ctas).cluster == 1, "4 rows, K = 384, %d CTAs\n", ctas);
-    expect(choose_plan(1000, 256, 6144, 384, ctas).cluster == 1, "1000 rows, K = 384, %d CTAs\n", ctas);
+    expect(choose_plan(RowFormat::kBf16, 4, 128, 768, 6144, ctas).cluster == 8, "4 rows, K = 6144, %d CTAs\n", ctas);
+    expect(choose_plan(RowFormat::kBf16, 4, 128, 6144, 384, ctas).cluster == 1, "4 rows, K = 384, %d CTAs\n", ctas);
+    expect(choose_plan(RowFormat::kBf16, 1000, 256, 6144, 384, ctas).cluster == 1, "1000 rows, K = 384, %d CTAs\n",
+           ctas);
   }
   // With fewer CTAs there is less to fill: never larger clusters.
   for (int64_t tiles = 1; tiles < 5000; tiles += 7)
@@ -61,7 +63,8 @@ int main() {
     for (int64_t experts : {1L, 8L, 128L, 1024L})
       for (int64_t n : {32L, 768L, 6144L})
         for (int64_t k : {32L, 384L, 6144L}) {
-          const Plan p = choose_plan(rows, experts, n, k, 264), more = choose_plan(rows + 1, experts, n, k, 264);
+          const Plan p = choose_plan(RowFormat::kBf16, rows, experts, n, k, 264),
+                     more = choose_plan(RowFormat::kBf16, rows + 1, experts, n, k, 264);
           const bool power = p.cluster >= 1 && p.cluster <= 8 && (p.cluster & (p.cluster - 1)) == 0;
           expect(power && (p.cluster == 1 || p.shape == TileShape::kStreamK_N16),
                  "%ld rows, %ld experts: clusters of %d\n", rows, experts, p.cluster);
@@ -71,6 +74,11 @@ int main() {
           const int64_t average = rows / (rows < experts ? rows : experts);
           expect(max_tokens(p.shape) >= average || average > 256, "%ld tokens per expert in tiles of %d\n", average,
                  max_tokens(p.shape));
+          // Beside e4m3 rows the same, but for the widest tiles, which these do not have.
+          const Plan fp8 = choose_plan(RowFormat::kE4m3, rows, experts, n, k, 264);
+          const TileShape widest = experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128;
+          expect(fp8.shape == (p.shape == TileShape::kN256_Cluster2 ? widest : p.shape) && fp8.cluster == p.cluster,
+                 "%ld rows, %ld experts: another plan beside e4m3 rows\n", rows, experts);
         }
   return wrong != 0;
 }

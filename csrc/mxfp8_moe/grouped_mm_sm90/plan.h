@@ -48,13 +48,15 @@ constexpr int choose_cluster(int64_t tiles, int64_t k_tiles, int64_t ctas) {
 }
 
 // `rows` is the number of rows that this rank is expected to have, of `experts` experts; how they are spread is known
-// on the device alone. `ctas` of kStreamK_N16 are resident at once.
-constexpr Plan choose_plan(int64_t rows, int64_t experts, int64_t n, int64_t k, int ctas) {
+// on the device alone. `ctas` of kStreamK_N16 are resident at once. Beside e4m3 rows there is no kN256_Cluster2: sums
+// and accumulators would need more registers than there are.
+constexpr Plan choose_plan(RowFormat format, int64_t rows, int64_t experts, int64_t n, int64_t k, int ctas) {
   if (rows < 1 || experts < 1 || ctas < 1) return {TileShape::kN64, 1};
   const int64_t busy_experts = rows < experts ? rows : experts, tokens_per_expert = rows / busy_experts;
-  if (tokens_per_expert > 140) return {TileShape::kN256_Cluster2, 1};
+  const TileShape many_rows = experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128;
+  if (tokens_per_expert > 140) return {format == RowFormat::kE4m3 ? many_rows : TileShape::kN256_Cluster2, 1};
   if (tokens_per_expert > 105) return {TileShape::kN160_Cluster2, 1};
-  if (tokens_per_expert > 40) return {experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128, 1};
+  if (tokens_per_expert > 40) return {many_rows, 1};
   if (tokens_per_expert >= 5) return {TileShape::kN64, 1};
   const int64_t tiles = busy_experts * ((n + kStreamKBlockM - 1) / kStreamKBlockM);
   return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, ctas)};
