@@ -36,7 +36,7 @@ __device__ __forceinline__ void stmatrix_trans(uint32_t at, const uint32_t (&wor
 template <class C, class T>
 struct Staging {
   static constexpr int kVectors = 64 * sizeof(T) / 16, kGroup = 128 / kVectors, kBatch = kGroup * C::kStagingVectors;
-  static constexpr uint32_t kGroupBytes = 128 * 16;
+  static constexpr uint32_t kGroupBytes = C::kStagingBytes / C::kStagingVectors;
 
   // One past the last token of the batch from `first` on, in a tile of n tokens.
   static ABIDING_HD constexpr int batch_end(int first, int n) { return first + kBatch < n ? first + kBatch : n; }
@@ -82,7 +82,8 @@ __device__ __forceinline__ void store_groups(const Cta<C>& cta, const uint32_t (
 
 // Stores the tokens from kFirst on. Batches take turns in two buffers: when one is written again, its readers have
 // passed the barrier of the batch between. Where batches are long, the next one is staged while this one is on its way
-// from shared memory.
+// from shared memory. Elsewhere that, or a loop in store_groups, makes ptxas schedule the mainloop worse: compare the
+// machine code of all kernels after a change here (tools/compare_sass.py).
 template <class C, class T, int N, int kFirst>
 __device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
                                              uint32_t staging, T* to, bool exists) {
