@@ -129,14 +129,7 @@ def _measure_shape(cases: list[LayerCase], libraries: list[Library], settings: S
         api.rebase(gemm.weight, gemm.scale, inplace=True)  # as compute="fp8" needs them; others read them as well
     for gemm in gemms:
         if GEMM_OPS & set(settings.ops) and not real_ids:
-            peers: dict[str, list[Peer]] = {}
-            if "grouped_mm" in settings.ops:
-                made = _working(libraries, partial(_gemms, gemm=gemm, cases=_of_op("grouped_mm", cases)))
-                peers["grouped_mm"] = [*_bf16(gemm), *made]
-            if "grouped_mm_fp8" in settings.ops:
-                fp8_cases = [case for case in cases if case.routing == "uniform"]
-                made = _working(libraries, partial(_gemms_fp8, gemm=gemm, cases=fp8_cases))
-                peers["grouped_mm_fp8"] = [*_scaled(gemm), *made]
+            peers = _gemm_peers(gemm, cases, libraries, settings)
             for op in sorted(GEMM_OPS & set(settings.ops)):
                 for case in _of_op(op, cases):
                     if op == "grouped_mm" or case.routing == "uniform":
@@ -326,12 +319,19 @@ def _libraries(settings: Settings) -> list[Library]:
     return found
 
 
-def _gemms(library: Library, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
-    return library.gemms(gemm, cases)
-
-
-def _gemms_fp8(library: Library, gemm: Gemm, cases: list[LayerCase]) -> list[Peer]:
-    return library.gemms_fp8(gemm, cases)
+def _gemm_peers(
+    gemm: Gemm, cases: list[LayerCase], libraries: list[Library], settings: Settings
+) -> dict[str, list[Peer]]:
+    """The peers of the chosen operators: torch's GEMMs first."""
+    peers: dict[str, list[Peer]] = {}
+    if "grouped_mm" in settings.ops:
+        timed = _of_op("grouped_mm", cases)
+        peers["grouped_mm"] = [*_bf16(gemm), *_working(libraries, lambda library: library.gemms(gemm, timed))]
+    if "grouped_mm_fp8" in settings.ops:
+        uniform = [case for case in cases if case.routing == "uniform"]
+        made = _working(libraries, lambda library: library.gemms_fp8(gemm, uniform))
+        peers["grouped_mm_fp8"] = [*_scaled(gemm), *made]
+    return peers
 
 
 def _working(libraries: list[Library], make: Callable[[Library], list[Made]]) -> list[Made]:
