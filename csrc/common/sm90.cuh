@@ -1,4 +1,4 @@
-// Wrappers of sm_90 instructions: mbarriers, TMA loads, distributed shared memory (DSMEM) of a cluster, setmaxnreg.
+// Wrappers of sm_90 instructions: mbarriers, TMA, distributed shared memory (DSMEM) of a cluster, setmaxnreg.
 #pragma once
 
 #include <cuda.h>
@@ -128,6 +128,19 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, int x, int y, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y),
+               "r"(from)
+               : "memory");
+}
+// Closes a group of this thread's bulk stores; it may be empty.
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until no more than kPending of this thread's latest groups still read shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // setmaxnreg: moves registers between the warpgroups of a CTA.

@@ -5,11 +5,11 @@ namespace abiding::mxfp8_moe {
 namespace sm90_mm {
 namespace {
 
-// consumer warpgroups, kBlockK, stages, cluster mode, CTAs per SM, blocks of 64 weight rows per warpgroup
+// consumer warpgroups, kBlockK, stages, cluster mode, CTAs per SM, row blocks and token blocks per warpgroup
 using StreamK_N16 = Config<RowFormat::kE4m3, TileShape::kStreamK_N16, 2, 128, 9, ClusterMode::kStreamK>;
 using N64 = Config<RowFormat::kE4m3, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
-using M256_N128 = Config<RowFormat::kE4m3, TileShape::kM256_N128, 2, 128, 4, ClusterMode::kNone, 1, 2>;
-using N160_Cluster2 = Config<RowFormat::kE4m3, TileShape::kN160_Cluster2, 2, 128, 5, ClusterMode::kMulticast>;
+using M256_N128 = Config<RowFormat::kE4m3, TileShape::kM256_N128, 2, 128, 3, ClusterMode::kNone, 1, 2>;
+using N192_Cluster2 = Config<RowFormat::kE4m3, TileShape::kN192_Cluster2, 2, 128, 4, ClusterMode::kMulticast, 1, 1, 2>;
 
 bool supports_fp8(const GroupedMmParams& p) { return p.a_scales && weights_fit_tma(p) && fits_tma(p.a_stride); }
 
@@ -22,7 +22,7 @@ cudaError_t run_fp8(const GroupedMmParams& p, cudaStream_t stream) {
     case TileShape::kStreamK_N16: return launch_config<StreamK_N16>(p, plan.cluster, sms, stream);
     case TileShape::kN64: return launch_config<N64>(p, 1, sms, stream);
     case TileShape::kM256_N128: return launch_config<M256_N128>(p, 1, sms, stream);
-    default: return launch_config<N160_Cluster2>(p, 2, sms, stream);
+    default: return launch_config<N192_Cluster2>(p, 2, sms, stream);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <initializer_list>
+#include <utility>
 
 using namespace abiding::mxfp8_moe;
 
@@ -15,27 +16,27 @@ void expect(bool ok, const char* format, Values... values) {
 }
 
 // An expert's tiles cover its tokens in order and without gaps. None is wider than its shape allows, none is empty, and
-// together they are less than one TMA box wider than the tokens.
+// together they are less than one step wider than the tokens.
 static void check_token_ranges(TileShape shape, int tokens) {
-  const int most = max_tokens(shape), box = tma_box_rows(shape), tiles = (tokens + most - 1) / most;
+  const int most = max_tokens(shape), step = tile_step(shape), tiles = (tokens + most - 1) / most;
   int next = 0, widest = 0, narrowest = most;
   for (int tile = 0; tile < tiles; ++tile) {
-    const TokenRange range = token_range(tokens, box, tiles, tile);
+    const TokenRange range = token_range(tokens, step, tiles, tile);
     expect(range.begin == next, "%d tokens, %d at most: tile %d begins at %d, not %d\n", tokens, most, tile,
            range.begin, next);
-    expect(range.begin < tokens && range.n > 0 && range.n <= most && range.n % box == 0,
+    expect(range.begin < tokens && range.n > 0 && range.n <= most && range.n % step == 0,
            "%d tokens, %d at most: tile %d is %d wide\n", tokens, most, tile, range.n);
     next = range.begin + range.n;
     widest = range.n > widest ? range.n : widest;
     narrowest = range.n < narrowest ? range.n : narrowest;
   }
-  expect(next >= tokens && next < tokens + box, "%d tokens, %d at most: %d are covered\n", tokens, most, next);
-  expect(widest - narrowest <= box, "%d tokens, %d at most: %d to %d wide\n", tokens, most, narrowest, widest);
+  expect(next >= tokens && next < tokens + step, "%d tokens, %d at most: %d are covered\n", tokens, most, next);
+  expect(widest - narrowest <= step, "%d tokens, %d at most: %d to %d wide\n", tokens, most, narrowest, widest);
 }
 
 int main() {
   for (TileShape shape : {TileShape::kStreamK_N16, TileShape::kN64, TileShape::kM256_N128, TileShape::kN160_Cluster2,
-                          TileShape::kN256_Cluster2})
+                          TileShape::kN192_Cluster2, TileShape::kN256_Cluster2})
     for (int tokens = 1; tokens <= 5000; ++tokens) check_token_ranges(shape, tokens);
 
   // Empty calls, and a device that says nothing of itself: any shape, but no division by zero.
@@ -74,11 +75,21 @@ int main() {
           const int64_t average = rows / (rows < experts ? rows : experts);
           expect(max_tokens(p.shape) >= average || average > 256, "%ld tokens per expert in tiles of %d\n", average,
                  max_tokens(p.shape));
-          // Beside e4m3 rows the same, but for the widest tiles, which these do not have.
+          // Beside e4m3 rows the same where rows are few; tiles of more have shapes of their own.
           const Plan fp8 = choose_plan(RowFormat::kE4m3, rows, experts, n, k, 264);
-          const TileShape widest = experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128;
-          expect(fp8.shape == (p.shape == TileShape::kN256_Cluster2 ? widest : p.shape) && fp8.cluster == p.cluster,
+          const bool few = max_tokens(p.shape) <= 64;
+          const bool many = fp8.shape == TileShape::kM256_N128 || fp8.shape == TileShape::kN192_Cluster2;
+          expect(few ? fp8.shape == p.shape && fp8.cluster == p.cluster : many && fp8.cluster == 1,
                  "%ld rows, %ld experts: another plan beside e4m3 rows\n", rows, experts);
         }
+
+  // Of many e4m3 rows, kN192_Cluster2 takes what fills its tiles.
+  for (const auto& [tokens, shape] : std::initializer_list<std::pair<int, TileShape>>{
+           {41, TileShape::kM256_N128}, {105, TileShape::kM256_N128}, {106, TileShape::kN192_Cluster2},
+           {180, TileShape::kN192_Cluster2}, {181, TileShape::kM256_N128}, {320, TileShape::kM256_N128},
+           {321, TileShape::kN192_Cluster2}, {5000, TileShape::kN192_Cluster2}})
+    for (const int64_t experts : {1, 32, 1024})
+      expect(choose_plan(RowFormat::kE4m3, tokens * experts, experts, 768, 6144, 132).shape == shape,
+             "%d e4m3 rows per expert, %ld experts: another shape\n", tokens, experts);
   return wrong != 0;
 }

@@ -28,7 +28,7 @@ constexpr int kStagesBeforePdlWait = 2;
 
 // A pipeline stage is one K tile, kBlockK of K, which the mainloop multiplies in two halves.
 template <RowFormat kRows_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
-          ClusterMode kCluster_, int kCtasPerSm_ = 1, int kRowBlocks_ = 1>
+          ClusterMode kCluster_, int kCtasPerSm_ = 1, int kRowBlocks_ = 1, int kTokenBlocks_ = 1>
 struct Config {
   static constexpr RowFormat kRows = kRows_;  // the tokens
   static constexpr bool kFp8 = kRows == RowFormat::kE4m3, kInterleaved = kRows == RowFormat::kBf16Interleaved;
@@ -36,8 +36,10 @@ struct Config {
   static constexpr int kConsumerWarpgroups = kConsumerWarpgroups_, kBlockK = kBlockK_, kStages = kStages_;
   static constexpr ClusterMode kCluster = kCluster_;
   static constexpr int kCtasPerSm = kCtasPerSm_;
-  static constexpr int kRowBlocks = kRowBlocks_;  // blocks of 64 weight rows of a consumer warpgroup
-  static_assert(kRowBlocks == 1 || kFp8);
+  // A consumer warpgroup's part of a tile is kRowBlocks blocks of 64 weight rows, which it multiplies one after the
+  // other, by kTokenBlocks equal parts of the tokens, whose products are in flight together.
+  static constexpr int kRowBlocks = kRowBlocks_, kTokenBlocks = kTokenBlocks_;
+  static_assert(kTokenBlocks <= 2 && (kRowBlocks * kTokenBlocks == 1 || kFp8));
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
 
   // The CTAs of kStreamK_N16 leave registers for CTAs of the layer's other kernels beside them (layer.cu): the kernel
@@ -52,13 +54,14 @@ struct Config {
 
   static constexpr int kWarpgroupRows = 64 * kRowBlocks, kBlockM = kWarpgroupRows * kConsumerWarpgroups;  // weight rows
   static_assert(kBlockM % kScaleTileRows == 0);
-  static constexpr int kBlockN = max_tokens(kShape), kTmaBoxRows = tma_box_rows(kShape);
+  static constexpr int kBlockN = max_tokens(kShape), kTileStep = tile_step(kShape);
   static constexpr int kScaleTiles = kBlockM / kScaleTileRows;  // per stage
   static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K
 
   // A stage of 64 of K needs two scales per row. As bf16 they take the 4 bytes of the row's four codes, so the producer
   // warpgroup's spare warps convert them in place, one warp per 128 weight rows. Beside e4m3 tokens a weight row has
-  // one scale: a spare warp checks that all of its codes are the same, and makes a float of them.
+  // one scale: a spare warp checks that all of its codes are the same, and makes a float of them. Consumers need that
+  // at the end of a tile.
   static constexpr bool kConvertedScales = kFp8 || kBlockK / kScaleBlock == 2;
   static_assert(!kConvertedScales || (kScaleTiles <= 3 && (kFp8 || kCluster != ClusterMode::kStreamK)));
 
@@ -71,8 +74,12 @@ struct Config {
   static constexpr uint32_t kWeightScaleBytes = kScaleTiles * kScaleTileBytes;
   static constexpr uint32_t kScaleBytes = kWeightScaleBytes + (kFp8 ? kBlockN * 4 : 0);
   static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
+  // Tiles of many e4m3 tokens are halved: TMA loads tokens in boxes of half a tile rather than of a step, since few
+  // large boxes are faster, and stores results of half a tile while the next one is multiplied.
+  static constexpr bool kHalves = kFp8 && kBlockN >= 128;
+  static constexpr int kTmaBoxRows = kHalves ? kBlockN / 2 : kTileStep;
   // The epilogue's, per warpgroup: two buffers of vectors, kStagingVectors per thread.
-  static constexpr int kStagingVectors = kRowBlocks;
+  static constexpr int kStagingVectors = kHalves ? kBlockN / 2 / 16 : 1;
   static constexpr uint32_t kStagingBytes = 128 * 16 * kStagingVectors, kEpilogueBytes = 2 * kStagingBytes;
 };
 
@@ -81,7 +88,7 @@ template <class C>
 struct SmemLayout {
   static constexpr uint32_t kScales = C::kStages * C::kStageBytes;
   static constexpr uint32_t kPart = kScales + C::kStages * C::kScaleBytes;
-  static constexpr uint32_t kEpilogue = kPart + C::kPartBytes;
+  static constexpr uint32_t kEpilogue = C::kHalves ? round_up(kPart + C::kPartBytes, 1024) : kPart + C::kPartBytes;
   static constexpr uint32_t kBarriers = kEpilogue + C::kConsumerWarpgroups * C::kEpilogueBytes;
   static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 1) * 8;
   static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
@@ -110,7 +117,7 @@ struct PipelineState {
 template <class C>
 struct Cta {
   const KernelParams& a;
-  const CUtensorMap *weights, *tokens;
+  const CUtensorMap *weights, *tokens, *out;
   const TileTable& table;
   uint32_t smem;                // its base
   uint32_t cluster_rank;        // of this CTA in its cluster
@@ -123,7 +130,7 @@ struct Cta {
   __device__ uint32_t part_smem() const { return smem + SmemLayout<C>::kPart; }
   __device__ uint32_t full_barrier(int stage) const { return smem + SmemLayout<C>::kBarriers + stage * 8; }
   __device__ uint32_t empty_barrier(int stage) const { return full_barrier(C::kStages + stage); }
-  // What consumers wait for: the scales are converted, or the stage is full.
+  // The scales are converted or, beside e4m3 tokens, checked; for the last stage of a work tile they are in place.
   __device__ uint32_t ready_barrier(int stage) const {
     return C::kConvertedScales ? full_barrier(2 * C::kStages + stage) : full_barrier(stage);
   }

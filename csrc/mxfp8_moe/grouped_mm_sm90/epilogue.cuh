@@ -80,30 +80,69 @@ __device__ __forceinline__ void store_groups(const Cta<C>& cta, const uint32_t (
     store_groups<C, T, kFirst + kCount, kEnd>(cta, words + 1, w, to + kCount * cta.a.p.out_stride, exists);
 }
 
-// Stores the tokens from kFirst on. Batches take turns in two buffers: when one is written again, its readers have
-// passed the barrier of the batch between. Where batches are long, the next one is staged while this one is on its way
-// from shared memory. Elsewhere that, or a loop in store_groups, makes ptxas schedule the mainloop worse: compare the
-// machine code of all kernels after a change here (tools/compare_sass.py).
-template <class C, class T, int N, int kFirst>
-__device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
-                                             uint32_t staging, T* to, bool exists) {
+// Stores tokens [kFirst, kEnd) from a staging buffer.
+template <class C, class T, int kFirst, int kEnd>
+__device__ __forceinline__ void store_staged(const Cta<C>& cta, const WorkTile& w, uint32_t buffer, T* to,
+                                             bool exists) {
   using Shape = Staging<C, T>;
-  constexpr int kEnd = Shape::batch_end(kFirst, N), kGroups = (kEnd - kFirst + Shape::kGroup - 1) / Shape::kGroup;
-  constexpr bool kOverlapped = C::kStagingVectors > 1;
+  constexpr int kGroups = (kEnd - kFirst + Shape::kGroup - 1) / Shape::kGroup;
   const int thread = threadIdx.x % 128, token = thread / Shape::kVectors, vector = thread % Shape::kVectors;
-  const uint32_t buffer = staging + kFirst / Shape::kBatch % 2 * C::kStagingBytes;
-  const uint32_t other_buffer = staging + (kFirst / Shape::kBatch + 1) % 2 * C::kStagingBytes;
-  if constexpr (!kOverlapped || kFirst == 0) stage_tokens<C, T, kFirst, kEnd>(d, buffer);
-  named_barrier_sync(1 + threadIdx.x / 128, 128);
   uint32_t words[kGroups][4];
 #pragma unroll
   for (int i = 0; i < kGroups; ++i)
     load_shared_v4(words[i], buffer + i * Shape::kGroupBytes + Shape::offset(token, vector));
-  if constexpr (kOverlapped && kEnd < N) stage_tokens<C, T, kEnd, Shape::batch_end(kEnd, N)>(d, other_buffer);
   store_groups<C, T, kFirst, kEnd>(cta, words, w, to, exists);
+}
+
+// Stores the tokens from kFirst on. Batches take turns in two buffers: when one is written again, its readers have
+// passed the barrier of the batch between. Overlapping batches, or a loop in store_groups, makes ptxas schedule the
+// mainloop of bf16 tokens worse: compare the machine code of all kernels after a change here (tools/compare_sass.py).
+template <class C, class T, int N, int kFirst>
+__device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
+                                             uint32_t staging, T* to, bool exists) {
+  using Shape = Staging<C, T>;
+  constexpr int kEnd = Shape::batch_end(kFirst, N);
+  const uint32_t buffer = staging + kFirst / Shape::kBatch % 2 * C::kStagingBytes;
+  stage_tokens<C, T, kFirst, kEnd>(d, buffer);
+  named_barrier_sync(1 + threadIdx.x / 128, 128);
+  store_staged<C, T, kFirst, kEnd>(cta, w, buffer, to, exists);
   if constexpr (kEnd < N)
     if (kEnd < w.tokens)
       store_tokens<C, T, N, kEnd>(cta, d, w, staging, to + (kEnd - kFirst) * cta.a.p.out_stride, exists);
+}
+
+// The same by TMA, which reads a buffer while this warpgroup goes on to the next batch or tile. It stores whole
+// batches: in the box of one that is not full there are rows of the next expert. `column` is the first of the block.
+template <class C, class T, int N, int kFirst>
+__device__ __forceinline__ void tma_store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
+                                                 uint32_t staging, T* to, bool exists, int column, int block) {
+  using Shape = Staging<C, T>;
+  constexpr int kEnd = Shape::batch_end(kFirst, N);
+  static_assert(N <= 2 * Shape::kBatch);
+  const bool leader = threadIdx.x % 128 == 0;
+  const uint32_t buffer = staging + kFirst / Shape::kBatch * C::kStagingBytes;
+  // Two batches of a block take turns in two buffers. Before the first one of a tile, or where there is one per block,
+  // the latest store may be from the same buffer.
+  if (leader) {
+    if (N <= Shape::kBatch || (kFirst == 0 && block == 0))
+      bulk_wait_read<0>();
+    else
+      bulk_wait_read<1>();
+  }
+  named_barrier_sync(1 + threadIdx.x / 128, 128);
+  stage_tokens<C, T, kFirst, kEnd>(d, buffer);
+  fence_proxy_async();
+  named_barrier_sync(1 + threadIdx.x / 128, 128);
+  if (kEnd - kFirst == Shape::kBatch && kEnd <= w.tokens) {
+    if (leader && column < cta.a.p.n) tma_store_2d(cta.out, column, w.first_token + kFirst, buffer);
+  } else {
+    store_staged<C, T, kFirst, kEnd>(cta, w, buffer, to, exists);
+  }
+  if (leader) bulk_commit();  // a group per batch, for the waits count groups
+  if constexpr (kEnd < N)
+    if (kEnd < w.tokens)
+      tma_store_tokens<C, T, N, kEnd>(cta, d, w, staging, to + (kEnd - kFirst) * cta.a.p.out_stride, exists, column,
+                                      block);
 }
 
 template <class C, class T, int N>
@@ -114,10 +153,15 @@ __device__ __forceinline__ void store_tile(const Cta<C>& cta, const float (&d)[N
   const int64_t column = int64_t{w.m_tile} * C::kBlockM + warpgroup * C::kWarpgroupRows + block * 64 +
                          thread % Shape::kVectors * (16 / sizeof(T));
   T* to = static_cast<T*>(p.out) + (w.first_token + thread / Shape::kVectors) * p.out_stride + column;
-  named_barrier_sync(1 + warpgroup, 128);  // a warp may still read what the tile before left in the staging memory
+  const uint32_t staging = cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes;
   // n is a multiple of 32, so vectors are inside or outside as a whole.
-  store_tokens<C, T, N, 0>(cta, d, w, cta.smem + SmemLayout<C>::kEpilogue + warpgroup * C::kEpilogueBytes, to,
-                           column < p.n);
+  if constexpr (C::kHalves && sizeof(T) == 2) {
+    const int first = w.m_tile * C::kBlockM + warpgroup * C::kWarpgroupRows + block * 64;
+    tma_store_tokens<C, T, N, 0>(cta, d, w, staging, to, column < p.n, first, block);
+  } else {
+    named_barrier_sync(1 + warpgroup, 128);  // a warp may still read what the tile before left in the staging memory
+    store_tokens<C, T, N, 0>(cta, d, w, staging, to, column < p.n);
+  }
 }
 
 // Stream-K: hands the accumulators to CTA cta.cluster_rank - 1 of the cluster, which has the part before this one.

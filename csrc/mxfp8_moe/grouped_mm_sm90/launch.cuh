@@ -14,7 +14,7 @@ namespace {
 // Compiles mainloop and epilogue for every width up to N and runs the one that the tile has.
 template <class C, int N>
 __device__ __forceinline__ void consume_tile(const Cta<C>& cta, const WorkTile& w, PipelineState<C::kStages>& at) {
-  constexpr int kNarrower = N - C::kTmaBoxRows;
+  constexpr int kNarrower = N - C::kTileStep;
   if constexpr (kNarrower > 0)
     if (w.n <= kNarrower) return consume_tile<C, kNarrower>(cta, w, at);
   float d[C::kRowBlocks][N / 2];
@@ -35,26 +35,28 @@ __device__ __forceinline__ void consume(const Cta<C>& cta) {
     consume_tile<C, C::kBlockN>(cta, w, at);
     tiles.advance(w);
   }
+  // The CTA's shared memory must outlive what TMA stores from it.
+  if (C::kHalves && threadIdx.x % 128 == 0) bulk_wait_read<0>();
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
     grouped_mm_kernel(const __grid_constant__ KernelParams a, const __grid_constant__ CUtensorMap weights,
-                      const __grid_constant__ CUtensorMap tokens) {
+                      const __grid_constant__ CUtensorMap tokens, const __grid_constant__ CUtensorMap out) {
   extern __shared__ uint8_t dynamic_smem[];
   uint8_t* memory = dynamic_smem + (1024 - smem_address(dynamic_smem) % 1024) % 1024;
   TileTable table(memory + SmemLayout<C>::kTable, a.p.groups.count);
   const uint32_t smem = smem_address(memory), rank = C::kCluster == ClusterMode::kNone ? 0 : cta_rank_in_cluster();
   const uint32_t peer_empty_barrier =
       C::kCluster == ClusterMode::kMulticast ? mapa(smem + SmemLayout<C>::kBarriers + C::kStages * 8, rank ^ 1) : 0;
-  const Cta<C> cta{a, &weights, &tokens, table, smem, rank, peer_empty_barrier};
+  const Cta<C> cta{a, &weights, &tokens, &out, table, smem, rank, peer_empty_barrier};
   if (threadIdx.x == 0) {
     prefetch_tma_desc(&weights);
     prefetch_tma_desc(&tokens);
     for (int i = 0; i < C::kStages; ++i) {
       mbarrier_init(cta.full_barrier(i), 1);
       mbarrier_init(cta.empty_barrier(i), C::kConsumerThreads / 32 * (C::kCluster == ClusterMode::kMulticast ? 2 : 1));
-      if (C::kConvertedScales) mbarrier_init(cta.ready_barrier(i), 32 * C::kScaleTiles);
+      if (C::kConvertedScales) mbarrier_init(cta.ready_barrier(i), (C::kFp8 ? 1 : 32) * C::kScaleTiles);
     }
     if (C::kPartBytes > 0) mbarrier_init(cta.part_barrier(), 1);
     fence_mbarrier_init();
@@ -86,35 +88,42 @@ __global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
 
 template <class C>
 constexpr uint32_t max_smem_bytes() {
-  return SmemLayout<C>::bytes(C::kShape == TileShape::kM256_N128 ? kM256MaxExperts : kMaxExperts);
+  return SmemLayout<C>::bytes(C::kShape == TileShape::kM256_N128 && !C::kFp8 ? kM256MaxExperts : kMaxExperts);
 }
 constexpr uint32_t kSmemPerCta = (227 << 10) - 256;  // the device's limit, less what kernels declare statically
 
-// Tensor maps of the weights [experts, n, k] and of the tokens [rows, k].
+// Tensor maps of the weights [experts, n, k], of the tokens [rows, k] and, where TMA stores it, of the output
+// [rows, n].
 template <class C>
-cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUtensorMap* tokens) {
+cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUtensorMap* tokens, CUtensorMap* out) {
   const cuuint64_t weight_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.n),
                                      static_cast<cuuint64_t>(p.groups.count)};
   const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
                                        static_cast<cuuint64_t>(p.weight_expert_stride)};
   const cuuint32_t weight_box[] = {C::kBlockK, C::kBlockM, 1};
-  const cudaError_t status =
+  cudaError_t status =
       make_tma_desc(weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, p.weight, weight_sizes, weight_strides, weight_box,
                     C::kBlockK == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
   if (status != cudaSuccess) return status;
   const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
   const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * (C::kFp8 ? 1 : 2)};
   const cuuint32_t token_box[] = {C::kSlabK, C::kTmaBoxRows};
-  return make_tma_desc(tokens, C::kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a,
-                       token_sizes, token_strides, token_box, CU_TENSOR_MAP_SWIZZLE_128B);
+  status = make_tma_desc(tokens, C::kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a,
+                         token_sizes, token_strides, token_box, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (status != cudaSuccess || !C::kHalves || p.out_dtype == DType::kFloat32) return status;
+  const cuuint64_t out_sizes[] = {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.groups.rows)};
+  const cuuint64_t out_strides[] = {static_cast<cuuint64_t>(p.out_stride) * 2};
+  const cuuint32_t out_box[] = {64, Staging<C, uint16_t>::kBatch};
+  return make_tma_desc(out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.out, out_sizes, out_strides, out_box,
+                       CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 template <class C>
 cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, cudaStream_t stream) {
   static_assert(max_smem_bytes<C>() <= kSmemPerCta);
   static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kStreamKBlockM && C::kBlockK == kStreamKBlockK));
-  CUtensorMap weights, tokens;
-  cudaError_t status = make_tma_descs<C>(p, &weights, &tokens);
+  CUtensorMap weights, tokens, out{};
+  cudaError_t status = make_tma_descs<C>(p, &weights, &tokens, &out);
   if (status != cudaSuccess) return status;
 
   KernelParams a{};
@@ -150,7 +159,7 @@ cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, c
   }
   return launch(grouped_mm_kernel<C>,
                 with_max_smem({static_cast<unsigned>(clusters) * cluster, C::kThreads, smem_bytes, cluster}), stream, a,
-                weights, tokens);
+                weights, tokens, out);
 }
 
 // What TMA asks of tensors: strides of whole 16-byte vectors, below 2^40 bytes.

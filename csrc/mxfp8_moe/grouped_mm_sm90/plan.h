@@ -9,21 +9,22 @@ namespace abiding::mxfp8_moe {
 // CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N
 // goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN64, and
 // kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
-enum class TileShape { kStreamK_N16, kN64, kM256_N128, kN160_Cluster2, kN256_Cluster2 };
+// kN160_Cluster2 and kN256_Cluster2 are for bf16 tokens, kN192_Cluster2 for e4m3 tokens.
+enum class TileShape { kStreamK_N16, kN64, kM256_N128, kN160_Cluster2, kN192_Cluster2, kN256_Cluster2 };
 
 ABIDING_HD constexpr int max_tokens(TileShape shape) {
-  constexpr int tokens[] = {16, 64, 128, 160, 256};
+  constexpr int tokens[] = {16, 64, 128, 160, 192, 256};
   return tokens[static_cast<int>(shape)];
 }
 
-// Rows (tokens) of one TMA box. A tile's N is a whole number of boxes.
-ABIDING_HD constexpr int tma_box_rows(TileShape shape) {
+// A tile's N is a multiple of this.
+ABIDING_HD constexpr int tile_step(TileShape shape) {
   return shape == TileShape::kStreamK_N16 ? 8 : shape == TileShape::kN64 ? 16 : 32;
 }
 
 constexpr int kStreamKBlockM = 128;   // weight rows of a kStreamK_N16 tile
 constexpr int kStreamKBlockK = 128;   // K of one of its K tiles
-constexpr int kM256MaxExperts = 512;  // whose tile table fits beside the stages of kM256_N128
+constexpr int kM256MaxExperts = 512;  // whose tile table fits beside the stages of kM256_N128 for bf16 tokens
 
 struct Plan {
   TileShape shape;
@@ -48,15 +49,19 @@ constexpr int choose_cluster(int64_t tiles, int64_t k_tiles, int64_t ctas) {
 }
 
 // `rows` is the number of rows that this rank is expected to have, of `experts` experts; how they are spread is known
-// on the device alone. `ctas` of kStreamK_N16 are resident at once. Beside e4m3 rows there is no kN256_Cluster2: sums
-// and accumulators would need more registers than there are.
+// on the device alone. `ctas` of kStreamK_N16 are resident at once.
 constexpr Plan choose_plan(RowFormat format, int64_t rows, int64_t experts, int64_t n, int64_t k, int ctas) {
   if (rows < 1 || experts < 1 || ctas < 1) return {TileShape::kN64, 1};
   const int64_t busy_experts = rows < experts ? rows : experts, tokens_per_expert = rows / busy_experts;
-  const TileShape many_rows = experts > kM256MaxExperts ? TileShape::kN160_Cluster2 : TileShape::kM256_N128;
-  if (tokens_per_expert > 140) return {format == RowFormat::kE4m3 ? many_rows : TileShape::kN256_Cluster2, 1};
-  if (tokens_per_expert > 105) return {TileShape::kN160_Cluster2, 1};
-  if (tokens_per_expert > 40) return {many_rows, 1};
+  if (tokens_per_expert > 40 && format == RowFormat::kE4m3) {
+    // Two tiles of kN192_Cluster2 would be half empty.
+    const bool two_narrow_tiles = tokens_per_expert > 180 && tokens_per_expert <= 320;
+    return {tokens_per_expert <= 105 || two_narrow_tiles ? TileShape::kM256_N128 : TileShape::kN192_Cluster2, 1};
+  }
+  if (tokens_per_expert > 140) return {TileShape::kN256_Cluster2, 1};
+  if (tokens_per_expert > 105 || (tokens_per_expert > 40 && experts > kM256MaxExperts))
+    return {TileShape::kN160_Cluster2, 1};
+  if (tokens_per_expert > 40) return {TileShape::kM256_N128, 1};
   if (tokens_per_expert >= 5) return {TileShape::kN64, 1};
   const int64_t tiles = busy_experts * ((n + kStreamKBlockM - 1) / kStreamKBlockM);
   return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, ctas)};
@@ -64,12 +69,12 @@ constexpr Plan choose_plan(RowFormat format, int64_t rows, int64_t experts, int6
 
 // The tokens of an expert that one of its tiles takes.
 struct TokenRange {
-  int begin, n;  // n is a multiple of the box and may reach beyond the last token
+  int begin, n;  // n is a multiple of the step and may reach beyond the last token
 };
-// Boxes are divided among an expert's tiles as evenly as they allow: 161 tokens are 96 + 96, not 160 + 32.
-ABIDING_HD constexpr TokenRange token_range(int tokens, int box_rows, int tiles, int tile) {
-  const int boxes = (tokens + box_rows - 1) / box_rows, per_tile = boxes / tiles, rest = boxes - per_tile * tiles;
-  return {(tile * per_tile + (tile < rest ? tile : rest)) * box_rows, (per_tile + (tile < rest)) * box_rows};
+// Steps are divided among an expert's tiles as evenly as they allow: 161 tokens are 96 + 96, not 160 + 32.
+ABIDING_HD constexpr TokenRange token_range(int tokens, int step, int tiles, int tile) {
+  const int steps = (tokens + step - 1) / step, per_tile = steps / tiles, rest = steps - per_tile * tiles;
+  return {(tile * per_tile + (tile < rest ? tile : rest)) * step, (per_tile + (tile < rest)) * step};
 }
 
 }  // namespace abiding::mxfp8_moe

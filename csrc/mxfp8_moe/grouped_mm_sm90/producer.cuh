@@ -15,12 +15,19 @@ __device__ __forceinline__ uint32_t bf16_scale(uint32_t codes, int i) {
   return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
 }
 
+// Rows of tokens that TMA loads for a tile: whole boxes.
+template <class C>
+__device__ __forceinline__ int loaded_rows(const WorkTile& w) {
+  if constexpr (C::kTmaBoxRows == C::kTileStep) return w.n;
+  return (w.n + C::kTmaBoxRows - 1) / C::kTmaBoxRows * C::kTmaBoxRows;
+}
+
 // Opens a stage: announces all of its bytes, tokens included, and loads weights and scales.
 template <class C>
 __device__ __forceinline__ void load_weights(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
   const KernelParams& a = cta.a;
   const uint32_t barrier = cta.full_barrier(stage);
-  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kWeightScaleBytes + C::kSlabs * w.n * 128);
+  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kWeightScaleBytes + C::kSlabs * loaded_rows<C>(w) * 128);
   tma_load_3d(cta.weight_smem(stage), cta.weights, k, w.m_tile * C::kBlockM, w.expert, barrier);
 #pragma unroll
   for (int i = 0; i < C::kScaleTiles; ++i) {
@@ -34,7 +41,7 @@ __device__ __forceinline__ void load_weights(const Cta<C>& cta, const WorkTile& 
 
 template <class C>
 __device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
-  const int boxes = w.n / C::kTmaBoxRows;
+  const int boxes = loaded_rows<C>(w) / C::kTmaBoxRows;
 #pragma unroll 1  // unrolled, it does not fit the producer's registers
   for (int i = 0; i < C::kSlabs; ++i) {
     const uint32_t to = cta.token_smem(stage) + i * C::kTokenSlabBytes;
@@ -68,6 +75,8 @@ __device__ __forceinline__ void produce(const Cta<C>& cta) {
     tiles.advance(w);
     for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i) {
       mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+      // Beside e4m3 tokens consumers release a stage without waiting for its scale converter warps.
+      if constexpr (C::kFp8) mbarrier_wait(cta.ready_barrier(at.stage), at.phase ^ 1);
       if (leader) {
         if (preloaded == 0) load_weights(cta, w, at.stage, i * C::kBlockK);
         load_tokens(cta, w, at.stage, i * C::kBlockK);
@@ -94,7 +103,7 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta, int warp) 
     float token_scales[(C::kBlockN + 31) / 32];
 #pragma unroll
     for (int t = 0; t < C::kBlockN; t += 32)
-      token_scales[t / 32] = t + lane < w.tokens ? cta.a.p.a_scales[w.first_token + t + lane] : 0.0f;
+      token_scales[t / 32] = warp == 0 && t + lane < w.tokens ? cta.a.p.a_scales[w.first_token + t + lane] : 0.0f;
     uint32_t codes = 0, differing = 0;  // of rows l, l + 32, l + 64 and l + 96 of lane l: a byte each, a bit each
     for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i, at.advance()) {
       mbarrier_wait(cta.full_barrier(at.stage), at.phase);
@@ -119,7 +128,8 @@ __device__ __forceinline__ void convert_row_scales(const Cta<C>& cta, int warp) 
             store_shared_f32(cta.token_scale_smem(at.stage) + (t + lane) * 4, token_scales[t / 32]);
         fence_proxy_async();
       }
-      mbarrier_arrive(cta.ready_barrier(at.stage));
+      __syncwarp();  // all lanes have read and written
+      if (lane == 0) mbarrier_arrive(cta.ready_barrier(at.stage));
     }
   }
 }

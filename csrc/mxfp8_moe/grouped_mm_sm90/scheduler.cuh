@@ -11,7 +11,7 @@ struct WorkTile {
   int expert, m_tile;
   int first_token;       // its row in the tensors
   int tokens;            // that exist, at most n
-  int n;                 // the tile's width, in whole TMA boxes
+  int n;                 // the tile's width, a multiple of kTileStep
   int k_begin, k_tiles;  // in kBlockK
 };
 
@@ -62,7 +62,7 @@ struct Scheduler {
     const int local = index - cta.table.first[w.expert] * a.m_tiles;
     const int n_tiles = cta.table.first[w.expert + 1] - cta.table.first[w.expert];
     const int m_tile = local / n_tiles, tokens = cta.table.rows[w.expert];
-    const TokenRange range = token_range(tokens, C::kTmaBoxRows, n_tiles, local - m_tile * n_tiles);
+    const TokenRange range = token_range(tokens, C::kTileStep, n_tiles, local - m_tile * n_tiles);
     w.first_token = cta.table.begin[w.expert] + range.begin;
     w.tokens = min(tokens - range.begin, range.n);
     w.n = range.n;

@@ -281,6 +281,9 @@ ODD = [
     GemmCase((3,) * 1024, 32, 64),
     GemmCase((41,) * 1024, 32, 32),
     GemmCase((141,) * 513, 32, 32),
+    # Whole and broken halves of tiles, and a row more than a tile has.
+    GemmCase((192, 96, 97, 193, 30), 224, 288, gap=16, out_dtype=torch.float16),
+    GemmCase((64, 256, 129, 320), 288, 160, before=3, behind=7),
 ]
 
 CORNER = [
