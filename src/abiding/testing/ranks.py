@@ -206,6 +206,8 @@ def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T
         return [future.result() for future in calls]
     current = torch.cuda.current_stream(device)
     streams = [torch.cuda.Stream(device) for _ in comms]
+    for stream in streams:
+        _cache_memory(stream)
     results = []
     for rank, (comm, stream) in enumerate(zip(comms, streams, strict=True)):
         stream.wait_stream(current)
@@ -215,6 +217,14 @@ def on_each(comms: Sequence[Communicator], call: Callable[[int, Communicator], T
         current.wait_stream(stream)
     torch.cuda.synchronize(device)
     return results
+
+
+def _cache_memory(stream: torch.cuda.Stream) -> None:
+    """Have torch's allocator keep 96 MiB for a stream. Where an allocation waits for running kernels, as it does under
+    compute-sanitizer, a rank that allocates while another one's kernel waits for it would never go on."""
+    with torch.cuda.stream(stream):
+        for size, count in ((1 << 20, 32), (64 << 20, 1)):  # small and large ones come from pools of their own
+            _ = [torch.empty(size, dtype=torch.uint8, device=stream.device) for _ in range(count)]
 
 
 def captured_on_each(
