@@ -284,13 +284,14 @@ def test_calls_on_two_routes(ranks: int) -> None:
                 raise RuntimeError(errors[name])
 
 
-def with_every_call_checked(rank: int) -> dict[str, str]:
-    """As between GPUs, where nothing else compares these; only rank 1 asks for it. No call begins that differs."""
+def with_every_call_checked(rank: int, kind: str) -> dict[str, str]:
+    """Only rank 1 asks for it. No call begins that differs. Ranks on GPUs share one if there are not two."""
     errors = {}
+    device = torch.device(kind, rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             patch.setenv("ABIDING_CHECK_CALLS", "1")
-        comm = Communicator(max_bytes=400, timeout_s=TIMEOUT_S)
+        comm = Communicator(device=device, max_bytes=400, timeout_s=TIMEOUT_S)
     with comm:
         for name, (first, _, last, _) in ROUTES.items():
             with pytest.raises(RuntimeError) as caught:
@@ -298,15 +299,17 @@ def with_every_call_checked(rank: int) -> dict[str, str]:
             errors[name] = str(caught.value)
             assert comm.state == "ready"
             for count in (100, 101):
-                assert_bitwise_equal(comm.all_reduce(torch.ones(count)), torch.full((count,), 2.0))
+                total = comm.all_reduce(torch.ones(count, device=device))
+                assert_bitwise_equal(total, torch.full((count,), 2.0, device=device))
             for call in (normed(3, 8), qk_normed(3, 8, 4)):
                 call(comm.device)(comm)
     return errors
 
 
-def test_every_call_is_checked_where_the_environment_says_so() -> None:
+def test_every_call_is_checked_where_the_environment_says_so(device: torch.device) -> None:
+    """On GPUs nothing else compares calls on different routes."""
     peer, other = "through peer memory", "through torch.distributed"
-    for errors in run_processes(with_every_call_checked, 2):
+    for errors in run_processes(with_every_call_checked, 2, device.type):
         for name, last, first in (
             ("on both sides of max_bytes", f"all_reduce with 101 float32 elements {other}",
              f"all_reduce with 100 float32 elements {peer}"),
