@@ -1,5 +1,6 @@
 """What limits MoE layers: how busy each of their GEMMs, profiled alone under Nsight Compute, keeps the units of a GPU;
-which SM clock the board's power limit leaves to a layer that runs repeatedly; and which kernels its time goes to."""
+which SM clock the board's power limit leaves to a layer that runs repeatedly; and which kernels its time goes to.
+Quantizers and `rebase` are profiled too."""
 
 from __future__ import annotations
 
@@ -16,16 +17,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 import abiding
 from abiding import mxfp8_moe as api
+from abiding.mxfp8_moe import Mode
 from abiding.testing.cases.mxfp8_moe import PERFORMANCE_TOKENS, SHAPES, LayerCase, LayerInputs, performance_case
 from abiding.testing.timing import Roofline, graph_us
 from benchmarks.base import say
-from benchmarks.groups.mxfp8_moe import layer_calls
+from benchmarks.groups.mxfp8_moe import QUANTIZERS, layer_calls
 from benchmarks.result_file import RESULTS, CaseResult, Param, Results
 from benchmarks.tables import table, wrap
 
@@ -46,15 +50,15 @@ _TIME_METRIC = "gpu__time_duration.sum"
 GEMMS = ("GEMM1", "GEMM2")
 STEPS = ("route", "gather", GEMMS[0], "activate", GEMMS[1], "combine")
 """The kernels of a layer."""
-LAYERS = {"w8a8": "layer", "fp8": "layer_fp8"}
-"""What results call a layer, by its mode."""
-FP8_TOKENS = [8, 128, 512, 2048, 8192]
-"""Numbers of tokens of the layers in mode "fp8" that are timed."""
-CALLS = 4
-"""Calls of the profiled program; the last one is profiled."""
+MODES: tuple[Mode, ...] = get_args(Mode)
 _QUERIED = "clocks.sm,power.draw.instant,clocks_event_reasons.sw_power_cap"
 _SECONDS = 0.5
 """Duration of back-to-back calls, once as a warm-up until the clock has settled and once measured."""
+
+
+def named(what: str, mode: Mode) -> str:
+    """What results call a layer ("layer") or one of its GEMMs in a mode."""
+    return what if mode == "w8a8" else f"{what}_{mode}"
 
 
 def measure(
@@ -62,11 +66,11 @@ def measure(
     tokens: Sequence[int],
     commit: str | None = None,
     *,
+    modes: Sequence[Mode] = MODES,
     profiled: Sequence[int] | None = None,
-    fp8: Sequence[int] = (),
 ) -> Results:
-    """Time layers, and profile the GEMMs of those with the numbers of tokens `profiled` (default all), one call each;
-    time layers of mode "fp8" with the numbers of tokens `fp8`, and their kernels.
+    """Time layers and their kernels, and profile the GEMMs of those with the numbers of tokens `profiled` (default
+    all), one call each; with them `rebase` of their weights, and the quantizers of the most such tokens.
 
     Raises:
         RuntimeError: there is no GPU, no `ncu` (Nsight Compute) or no `nvidia-smi`, or one of these fails.
@@ -83,33 +87,50 @@ def measure(
     roofline = Roofline.measure(device)
     results = Results.begin(GROUP, device, roofline, commit)
     for shape in shapes:
-        say(f"{shape}: making weights")
-        layer = performance_case(shape, 1).make(device)
-        for count in tokens:
-            say(f"{shape}, {count} tokens")
-            results.cases.append(_time_layer(layer, performance_case(shape, count), roofline, device))
-        if fp8:
+        if tokens:
+            say(f"{shape}: making weights")
+            layer = performance_case(shape, 1).make(device)
             for weight, scales in ((layer.w13, layer.s13), (layer.w2, layer.s2)):
-                api.rebase(weight, scales, inplace=True)
-        for count in fp8:
-            say(f"{shape}, {count} tokens, fp8")
-            case = replace(performance_case(shape, count), mode="fp8")
-            results.cases.append(_time_layer(layer, case, roofline, device))
-        del layer
-        for count in profiled:
-            say(f"{shape}, {count} tokens, profiled")
-            arguments = ("moe", "--tokens", str(count), "--shape", shape)
-            for name, busy in zip(GEMMS, profile(arguments), strict=True):
-                params: dict[str, Param] = {"tokens": count, "shape": shape}
-                params |= {unit: round(busy[unit], 1) for unit in UTILIZATION_METRICS}
-                results.cases.append(CaseResult(name, params, round(busy["us"], 3), 0.0, l2_warm=False, bound_us=0.0))
+                api.rebase(weight, scales, inplace=True)  # as mode "fp8" needs them; the others read them as well
+            for mode in modes:
+                for count in tokens:
+                    say(f"{shape}, {mode}, {count} tokens")
+                    case = replace(performance_case(shape, count), mode=mode)
+                    results.cases.append(_time_layer(layer, case, roofline, device))
+            del layer
+            torch.cuda.empty_cache()  # for the process that is profiled
+        if profiled:
+            say(f"{shape}: profiling")
+            results.cases.extend(_profile_layers(shape, modes, profiled))
+    if profiled:
+        for width in sorted({SHAPES[shape][0] for shape in shapes}):
+            say(f"{width} columns: profiling the quantizers")
+            params: dict[str, Param] = {"tokens": max(profiled), "k": width}
+            found = profile("quantize|round", ("quantizers", "--tokens", str(max(profiled)), "--width", str(width)))
+            results.cases.extend(_profiled(op, params, busy) for op, busy in zip(QUANTIZERS, found, strict=True))
     return results
 
 
-def profile(arguments: Sequence[str]) -> list[dict[str, float]]:
-    """Utilization by unit, and microseconds ("us"), of each GEMM in the last call of `one_call.py`."""
+def _profile_layers(shape: str, modes: Sequence[Mode], tokens: Sequence[int]) -> list[CaseResult]:
+    arguments = ("moe", "--shape", shape, "--mode", *modes, "--tokens", *map(str, tokens))
+    kernels: list[tuple[str, dict[str, Param]]] = [("rebase", {"shape": shape, "gemm": name}) for name in GEMMS]
+    for mode in modes:
+        for count in tokens:
+            kernels += [(named(name, mode), {"tokens": count, "shape": shape}) for name in GEMMS]
+    found = profile("grouped_mm|rebase_kernel", arguments)
+    return [_profiled(op, params, busy) for (op, params), busy in zip(kernels, found, strict=True)]
+
+
+def _profiled(op: str, params: dict[str, Param], busy: dict[str, float]) -> CaseResult:
+    shares: dict[str, Param] = {unit: round(busy[unit], 1) for unit in UTILIZATION_METRICS}
+    return CaseResult(op, params | shares, round(busy["us"], 3), 0.0, l2_warm=False, bound_us=0.0)
+
+
+def profile(kernels: str, arguments: Sequence[str]) -> list[dict[str, float]]:
+    """Utilization by unit, and microseconds ("us"), of each kernel that `benchmarks.one_call` has profiled and whose
+    name the regular expression `kernels` finds."""
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
-    command += ["--kernel-name", "regex:grouped_mm", "--launch-skip", str((CALLS - 1) * len(GEMMS))]
+    command += ["--profile-from-start", "off", "--kernel-name", f"regex:{kernels}"]
     command += [
         "--metrics",
         ",".join((_TIME_METRIC, *UTILIZATION_METRICS.values())),
@@ -148,7 +169,7 @@ def parse(shown: str) -> list[dict[str, float]]:
 
 def _time_layer(layer: LayerInputs, case: LayerCase, roofline: Roofline, device: torch.device) -> CaseResult:
     """The time of a layer once the SM clock has settled, with that clock, the board's power, and how much of the time
-    the driver names the power cap as what holds the clock down; in mode "fp8" also the time of each kernel."""
+    the driver names the power cap as what holds the clock down; and the time of each kernel."""
     timed = layer_calls(layer, case, device)
     with torch.cuda.device(device):
         nodes = max(4, len(timed.calls))
@@ -158,12 +179,10 @@ def _time_layer(layer: LayerInputs, case: LayerCase, roofline: Roofline, device:
             settled = graph_us(timed.calls, nodes=nodes, replays=replays)
     params: dict[str, Param] = {"tokens": case.tokens, "shape": case.name}
     params |= {"mhz": round(board.mhz), "watts": round(board.watts), "capped": round(board.capped, 2)}
-    is_fp8 = case.mode == "fp8"
-    if is_fp8:
-        with torch.cuda.device(device):
-            params |= {step: round(us, 3) for step, us in steps(_kernel_ends(timed.calls, replays * nodes)).items()}
-    bound_us = roofline.bound_us(timed.bytes, timed.flops / 2 if is_fp8 else timed.flops)
-    return CaseResult.of(LAYERS[case.mode], params, settled, {}, l2_warm=False, bound_us=bound_us)
+    with torch.cuda.device(device):
+        params |= {step: round(us, 3) for step, us in steps(_kernel_ends(timed.calls, replays * nodes)).items()}
+    bound_us = roofline.bound_us(timed.bytes, timed.flops / 2 if case.mode == "fp8" else timed.flops)
+    return CaseResult.of(named("layer", case.mode), params, settled, {}, l2_warm=False, bound_us=bound_us)
 
 
 def _kernel_ends(calls: Sequence[Callable[[], object]], count: int) -> list[tuple[str, float]]:
@@ -249,10 +268,10 @@ def _watch(device: torch.device) -> Iterator[_Board]:
 
 
 def to_markdown(results: Results) -> str:
-    """A table of all layers, then one of the profiled GEMMs; columns are numbers of tokens. Cells of GEMMs hold both,
-    "GEMM1 / GEMM2"."""
-    found = {(case.params["shape"], case.params["tokens"], case.op): case for case in results.cases}
-    shapes = list(dict.fromkeys(str(case.params["shape"]) for case in results.cases))
+    """A table of the layers of each mode, one of their profiled GEMMs, and one of the other profiled kernels. Columns
+    are numbers of tokens; cells of GEMMs hold both, "GEMM1 / GEMM2"."""
+    found = {(case.params.get("shape"), case.params.get("tokens"), case.op): case for case in results.cases}
+    shapes = list(dict.fromkeys(str(case.params["shape"]) for case in results.cases if "shape" in case.params))
 
     def rows_of(op: str, cells: dict[str, Callable[..., str]], *ops: str) -> tuple[list[str], list[list[str]]]:
         columns = sorted({int(case.params["tokens"]) for case in results.cases if case.op == op})
@@ -260,77 +279,85 @@ def to_markdown(results: Results) -> str:
         for shape in shapes:
             some = [[found.get((shape, t, name)) for name in (op, *ops)] for t in columns]
             if any(cases[0] for cases in some):
-                rows += [
-                    [shape, what, *(cell(*cases) if cases[0] else "" for cases in some)] for what, cell in cells.items()
-                ]
+                for what, cell in cells.items():
+                    texts = [cell(*cases) if cases[0] else "" for cases in some]
+                    rows += [[shape, what, *texts]] * any(texts)
         return ["", "tokens", *map(str, columns)], rows
 
-    of_layers = {
+    of_layers: dict[str, Callable[..., str]] = {
         "µs": lambda case: f"{case.us:.0f}",
         "of the bound": lambda case: f"{100 * case.bound_us / case.us:.0f} %",
         "SM clock, MHz": lambda case: str(case.params["mhz"]),
         "board power, W": lambda case: str(case.params["watts"]),
         "power cap active": lambda case: f"{100 * case.params['capped']:.0f} %",
     }
-    of_steps = {
-        f"{step}, µs": lambda case, step=step: f"{case.params[step]:.1f} ({_share(case, step):.0f} %)" for step in STEPS
-    }
-    layers, layers_fp8 = rows_of(LAYERS["w8a8"], of_layers), rows_of(LAYERS["fp8"], of_layers | of_steps)
-    busy = {
+    of_layers |= {f"{step}, µs": partial(_share, step=step) for step in STEPS}
+    busy: dict[str, Callable[..., str]] = {
         f"{unit} busy": lambda *both, unit=unit: " / ".join(f"{case.params[unit]:.0f}" for case in both) + " %"
         for unit in UTILIZATION_METRICS
     }
-    gemms = rows_of(GEMMS[0], busy | {"µs": lambda *both: " / ".join(f"{case.us:.0f}" for case in both)}, GEMMS[1])
+    busy["µs"] = lambda *both: " / ".join(f"{case.us:.0f}" for case in both)
 
-    def head(op: str) -> str:
-        commit = next((case.commit for case in results.cases if case.op == op), "") or results.commit
+    def head(*ops: str) -> str:
+        commit = next((case.commit for case in results.cases if case.op in ops), "") or results.commit
         return f"**{results.gpu}** (driver {results.driver}, commit {commit[:12]}, {results.date})"
 
     parts = []
-    if layers[1]:
-        parts += [wrap(f"{head(LAYERS['w8a8'])}: layers back to back, w8a8, uniform routing."), table(*layers)]
-    if layers_fp8[1]:
-        about = (
-            "layers back to back, fp8, uniform routing. A kernel's time is from the end of the kernel before to its "
-            "own end, traced in graph replays; in parentheses its share of the layer's."
-        )
-        parts += [wrap(f"{head(LAYERS['fp8'])}: {about}"), table(*layers_fp8)]
-    if gemms[1]:
-        about = "one GEMM alone under Nsight Compute, GEMM1 / GEMM2."
-        parts += [wrap(f"{head(GEMMS[0])}: {about}"), table(*gemms)]
+    for mode in MODES:
+        first, second = (named(name, mode) for name in GEMMS)
+        layers, gemms = rows_of(named("layer", mode), of_layers), rows_of(first, busy, second)
+        if layers[1]:
+            about = (
+                f"layers back to back, {mode}, uniform routing. A kernel's time is from the end of the kernel before "
+                "to its own end, traced in graph replays; in parentheses its share of the layer's."
+            )
+            parts += [wrap(f"{head(named('layer', mode))}: {about}"), table(*layers)]
+        if gemms[1]:
+            about = f"one GEMM of {mode} alone under Nsight Compute, GEMM1 / GEMM2."
+            parts += [wrap(f"{head(first)}: {about}"), table(*gemms)]
+    others = [case for case in results.cases if case.op in (*QUANTIZERS, "rebase")]
+    if others:
+        rows = [[case.op, _size(case), *(cell(case) for cell in busy.values())] for case in others]
+        about = "one call alone under Nsight Compute."
+        parts += [wrap(f"{head(*QUANTIZERS, 'rebase')}: {about}"), table(["", "", *busy], rows)]
     return "\n\n".join(parts)
 
 
-def _share(case: CaseResult, step: str) -> float:
-    """Percent of the time of a layer's kernels that one of them has."""
-    return 100 * float(case.params[step]) / sum(float(case.params[one]) for one in STEPS)
+def _size(case: CaseResult) -> str:
+    if case.op == "rebase":
+        return f"{case.params['shape']}, weights of {case.params['gemm']}"
+    return f"{case.params['tokens']} x {case.params['k']}"
+
+
+def _share(case: CaseResult, step: str) -> str:
+    """The time of one kernel of a layer, and in parentheses the percent that it has of all; empty if unknown."""
+    if step not in case.params:
+        return ""
+    us = float(case.params[step])
+    return f"{us:.1f} ({100 * us / sum(float(case.params[one]) for one in STEPS):.0f} %)"
 
 
 def main() -> None:
     """The command line `python -m benchmarks.limits`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.limits",
-        description="Profile a layer's GEMMs with Nsight Compute; sample clock and power; time the kernels of mode "
-        "fp8. What is not measured keeps its results in the file.",
+        description="Profile a layer's GEMMs with Nsight Compute, and quantizers; sample clock and power; time the "
+        "kernels of layers. What is not measured keeps its results in the file.",
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     counts = PERFORMANCE_TOKENS["uniform"]
-    parser.add_argument(
-        "--tokens", type=int, nargs="*", choices=counts, default=counts, help="of the w8a8 layers to time"
-    )
+    parser.add_argument("--tokens", type=int, nargs="*", choices=counts, default=counts, help="of the layers to time")
     parser.add_argument(
         "--profiled", type=int, nargs="*", choices=counts, default=[8, 128, 8192], help="of the layers to profile"
-    )
-    parser.add_argument(
-        "--fp8", type=int, nargs="*", choices=counts, default=FP8_TOKENS, help="of the layers in mode fp8 to time"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     parser.add_argument("--commit", help="commit to record (default: that of the checkout)")
     chosen = parser.parse_args()
-    results = measure(chosen.shape, chosen.tokens, chosen.commit, profiled=chosen.profiled, fp8=chosen.fp8)
+    results = measure(chosen.shape, chosen.tokens, chosen.commit, modes=chosen.mode, profiled=chosen.profiled)
     print(to_markdown(results))
     path = results.path_in(chosen.output)
-    if path.exists() and not (chosen.tokens and chosen.profiled and chosen.fp8):
+    if path.exists():
         results = Results.read(path).replaced(results)
     print(f"Wrote {results.write(chosen.output)}")
 

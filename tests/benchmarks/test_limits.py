@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import abiding
-from benchmarks import limits
+from abiding import mxfp8_moe
+from abiding.mxfp8_moe import Mode
+from abiding.testing.cases import mxfp8_moe as moe_cases
+from abiding.testing.cases.mxfp8_moe import LayerCase
+from benchmarks import limits, one_call
 from benchmarks.result_file import CaseResult, Param, Results
 from benchmarks.tables import fill
 
@@ -50,6 +57,46 @@ def test_without_a_gpu_or_tools_nothing_is_measured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="ncu is not on the PATH"):
         limits.measure(["minimax-m3-ep8"], [1])
+
+
+def test_profiled_kernels_are_told_apart_by_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`one_call` makes the calls whose kernels `limits` names; each layer has two GEMMs."""
+    profiled_now, launched = False, list[tuple[object, ...]]()
+    monkeypatch.setattr(one_call, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(moe_cases, "performance_case", lambda shape, tokens: LayerCase(tokens, 64, 32, 4, 2))
+
+    @contextmanager
+    def profiled() -> Iterator[None]:
+        nonlocal profiled_now
+        profiled_now = True
+        yield
+        profiled_now = False
+
+    def record(name: str, kernels: int) -> None:
+        real = getattr(mxfp8_moe, name)
+
+        def recorded(first: Tensor, *args: object, **options: object) -> object:
+            launched.extend([(name, options.get("mode"), len(first))] * kernels * profiled_now)
+            return real(first, *args, **options)
+
+        monkeypatch.setattr(mxfp8_moe, name, recorded)
+
+    monkeypatch.setattr(one_call, "profiled", profiled)
+    record("rebase", 1)
+    record("moe", 2)
+    modes: Sequence[Mode] = ("w8a8", "fp8")
+    one_call.moe("some", modes, (1, 3))
+    layers = [("moe", mode, tokens) for mode in modes for tokens in (1, 3) for _ in limits.GEMMS]
+    assert launched == [("rebase", None, 4), ("rebase", None, 4), *layers]
+
+    busy = [dict.fromkeys(limits.UTILIZATION_METRICS, 50.0) | {"us": float(index)} for index in range(len(launched))]
+    monkeypatch.setattr(limits, "profile", lambda kernels, arguments: busy)
+    cases = limits._profile_layers("some", modes, (1, 3))
+    assert [case.op for case in cases] == ["rebase"] * 2 + ["GEMM1", "GEMM2"] * 2 + ["GEMM1_fp8", "GEMM2_fp8"] * 2
+    assert [case.params.get("tokens") for case in cases] == [None, None, 1, 1, 3, 3, 1, 1, 3, 3]
+    assert [case.us for case in cases] == list(range(10))
+    with pytest.raises(ValueError, match="zip"):
+        limits._profile_layers("some", modes, (1,))
 
 
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -103,11 +150,15 @@ def test_tables_have_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
     assert not any("fp8" in line for line in lines[1:-1])
 
 
-def test_layers_of_fp8_have_a_table_of_their_own_with_their_kernels() -> None:
+def test_each_mode_has_a_table_of_its_own_with_its_kernels() -> None:
     params: dict[str, Param] = {"tokens": 8, "shape": "s", "mhz": 1980, "watts": 400, "capped": 0.25}
     params |= dict(zip(limits.STEPS, (1.0, 2.0, 10.0, 1.5, 4.5, 1.0), strict=True))
     fp8 = CaseResult("layer_fp8", params, 20.2, 0.0, l2_warm=False, bound_us=10.1, commit="d" * 40)
-    some = Results(limits.GROUP, "NVIDIA H200", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, [fp8])
+    shares: dict[str, Param] = dict.fromkeys(limits.UTILIZATION_METRICS, 60.4)
+    rebase = CaseResult("rebase", {"shape": "s", "gemm": "GEMM1"} | shares, 9.0, 0.0, l2_warm=False, bound_us=0.0)
+    quantize = CaseResult("quantize", {"tokens": 128, "k": 64} | shares, 2.0, 0.0, l2_warm=False, bound_us=0.0)
+    cases = [fp8, rebase, quantize]
+    some = Results(limits.GROUP, "NVIDIA H200", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, cases)
     text = limits.to_markdown(some)
     assert text.startswith("**NVIDIA H200** (driver 580, commit dddddddddddd, 2026-01-02): layers back to back, fp8")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
@@ -115,6 +166,8 @@ def test_layers_of_fp8_have_a_table_of_their_own_with_their_kernels() -> None:
     assert ["s", "of the bound", "50 %"] in cells
     assert ["s", "GEMM1, µs", "10.0 (50 %)"] in cells
     assert ["s", "activate, µs", "1.5 (8 %)"] in cells
+    assert ["rebase", "s, weights of GEMM1", *["60 %"] * 4, "9"] in cells
+    assert ["quantize", "128 x 64", *["60 %"] * 4, "2"] in cells
 
 
 KERNELS = [
