@@ -3,6 +3,7 @@
 From the repository's root, with `abiding` installed or on PYTHONPATH:
 
     python -m benchmarks [GROUP]        # times of the kernel groups and, with --peer, of a peer
+    python -m benchmarks.compare_builds # two builds, timed by turns
     python -m benchmarks.multi_gpu      # checks and times between the GPUs of this host
     python -m benchmarks.limits         # what limits an MoE layer, by Nsight Compute
     python -m benchmarks.one_call       # one call, for a profiler
