@@ -94,7 +94,8 @@ __device__ __forceinline__ void store_shared_f32(uint32_t to, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
-// Ordering: this thread's generic-proxy accesses to shared memory come before later TMA loads into it.
+// Ordering: this thread's generic-proxy accesses to shared memory come before later TMA loads into it and stores from
+// it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_tma_desc(const CUtensorMap* map) {

@@ -11,7 +11,10 @@ using N64 = Config<RowFormat::kE4m3, TileShape::kN64, 2, 128, 3, ClusterMode::kN
 using M256_N128 = Config<RowFormat::kE4m3, TileShape::kM256_N128, 2, 128, 3, ClusterMode::kNone, 1, 2>;
 using N192_Cluster2 = Config<RowFormat::kE4m3, TileShape::kN192_Cluster2, 2, 128, 4, ClusterMode::kMulticast, 1, 1, 2>;
 
-bool supports_fp8(const GroupedMmParams& p) { return p.a_scales && weights_fit_tma(p) && fits_tma(p.a_stride); }
+bool supports_fp8(const GroupedMmParams& p) {
+  const bool out_fits = p.out_dtype == DType::kFloat32 || fits_tma(2 * p.out_stride);  // TMA stores no fp32
+  return p.a_scales && weights_fit_tma(p) && fits_tma(p.a_stride) && out_fits;
+}
 
 cudaError_t run_fp8(const GroupedMmParams& p, cudaStream_t stream) {
   int sms = 0;

@@ -3,8 +3,9 @@
 // Swap-AB: wgmma's A operand is weights, and its B operand is tokens, from shared memory. Beside bf16 tokens weights
 // become bf16 in registers (mainloop.cuh); beside e4m3 tokens they stay in shared memory (mainloop_fp8.cuh). A CTA tile
 // is kBlockM weight rows x N tokens, N as wide as the tokens of an expert ask for. A CTA is persistent (scheduler.cuh)
-// and has one producer warpgroup (producer.cuh: a TMA warp, and scale converter warps where tiles are large) and two or
-// four consumer warpgroups, which own one or two blocks of 64 weight rows each (mainloop.cuh, epilogue.cuh).
+// and has one producer warpgroup (producer.cuh: a TMA warp and, where tiles are large or tokens e4m3, scale converter
+// warps) and two or four consumer warpgroups, which own one or two blocks of 64 weight rows each (mainloop.cuh,
+// epilogue.cuh).
 #pragma once
 
 #include "common/sm90.cuh"
@@ -26,7 +27,7 @@ enum class ClusterMode {
 // Weight stages that a CTA loads before pdl_wait. More would compete with what the upstream kernel still reads.
 constexpr int kStagesBeforePdlWait = 2;
 
-// A pipeline stage is one K tile, kBlockK of K, which the mainloop multiplies in two halves.
+// A pipeline stage is one K tile, kBlockK of K, which the mainloop of bf16 tokens multiplies in two halves.
 template <RowFormat kRows_, TileShape kShape_, int kConsumerWarpgroups_, int kBlockK_, int kStages_,
           ClusterMode kCluster_, int kCtasPerSm_ = 1, int kRowBlocks_ = 1, int kTokenBlocks_ = 1>
 struct Config {
@@ -56,7 +57,7 @@ struct Config {
   static_assert(kBlockM % kScaleTileRows == 0);
   static constexpr int kBlockN = max_tokens(kShape), kTileStep = tile_step(kShape);
   static constexpr int kScaleTiles = kBlockM / kScaleTileRows;  // per stage
-  static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K
+  static constexpr int kMmasPerHalf = kBlockK / 32;             // wgmma takes 16 of K of bf16
 
   // A stage of 64 of K needs two scales per row. As bf16 they take the 4 bytes of the row's four codes, so the producer
   // warpgroup's spare warps convert them in place, one warp per 128 weight rows. Beside e4m3 tokens a weight row has

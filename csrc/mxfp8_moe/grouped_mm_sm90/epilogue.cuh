@@ -112,7 +112,8 @@ __device__ __forceinline__ void store_tokens(const Cta<C>& cta, const float (&d)
 }
 
 // The same by TMA, which reads a buffer while this warpgroup goes on to the next batch or tile. It stores whole
-// batches: in the box of one that is not full there are rows of the next expert. `column` is the first of the block.
+// batches: in the box of one that is not full there are rows of the next tile or expert. `column` is the first of the
+// block.
 template <class C, class T, int N, int kFirst>
 __device__ __forceinline__ void tma_store_tokens(const Cta<C>& cta, const float (&d)[N / 2], const WorkTile& w,
                                                  uint32_t staging, T* to, bool exists, int column, int block) {

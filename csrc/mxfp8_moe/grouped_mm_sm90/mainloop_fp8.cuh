@@ -83,6 +83,7 @@ __device__ __forceinline__ void mainloop_fp8(const Cta<C>& cta, float (&d)[C::kR
       sums[3] = sums[3] * token_scale.y * scale8;
     }
   }
+  __syncwarp();  // all lanes have read their scales, for which lane 0 answers
   release_stage(cta, stage);
 }
 

@@ -54,7 +54,8 @@ constexpr Plan choose_plan(RowFormat format, int64_t rows, int64_t experts, int6
   if (rows < 1 || experts < 1 || ctas < 1) return {TileShape::kN64, 1};
   const int64_t busy_experts = rows < experts ? rows : experts, tokens_per_expert = rows / busy_experts;
   if (tokens_per_expert > 40 && format == RowFormat::kE4m3) {
-    // Measured: kM256_N128 is faster for few rows, and where an expert has two tiles of kN192_Cluster2 half empty.
+    // Measured: kM256_N128 is faster for few rows, and from about one full tile of kN192_Cluster2 on to two that are
+    // not quite full.
     const bool two_narrow_tiles = tokens_per_expert > 180 && tokens_per_expert <= 320;
     return {tokens_per_expert <= 105 || two_narrow_tiles ? TileShape::kM256_N128 : TileShape::kN192_Cluster2, 1};
   }
