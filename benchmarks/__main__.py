@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a few sizes only")
     parser.add_argument("--op", action="append", default=[], help="only this operator; repeatable")
+    parser.add_argument(
+        "--at", type=int, nargs="+", default=[], help="only these points of the tables' axis (tokens, bytes)"
+    )
     parser.add_argument("--commit", help="commit to record (default: that of the checkout)")
     chosen = parser.parse_args(arguments)
     if chosen.group is None:
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output=chosen.output,
             quick=chosen.quick,
             ops=chosen.op,
+            at=chosen.at,
             commit=chosen.commit,
         )
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from abiding.testing.timing import Roofline
-from benchmarks.result_file import CaseResult
+from benchmarks.result_file import CaseResult, Param
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class Settings:
     peers: tuple[Path, ...]
     quick: bool
     ops: tuple[str, ...]
+    at: tuple[int, ...] = ()
+    """Only cases at these points of the axis that the group's tables have (tokens, bytes); all of them if empty."""
+
+    def takes(self, point: int) -> bool:
+        """Whether a case at this point of the axis is to be timed."""
+        return not self.at or point in self.at
 
     @property
     def peer(self) -> Path | None:
@@ -51,6 +57,10 @@ class Benchmark:
     def axis_of(self, op: str) -> str:
         """The parameter that runs across an operator's table."""
         return self.other_axes.get(op, self.axis)
+
+    def place(self, case: CaseResult) -> tuple[Param, ...]:
+        """The place of a case in the tables: no other case of a run has the same."""
+        return case.op, self.row(case), case.params[self.axis_of(case.op)], case.l2_warm
 
     def verdict(self, case: CaseResult) -> str:
         """Met if the case is within its target and no slower than any peer; up to 1 % slower counts as equal."""

@@ -1,6 +1,6 @@
 """Two builds of abiding, timed by turns on one machine: what a change gains, or costs.
 
-    python -m benchmarks.compare_builds OLD NEW GROUP [--op OP ...] [--quick] [--rounds 3]
+    python -m benchmarks.compare_builds OLD NEW GROUP [--op OP] [--at POINT ...] [--rounds 3]
 
 OLD and NEW are wheels, folders that hold the package `abiding` with its binaries, or "installed": what the interpreter
 imports. Each build has a process of its own that makes the group's cases as `python -m benchmarks` does, without peers.
@@ -74,7 +74,7 @@ class _Finder(MetaPathFinder):
         return PathFinder.find_spec(name, [str(self.folder)] if path is None else path, target)
 
 
-def serve(build: str, group: str, ops: Sequence[str], quick: bool) -> None:
+def serve(build: str, group: str, ops: Sequence[str], at: Sequence[int]) -> None:
     """For each line of stdin time the group's next case and write it to stdout as JSON, or null behind the last one;
     then they begin again. Whatever else writes to stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
@@ -91,8 +91,8 @@ def serve(build: str, group: str, ops: Sequence[str], quick: bool) -> None:
     benchmark = GROUPS[group]
     benchmark.prepare()
     device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
-    few = quick or device.type == "cpu"
-    settings = Settings(device, Roofline.measure(device), (), few, tuple(ops) or benchmark.ops)
+    on_cpu = device.type == "cpu"
+    settings = Settings(device, Roofline.measure(device), (), on_cpu, tuple(ops) or benchmark.ops, tuple(at))
     cases = benchmark.measure(settings)
     for _ in sys.stdin:
         torch.manual_seed(0)  # the same data in both builds
@@ -107,10 +107,10 @@ def serve(build: str, group: str, ops: Sequence[str], quick: bool) -> None:
 class Build:
     """A build in its process."""
 
-    def __init__(self, name: str, build: str, group: str, ops: Sequence[str], quick: bool) -> None:
+    def __init__(self, name: str, build: str, group: str, ops: Sequence[str] = (), at: Sequence[int] = ()) -> None:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.compare_builds", "--serve", build, build, group]
-        command += [*(word for op in ops for word in ("--op", op)), *["--quick"] * quick]
+        command += [*(word for op in ops for word in ("--op", op)), *(["--at", *map(str, at)] if at else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def next(self) -> Time | None:
@@ -189,12 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", metavar="NEW")
     parser.add_argument("group", metavar="GROUP")
     parser.add_argument("--op", action="append", default=[], help="only this operator; repeatable")
-    parser.add_argument("--quick", action="store_true", help="a few sizes only")
+    parser.add_argument(
+        "--at", type=int, nargs="+", default=[], help="only these points of the tables' axis (tokens, bytes)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often each case is timed (default 3)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.serve:
-        serve(chosen.old, chosen.group, chosen.op, chosen.quick)
+        serve(chosen.old, chosen.group, chosen.op, chosen.at)
         return 0
     from benchmarks.groups import GROUPS
 
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder = _folder(given, stack)
             except ValueError as error:
                 parser.error(f"{name} is {given!r}; {error}")
-            builds.append(Build(name, folder, chosen.group, chosen.op, chosen.quick))
+            builds.append(Build(name, folder, chosen.group, chosen.op, chosen.at))
             stack.callback(builds[-1].close)
         print(to_markdown(compare(builds, chosen.rounds)))
     return 0

@@ -337,6 +337,10 @@ def _share(case: CaseResult, step: str) -> str:
     return f"{us:.1f} ({100 * us / sum(float(case.params[one]) for one in STEPS):.0f} %)"
 
 
+def _place(case: CaseResult) -> tuple[Param | None, ...]:
+    return case.op, *(case.params.get(name) for name in ("shape", "tokens", "gemm", "k"))
+
+
 def main() -> None:
     """The command line `python -m benchmarks.limits`."""
     parser = argparse.ArgumentParser(
@@ -358,7 +362,7 @@ def main() -> None:
     print(to_markdown(results))
     path = results.path_in(chosen.output)
     if path.exists():
-        results = Results.read(path).replaced(results)
+        results = Results.read(path).replaced(results, _place)
     print(f"Wrote {results.write(chosen.output)}")
 
 

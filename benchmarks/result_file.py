@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -105,11 +105,17 @@ class Results:
             cases=[],
         )
 
-    def replaced(self, newer: Results) -> Results:
-        """These results, with the cases of all operators that `newer` has replaced by its own, each with its commit."""
-        ops = {case.op for case in newer.cases}
-        kept = [case for case in self.cases if case.op not in ops]
-        return replace(self, cases=[*kept, *(replace(case, commit=newer.commit) for case in newer.cases)])
+    def replaced(self, newer: Results, place: Callable[[CaseResult], Hashable] | None = None) -> Results:
+        """These results, with the cases of all operators that `newer` has replaced by its own, each with its commit.
+        With `place`, `newer` has only some of an operator's cases: they take the places of those that they share it
+        with."""
+        cases = [replace(case, commit=newer.commit) for case in newer.cases]
+        if place is None:
+            ops = {case.op for case in cases}
+            return replace(self, cases=[*(case for case in self.cases if case.op not in ops), *cases])
+        at = {place(case): case for case in cases}
+        kept = [at.pop(place(case), case) for case in self.cases]
+        return replace(self, cases=[*kept, *at.values()])
 
     @property
     def file_name(self) -> str:

@@ -26,6 +26,7 @@ def run(
     output: Path | None = None,
     quick: bool = False,
     ops: Sequence[str] = (),
+    at: Sequence[int] = (),
     commit: str | None = None,
 ) -> Results:
     """Time a group's cases and print them in a table.
@@ -35,9 +36,10 @@ def run(
         peers: the files that hold the peers' kernels, timed in the same run: libraries, for some groups packages.
         output: the folder, or the .json file, to write the results to. By default a whole run on a GPU writes to
             `benchmarks/results` and any other run writes nothing. If it holds results of this GPU, a run of some `ops`
-            replaces only those.
+            or `at` some points replaces only those.
         quick: time a few sizes only. On a CPU this is always so.
         ops: the operators to time, all by default.
+        at: the points of the tables' axis (tokens, bytes) to time, all by default.
         commit: recorded in the results; that of the checkout by default.
     """
     benchmark = GROUPS[group]
@@ -48,7 +50,7 @@ def run(
     device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
     if device.type == "cpu":
         say(f"No CUDA kernels here, so this times the CPU kernels: {abiding.cuda_unavailable_reason()}")
-    if output is None and device.type == "cuda" and not quick and not ops:
+    if output is None and device.type == "cuda" and not (quick or ops or at):
         output = RESULTS
 
     say("Measuring the roofline: a large copy, a large GEMM")
@@ -56,8 +58,9 @@ def run(
     results = Results.begin(group, device, roofline, commit)
     say(f"{results.gpu}: copy {roofline.copy_gbps:.0f} GB/s, bf16 GEMM {roofline.matmul_tflops:.0f} TFLOP/s")
     path = results.path_in(output) if output is not None else None
-    older = Results.read(path) if ops and path is not None and path.exists() else None
-    settings = Settings(device, roofline, tuple(peers), quick or device.type == "cpu", tuple(ops) or benchmark.ops)
+    older = Results.read(path) if (ops or at) and path is not None and path.exists() else None
+    few, chosen = quick or device.type == "cpu", tuple(ops) or benchmark.ops
+    settings = Settings(device, roofline, tuple(peers), few, chosen, tuple(at))
     for case in benchmark.measure(settings):
         results.cases.append(case)
         theirs = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
@@ -65,7 +68,9 @@ def run(
         say(f"{case.op} {benchmark.row(case)}, {axis} {case.params[axis]}, "
             f"{case.cache_state}: {case.us:.2f} µs{theirs}, bound {case.bound_us:.2f}")  # fmt: skip
         if output is not None:
-            (older.replaced(results) if older else results).write(output)
+            (older.replaced(results, benchmark.place if at else None) if older else results).write(output)
+    if not results.cases:
+        raise ValueError(f"at {list(at)} there are no cases of {', '.join(chosen)}")
     parts = [about(results)]
     for op in dict.fromkeys(case.op for case in results.cases):
         parts += [f"`{op}`, µs per call:", of_op(results, benchmark, op)]

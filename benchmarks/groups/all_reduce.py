@@ -40,6 +40,7 @@ PEER_RANKS = 4
 def measure(settings: Settings) -> Iterator[CaseResult]:
     """Time every message size for every number of ranks."""
     cases = [case for case in PERFORMANCE if not settings.quick or case.bytes in (16, 4096, 65536, 1 << 20)]
+    cases = [case for case in cases if settings.takes(case.bytes)]
     if "all_reduce" in settings.ops and settings.device.type == "cuda":
         peer = _Peer(settings.peer) if settings.peer else None
         for ranks in GPU_RANKS:

@@ -47,7 +47,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
         operator = OPERATORS[op]
         peer = _peer_operator(peers, operator)
         for case in operator.cases:
-            if settings.quick and not _is_quick(case, settings.device):
+            if not settings.takes(case.tokens) or (settings.quick and not _is_quick(case, settings.device)):
                 continue
             if peer is not None and not _agrees_to_run(op, case, operator, peer, settings.device):
                 peer = None

@@ -47,6 +47,7 @@ def measure(settings: Settings) -> Iterator[CaseResult]:
     cases = PERFORMANCE if settings.device.type == "cuda" else CPU_CASES
     if settings.quick and settings.device.type == "cuda":
         cases = [case for case in PERFORMANCE if case.tokens in QUICK_TOKENS and case.routing == "uniform"]
+    cases = [case for case in cases if settings.takes(case.tokens)]
     for op in QUANTIZERS:
         if op in settings.ops:
             for width in sorted({case.hidden for case in cases}):

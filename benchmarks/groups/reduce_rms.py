@@ -42,6 +42,7 @@ _PEER_LIMIT_S = 40.0
 def measure(settings: Settings) -> Iterator[CaseResult]:
     """Time every number of tokens for every number of ranks."""
     cases = [case for case in PERFORMANCE if not settings.quick or case.tokens in (1, 128)]
+    cases = [case for case in cases if settings.takes(case.tokens)]
     by_ranks = [(ranks, list(some)) for ranks, some in groupby(cases, _ranks)]
     if "qk_norm" in settings.ops and settings.device.type == "cuda":
         for ranks, some in by_ranks:

@@ -53,7 +53,7 @@ def test_a_folder_comes_before_what_is_installed(tmp_path: Path, capfd: pytest.C
     package = tmp_path / "abiding"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('of the folder')")
-    build = Build("OLD", str(tmp_path), "mxfp8_moe", [], quick=True)
+    build = Build("OLD", str(tmp_path), "mxfp8_moe")
     try:
         with pytest.raises(RuntimeError, match="the process of OLD ended with status 1"):
             build.next()

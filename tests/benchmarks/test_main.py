@@ -36,6 +36,23 @@ def test_a_group_is_timed_into_the_named_file(tmp_path: Path, capsys: pytest.Cap
     assert "`gather_kv`, µs per call:" in capsys.readouterr().out
 
 
+def test_only_some_points_are_timed_again(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    arguments = ["mxfp8_moe", "--op", "quantize", "--output", str(path)]
+    assert main([*arguments, "--commit", "old"]) == 0
+    assert main([*arguments, "--commit", "new", "--at", "8"]) == 0
+    found = Results.read(path)
+    assert [(case.params["tokens"], case.commit) for case in found.cases] == [(1, ""), (8, "new")]
+    assert found.commit == "old"
+
+
+def test_points_without_cases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["mxfp8_moe", "--op", "quantize", "--output", str(tmp_path / "some.json"), "--at", "7"])
+    assert "at [7] there are no cases of quantize" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_only_moves_bytes_has_a_target_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "some.json"
     assert main(["mxfp8_moe", "--op", "rebase", "--op", "quantize_rowwise", "--output", str(path)]) == 0

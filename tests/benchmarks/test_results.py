@@ -13,7 +13,7 @@ import torch
 from abiding.testing.timing import Roofline
 from benchmarks.groups import GROUPS
 from benchmarks.headline import headline
-from benchmarks.result_file import CaseResult, Param, Results, validate
+from benchmarks.result_file import RESULTS, CaseResult, Param, Results, validate
 from benchmarks.tables import about, fill, of_op, point_text, targets_met
 
 BENCHMARK = GROUPS["mla_prologue"]
@@ -78,6 +78,24 @@ def test_cases_that_were_timed_again_have_their_commit(results: Results, tmp_pat
     assert of_op(part, BENCHMARK, "other").endswith(f"Of commit {'d' * 12}: other, 64 heads (1 of 2).")
     assert "Of commit" not in of_op(once, BENCHMARK, BENCHMARK.ops[0])
     assert of_op(once, BENCHMARK, "other").endswith(f"Of commit {'d' * 12}: other.")
+
+
+def test_cases_at_some_points_take_their_places(results: Results) -> None:
+    """A case is told by its place in the tables, whatever else was measured with it; a new one comes last."""
+    first, second = results.cases[0], results.cases[1]
+    again = replace(first, us=9.0, params=dict(first.params) | {"exact_us": 3.0})
+    newer = replace(results, commit="d" * 40, cases=[again, case(1, 1.2, op="other")])
+    found = results.replaced(newer, lambda one: (one.op, one.params["tokens"], one.params["heads"], one.l2_warm))
+    assert found.cases[0] == replace(again, commit="d" * 40)
+    assert found.cases[1] == second
+    assert found.cases[len(results.cases) :] == [replace(newer.cases[1], commit="d" * 40)]
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+def test_committed_cases_have_places_of_their_own(name: str) -> None:
+    for path in RESULTS.glob(f"{name}-*.json"):
+        places = [GROUPS[name].place(one) for one in Results.read(path).cases]
+        assert len(places) == len(set(places))
 
 
 @pytest.mark.parametrize(
