@@ -299,18 +299,20 @@ def to_markdown(results: Results) -> str:
     busy["µs"] = lambda *both: " / ".join(f"{case.us:.0f}" for case in both)
 
     def head(*ops: str) -> str:
-        commit = next((case.commit for case in results.cases if case.op in ops), "") or results.commit
-        return f"**{results.gpu}** (driver {results.driver}, commit {commit[:12]}, {results.date})"
+        commits = {(case.commit or results.commit)[:12]: None for case in results.cases if case.op in ops}
+        return f"**{results.gpu}** (driver {results.driver}, commit {' and '.join(commits)}, {results.date})"
 
     parts = []
     for mode in MODES:
         first, second = (named(name, mode) for name in GEMMS)
         layers, gemms = rows_of(named("layer", mode), of_layers), rows_of(first, busy, second)
         if layers[1]:
-            about = (
-                f"layers back to back, {mode}, uniform routing. A kernel's time is from the end of the kernel before "
-                "to its own end, traced in graph replays; in parentheses its share of the layer's."
-            )
+            about = f"layers back to back, {mode}, uniform routing."
+            if any(row[1].startswith(STEPS[0]) for row in layers[1]):
+                about += (
+                    " A kernel's time is from the end of the kernel before to its own end, traced in graph replays; in "
+                    "parentheses its share of the layer's."
+                )
             parts += [wrap(f"{head(named('layer', mode))}: {about}"), table(*layers)]
         if gemms[1]:
             about = f"one GEMM of {mode} alone under Nsight Compute, GEMM1 / GEMM2."

@@ -147,7 +147,7 @@ def test_tables_have_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
     assert ["s", "tensor cores busy", "72 / 30 %"] in cells
     assert ["s", "µs", "9 / 9"] in cells
     assert "old" not in lines
-    assert not any("fp8" in line for line in lines[1:-1])
+    assert not any("fp8" in line or "traced" in line for line in lines[1:-1])
 
 
 def test_each_mode_has_a_table_of_its_own_with_its_kernels() -> None:
@@ -161,6 +161,7 @@ def test_each_mode_has_a_table_of_its_own_with_its_kernels() -> None:
     some = Results(limits.GROUP, "NVIDIA H200", "580", "2.11", "13.0", "c" * 40, "2026-01-02", 3000.0, 790.0, cases)
     text = limits.to_markdown(some)
     assert text.startswith("**NVIDIA H200** (driver 580, commit dddddddddddd, 2026-01-02): layers back to back, fp8")
+    assert "traced in graph replays" in text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
     assert cells[0] == ["", "tokens", "8"]
     assert ["s", "of the bound", "50 %"] in cells
