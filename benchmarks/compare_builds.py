@@ -143,7 +143,7 @@ def compare(builds: Sequence[Timed], rounds: int) -> dict[tuple[str, str, str], 
     """The times of each case, in the order of `builds`, once per round.
 
     Raises:
-        RuntimeError: a process has ended, or the builds do not make the same cases.
+        RuntimeError: a process has ended, or the builds do not make the same cases, or none.
     """
     found = defaultdict(list)
     for _ in range(rounds):
@@ -159,6 +159,8 @@ def compare(builds: Sequence[Timed], rounds: int) -> dict[tuple[str, str, str], 
             found[first.case].append(tuple(one.us for one in made if one))
             shown = ", ".join(f"{build.name} {one.us:.2f}" for build, one in zip(builds, made, strict=True) if one)
             print(f"{' '.join(first.case)}: {shown} µs", file=sys.stderr, flush=True)
+    if not found:
+        raise RuntimeError("the builds make no such cases: see --op and --at")
     return found
 
 
@@ -214,7 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"{name} is {given!r}; {error}")
             builds.append(Build(name, folder, chosen.group, chosen.op, chosen.at))
             stack.callback(builds[-1].close)
-        print(to_markdown(compare(builds, chosen.rounds)))
+        try:
+            print(to_markdown(compare(builds, chosen.rounds)))
+        except RuntimeError as error:
+            print(f"compare_builds: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -49,6 +49,11 @@ def test_an_installed_build_beside_itself(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.count("| rebase") == 2
 
 
+def test_no_cases_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_builds.main([INSTALLED, INSTALLED, "mxfp8_moe", "--op", "quantize", "--at", "7"]) == 1
+    assert "compare_builds: the builds make no such cases: see --op and --at" in capsys.readouterr().err
+
+
 def test_a_folder_comes_before_what_is_installed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     package = tmp_path / "abiding"
     package.mkdir()
