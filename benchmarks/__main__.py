@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.group is None:
         if chosen.op:
             parser.error(f"--op {chosen.op[0]} without a group; expected the group of the operator as well")
+        if chosen.at:
+            parser.error(
+                f"--at {chosen.at[0]} without a group; expected the group whose tables have such a point as well"
+            )
         # One process per group: virtual ranks need settings of CUDA that must be made before its first use.
         given = sys.argv[1:] if arguments is None else arguments
         commands = ([sys.executable, "-m", "benchmarks", group, *given] for group in GROUPS)

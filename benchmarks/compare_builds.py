@@ -83,16 +83,9 @@ def serve(build: str, group: str, ops: Sequence[str], at: Sequence[int]) -> None
         sys.meta_path.insert(0, _Finder(Path(build)))
     import torch
 
-    import abiding
-    from abiding.testing.timing import Roofline
-    from benchmarks.base import Settings
-    from benchmarks.groups import GROUPS
+    from benchmarks.groups import prepared
 
-    benchmark = GROUPS[group]
-    benchmark.prepare()
-    device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
-    on_cpu = device.type == "cpu"
-    settings = Settings(device, Roofline.measure(device), (), on_cpu, tuple(ops) or benchmark.ops, tuple(at))
+    benchmark, settings = prepared(group, ops=ops, at=at)
     cases = benchmark.measure(settings)
     for _ in sys.stdin:
         torch.manual_seed(0)  # the same data in both builds
@@ -109,8 +102,9 @@ class Build:
 
     def __init__(self, name: str, build: str, group: str, ops: Sequence[str] = (), at: Sequence[int] = ()) -> None:
         self.name = name
-        command = [sys.executable, "-m", "benchmarks.compare_builds", "--serve", build, build, group]
-        command += [*(word for op in ops for word in ("--op", op)), *(["--at", *map(str, at)] if at else [])]
+        # `serve` says where `abiding` comes from, so this process must not have imported it before.
+        program = "import json, sys; from benchmarks.compare_builds import serve; serve(*json.loads(sys.argv[1]))"
+        command = [sys.executable, "-c", program, json.dumps([build, group, ops, at])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def next(self) -> Time | None:
@@ -195,11 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--at", type=int, nargs="+", default=[], help="only these points of the tables' axis (tokens, bytes)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often each case is timed (default 3)")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    if chosen.serve:
-        serve(chosen.old, chosen.group, chosen.op, chosen.at)
-        return 0
     from benchmarks.groups import GROUPS
 
     ops = GROUPS[chosen.group].ops if chosen.group in GROUPS else ()

@@ -19,6 +19,24 @@ GROUPS: dict[str, Benchmark] = {
 }
 
 
+def prepared(
+    group: str, *, peers: Sequence[Path] = (), quick: bool = False, ops: Sequence[str] = (), at: Sequence[int] = ()
+) -> tuple[Benchmark, Settings]:
+    """A group's benchmark and its settings, as `run` takes them, on the device that has kernels. Measures that device's
+    roofline."""
+    benchmark = GROUPS[group]
+    unknown = sorted(set(ops) - set(benchmark.ops))
+    if unknown:
+        raise ValueError(f"ops {unknown}; expected some of {list(benchmark.ops)}")
+    benchmark.prepare()
+    device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
+    if device.type == "cpu":
+        say(f"No CUDA kernels here, so this times the CPU kernels: {abiding.cuda_unavailable_reason()}")
+    say("Measuring the roofline: a large copy, a large GEMM")
+    few, chosen = quick or device.type == "cpu", tuple(ops) or benchmark.ops
+    return benchmark, Settings(device, Roofline.measure(device), tuple(peers), few, chosen, tuple(at))
+
+
 def run(
     group: str,
     *,
@@ -42,25 +60,14 @@ def run(
         at: the points of the tables' axis (tokens, bytes) to time, all by default.
         commit: recorded in the results; that of the checkout by default.
     """
-    benchmark = GROUPS[group]
-    unknown = sorted(set(ops) - set(benchmark.ops))
-    if unknown:
-        raise ValueError(f"ops {unknown}; expected some of {list(benchmark.ops)}")
-    benchmark.prepare()
-    device = torch.device("cuda", torch.cuda.current_device()) if abiding.has_cuda_kernels() else torch.device("cpu")
-    if device.type == "cpu":
-        say(f"No CUDA kernels here, so this times the CPU kernels: {abiding.cuda_unavailable_reason()}")
+    benchmark, settings = prepared(group, peers=peers, quick=quick, ops=ops, at=at)
+    device, roofline = settings.device, settings.roofline
     if output is None and device.type == "cuda" and not (quick or ops or at):
         output = RESULTS
-
-    say("Measuring the roofline: a large copy, a large GEMM")
-    roofline = Roofline.measure(device)
     results = Results.begin(group, device, roofline, commit)
     say(f"{results.gpu}: copy {roofline.copy_gbps:.0f} GB/s, bf16 GEMM {roofline.matmul_tflops:.0f} TFLOP/s")
     path = results.path_in(output) if output is not None else None
     older = Results.read(path) if (ops or at) and path is not None and path.exists() else None
-    few, chosen = quick or device.type == "cpu", tuple(ops) or benchmark.ops
-    settings = Settings(device, roofline, tuple(peers), few, chosen, tuple(at))
     for case in benchmark.measure(settings):
         results.cases.append(case)
         theirs = "".join(f", {name} {us:.2f}" for name, us in case.peers.items())
@@ -70,7 +77,7 @@ def run(
         if output is not None:
             (older.replaced(results, benchmark.place if at else None) if older else results).write(output)
     if not results.cases:
-        raise ValueError(f"at {list(at)} there are no cases of {', '.join(chosen)}")
+        raise ValueError(f"at {list(at)} there are no cases of {', '.join(settings.ops)}")
     parts = [about(results)]
     for op in dict.fromkeys(case.op for case in results.cases):
         parts += [f"`{op}`, µs per call:", of_op(results, benchmark, op)]

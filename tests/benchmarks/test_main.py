@@ -16,6 +16,7 @@ from benchmarks.result_file import Results
     [
         (["nothing"], "argument group: invalid choice: 'nothing'"),
         (["--op", "moe"], "--op moe without a group"),
+        (["--at", "8"], "--at 8 without a group"),
         (["mxfp8_moe", "--op", "nothing"], r"ops ['nothing']; expected some of ['"),
     ],
 )

@@ -173,10 +173,6 @@ class LayerInputs:
     topk_ids: Tensor
     topk_weights: Tensor
 
-    def rotated(self, index: int, count: int) -> LayerInputs:
-        """The inputs of the `index`-th of `count` calls, with ids from :func:`rotated_ids`."""
-        return replace(self, topk_ids=rotated_ids(self.topk_ids, self.case.experts, index, count))
-
     def run(self, api: Any, **options: Any) -> Tensor:
         """Call `api.moe`; `api` is `abiding.mxfp8_moe` or its reference."""
         arguments = (self.x, self.w13, self.s13, self.w2, self.s2, self.topk_ids, self.topk_weights)
