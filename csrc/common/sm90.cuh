@@ -94,6 +94,13 @@ __device__ __forceinline__ void store_shared_f32(uint32_t to, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
+// Four words of global memory. Of an assignment of a uint4 made from four registers nvcc makes four stores.
+__device__ __forceinline__ void store_global_v4(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
 // Ordering: this thread's generic-proxy accesses to shared memory come before later TMA loads into it and stores from
 // it.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -74,8 +74,7 @@ __device__ __forceinline__ void store_groups(const Cta<C>& cta, const uint32_t (
   using Shape = Staging<C, T>;
   constexpr int kCount = kEnd - kFirst < Shape::kGroup ? kEnd - kFirst : Shape::kGroup;
   const int token = threadIdx.x % 128 / Shape::kVectors;
-  if (exists && kFirst + token < w.tokens && token < kCount)
-    *reinterpret_cast<uint4*>(to) = uint4{words[0][0], words[0][1], words[0][2], words[0][3]};
+  if (exists && kFirst + token < w.tokens && token < kCount) store_global_v4(to, words[0]);
   if constexpr (kFirst + kCount < kEnd)
     store_groups<C, T, kFirst + kCount, kEnd>(cta, words + 1, w, to + kCount * cta.a.p.out_stride, exists);
 }
