@@ -27,25 +27,35 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t addre
                : "r"(address));
 }
 
-// The scales of a thread's two weight rows (lane / 4, and 8 below it) in a stage: a word each, of four codes or of two
-// converted bf16.
+// The scales of a weight row in a stage: four codes, or two converted bf16.
 template <class C>
-struct RowScales {
-  uint32_t row, row8;
+struct RowScale {
+  uint32_t word;
+  uint32_t special = 0;  // 0x80 in the place of each code that is 0 or 255, of which all bits are equal
 
   // `existing` of the codes belong to K. Behind K weights are zeros, but a code there may be NaN: it becomes 1.
-  __device__ __forceinline__ RowScales(uint32_t address, int existing)
-      : row(lds_u32(address)), row8(lds_u32(address + 128)) {
-    if (C::kConvertedScales || existing >= kScaleTileBlocks) return;
-    const uint32_t mask = (1u << 8 * existing) - 1;
-    row = (row & mask) | (0x7F7F7F7F & ~mask);
-    row8 = (row8 & mask) | (0x7F7F7F7F & ~mask);
+  __device__ __forceinline__ RowScale(uint32_t address, int existing) : word(lds_u32(address)) {
+    if constexpr (C::kConvertedScales) return;
+    if (existing < kScaleTileBlocks) {
+      const uint32_t mask = (1u << 8 * existing) - 1;
+      word = (word & mask) | (0x7F7F7F7F & ~mask);
+    }
+    special = ~(((word ^ word >> 1) & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080;
   }
-  // The scale of block i in both halves of a word.
-  static __device__ __forceinline__ uint32_t bf16x2(uint32_t word, int i) {
+  // The scale of block i in both halves of a word. The bits of a code are those of the exponent; bit 6 makes 2^-127 of
+  // code 0 and NaN of 255.
+  __device__ __forceinline__ uint32_t bf16x2(int i) const {
     if constexpr (C::kConvertedScales) return __byte_perm(word, 0, 0x1010 + 0x2222 * i);
-    return bf16_scale(word, i) * 0x00010001;
+    return __byte_perm(word, special, 0x0404 + 0x1111 * i) >> 1;
   }
+};
+
+// Those of a thread's two weight rows, lane / 4 and 8 below it.
+template <class C>
+struct RowScales {
+  RowScale<C> row, row8;
+  __device__ __forceinline__ RowScales(uint32_t address, int existing)
+      : row(address, existing), row8(address + 128, existing) {}
 };
 
 // Two e4m3 bytes times a scale. e4m3 is exact in bf16, so only the product is rounded, as dequantize() does.
@@ -81,8 +91,7 @@ __device__ __forceinline__ void load_weight_fragments(uint32_t (&f)[4 * C::kMmas
   for (int mma = 0; mma < C::kMmasPerHalf; ++mma) {
     const int chunk = half * C::kMmasPerHalf + mma;
     const uint32_t at = address ^ chunk * 16;
-    const uint32_t scale = RowScales<C>::bf16x2(scales.row, chunk / 2);
-    const uint32_t scale8 = RowScales<C>::bf16x2(scales.row8, chunk / 2);
+    const uint32_t scale = scales.row.bf16x2(chunk / 2), scale8 = scales.row8.bf16x2(chunk / 2);
     if constexpr (C::kInterleaved) {
       if (mma % 2 == 1) continue;
       uint32_t words[4];
