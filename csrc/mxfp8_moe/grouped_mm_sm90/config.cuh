@@ -49,7 +49,7 @@ struct Config {
   static constexpr int kLaunchBound = kThreads + kSpareThreads;
   // Registers per thread: at first (a multiple of 8), and after setmaxnreg has moved some from producer to consumers.
   static constexpr int kRegisters = 65536 / (kLaunchBound * kCtasPerSm) / 8 * 8;
-  static constexpr int kProducerRegisters = kRegisters > 128 ? 40 : 32;
+  static constexpr int kProducerRegisters = kRegisters >= 128 ? 40 : 32;
   static constexpr int kConsumerRegisters =
       (kThreads * kRegisters - 128 * kProducerRegisters) / kConsumerThreads / 8 * 8;
 
@@ -67,18 +67,17 @@ struct Config {
   static_assert(!kConvertedScales || (kScaleTiles <= 3 && (kFp8 || kCluster != ClusterMode::kStreamK)));
 
   static constexpr uint32_t kWeightBytes = kBlockM * kBlockK;  // per stage
-  // A slab has kSlabK of K of every token: a row of the 128-byte swizzle.
+  // A slab has kSlabK of K of every token of the tile: a row of the 128-byte swizzle.
   static constexpr int kSlabK = kFp8 ? 128 : 64, kSlabs = kBlockK / kSlabK;
-  static constexpr uint32_t kTokenSlabBytes = kBlockN * 128;
-  static constexpr uint32_t kStageBytes = kWeightBytes + kSlabs * kTokenSlabBytes;
+  static_assert(kSlabs == 1 || kCluster != ClusterMode::kMulticast);
+  static constexpr uint32_t kStageBytes = kWeightBytes + kSlabs * kBlockN * 128;
   // Per stage. Beside e4m3 tokens their scales lie behind those of the weights, a float each.
   static constexpr uint32_t kWeightScaleBytes = kScaleTiles * kScaleTileBytes;
   static constexpr uint32_t kScaleBytes = kWeightScaleBytes + (kFp8 ? kBlockN * 4 : 0);
   static constexpr uint32_t kPartBytes = kCluster == ClusterMode::kStreamK ? kBlockM * kBlockN * 4 : 0;  // accumulators
-  // Tiles of many e4m3 tokens are halved: TMA loads tokens in boxes of half a tile rather than of a step, since few
-  // large boxes are faster, and stores results of half a tile while the next one is multiplied.
+  static constexpr int kWidths = kBlockN / kTileStep;  // that a tile may have: kTileStep, 2 kTileStep .. kBlockN
+  // Of tiles of many e4m3 tokens, TMA stores the results of half a tile while the next one is multiplied.
   static constexpr bool kHalves = kFp8 && kBlockN >= 128;
-  static constexpr int kTmaBoxRows = kHalves ? kBlockN / 2 : kTileStep;
   // The epilogue's, per warpgroup: two buffers of vectors, kStagingVectors per thread.
   static constexpr int kStagingVectors = kHalves ? kBlockN / 2 / 16 : 1;
   static constexpr uint32_t kStagingBytes = 128 * 16 * kStagingVectors, kEpilogueBytes = 2 * kStagingBytes;
@@ -93,6 +92,13 @@ struct SmemLayout {
   static constexpr uint32_t kBarriers = kEpilogue + C::kConsumerWarpgroups * C::kEpilogueBytes;
   static constexpr uint32_t kTable = kBarriers + (3 * C::kStages + 1) * 8;
   static constexpr uint32_t bytes(int64_t experts) { return 1024 + kTable + TileTable::bytes(experts); }
+};
+
+// TMA descriptors of the tokens, one per width that a tile may have: so one load brings a slab of any tile. Each load
+// more takes its time. Boxes are as wide as the tile; kMulticast: as half of it.
+template <class C>
+struct TokenMaps {
+  CUtensorMap of_width[C::kWidths];
 };
 
 struct KernelParams {
@@ -118,7 +124,9 @@ struct PipelineState {
 template <class C>
 struct Cta {
   const KernelParams& a;
-  const CUtensorMap *weights, *tokens, *out;
+  const CUtensorMap* weights;
+  const TokenMaps<C>* tokens;
+  const CUtensorMap* out;
   const TileTable& table;
   uint32_t smem;                // its base
   uint32_t cluster_rank;        // of this CTA in its cluster

@@ -42,7 +42,7 @@ __device__ __forceinline__ void consume(const Cta<C>& cta) {
 template <class C>
 __global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
     grouped_mm_kernel(const __grid_constant__ KernelParams a, const __grid_constant__ CUtensorMap weights,
-                      const __grid_constant__ CUtensorMap tokens, const __grid_constant__ CUtensorMap out) {
+                      const __grid_constant__ TokenMaps<C> tokens, const __grid_constant__ CUtensorMap out) {
   extern __shared__ uint8_t dynamic_smem[];
   uint8_t* memory = dynamic_smem + (1024 - smem_address(dynamic_smem) % 1024) % 1024;
   TileTable table(memory + SmemLayout<C>::kTable, a.p.groups.count);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
   const Cta<C> cta{a, &weights, &tokens, &out, table, smem, rank, peer_empty_barrier};
   if (threadIdx.x == 0) {
     prefetch_tma_desc(&weights);
-    prefetch_tma_desc(&tokens);
+    for (const CUtensorMap& map : tokens.of_width) prefetch_tma_desc(&map);
     for (int i = 0; i < C::kStages; ++i) {
       mbarrier_init(cta.full_barrier(i), 1);
       mbarrier_init(cta.empty_barrier(i), C::kConsumerThreads / 32 * (C::kCluster == ClusterMode::kMulticast ? 2 : 1));
@@ -95,7 +95,7 @@ constexpr uint32_t kSmemPerCta = (227 << 10) - 256;  // the device's limit, less
 // Tensor maps of the weights [experts, n, k], of the tokens [rows, k] and, where TMA stores it, of the output
 // [rows, n].
 template <class C>
-cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUtensorMap* tokens, CUtensorMap* out) {
+cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, TokenMaps<C>* tokens, CUtensorMap* out) {
   const cuuint64_t weight_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.n),
                                      static_cast<cuuint64_t>(p.groups.count)};
   const cuuint64_t weight_strides[] = {static_cast<cuuint64_t>(p.weight_stride),
@@ -107,9 +107,13 @@ cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, CUten
   if (status != cudaSuccess) return status;
   const cuuint64_t token_sizes[] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.groups.rows)};
   const cuuint64_t token_strides[] = {static_cast<cuuint64_t>(p.a_stride) * (C::kFp8 ? 1 : 2)};
-  const cuuint32_t token_box[] = {C::kSlabK, C::kTmaBoxRows};
-  status = make_tma_desc(tokens, C::kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.a,
-                         token_sizes, token_strides, token_box, CU_TENSOR_MAP_SWIZZLE_128B);
+  for (int i = 0; i < C::kWidths && status == cudaSuccess; ++i) {
+    const cuuint32_t rows = (i + 1) * C::kTileStep / (C::kCluster == ClusterMode::kMulticast ? 2 : 1);
+    const cuuint32_t token_box[] = {C::kSlabK, rows};
+    status =
+        make_tma_desc(tokens->of_width + i, C::kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                      2, p.a, token_sizes, token_strides, token_box, CU_TENSOR_MAP_SWIZZLE_128B);
+  }
   if (status != cudaSuccess || !C::kHalves || p.out_dtype == DType::kFloat32) return status;
   const cuuint64_t out_sizes[] = {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.groups.rows)};
   const cuuint64_t out_strides[] = {static_cast<cuuint64_t>(p.out_stride) * 2};
@@ -122,7 +126,8 @@ template <class C>
 cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, cudaStream_t stream) {
   static_assert(max_smem_bytes<C>() <= kSmemPerCta);
   static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kStreamKBlockM && C::kBlockK == kStreamKBlockK));
-  CUtensorMap weights, tokens, out{};
+  CUtensorMap weights, out{};
+  TokenMaps<C> tokens;
   cudaError_t status = make_tma_descs<C>(p, &weights, &tokens, &out);
   if (status != cudaSuccess) return status;
 

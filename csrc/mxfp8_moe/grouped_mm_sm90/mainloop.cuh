@@ -127,7 +127,7 @@ __device__ __forceinline__ void mma_half(const Cta<C>& cta, float (&d)[N / 2], c
 #pragma unroll
   for (int mma = 0; mma < C::kMmasPerHalf; ++mma) {
     const int k = (half * C::kMmasPerHalf + mma) * 16;
-    const uint64_t tile = make_smem_desc_128b(cta.token_smem(stage), k / 64 * C::kTokenSlabBytes + k % 64 * 2);
+    const uint64_t tile = make_smem_desc_128b(cta.token_smem(stage), k / 64 * (N * 128) + k % 64 * 2);
     Wgmma<N>::run(d, f + 4 * mma, tile, !(first && mma == 0));
   }
   wgmma_commit();

@@ -74,7 +74,9 @@ struct TokenRange {
 };
 // Steps are divided among an expert's tiles as evenly as they allow: 161 tokens are 96 + 96, not 160 + 32.
 ABIDING_HD constexpr TokenRange token_range(int tokens, int step, int tiles, int tile) {
-  const int steps = (tokens + step - 1) / step, per_tile = steps / tiles, rest = steps - per_tile * tiles;
+  const int steps = (tokens + step - 1) / step;
+  if (tiles == 1) return {0, steps * step};  // mostly; divisions take long on a GPU
+  const int per_tile = steps / tiles, rest = steps - per_tile * tiles;
   return {(tile * per_tile + (tile < rest ? tile : rest)) * step, (per_tile + (tile < rest)) * step};
 }
 

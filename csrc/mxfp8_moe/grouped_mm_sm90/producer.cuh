@@ -15,78 +15,97 @@ __device__ __forceinline__ uint32_t bf16_scale(uint32_t codes, int i) {
   return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
 }
 
-// Rows of tokens that TMA loads for a tile: whole boxes.
+// What the elected lane of the producer warp needs of a work tile. Computed once per tile: the consumers of an SM share
+// its issue slots with the producer, and the memory is idle while it computes.
 template <class C>
-__device__ __forceinline__ int loaded_rows(const WorkTile& w) {
-  if constexpr (C::kTmaBoxRows == C::kTileStep) return w.n;
-  return (w.n + C::kTmaBoxRows - 1) / C::kTmaBoxRows * C::kTmaBoxRows;
-}
+struct TileLoads {
+  const Cta<C>& cta;
+  const CUtensorMap* tokens;
+  const uint8_t* scales[C::kScaleTiles];  // of K tile 0
+  int expert, row, token;                 // the first ones
+  int slab_rows;                          // of tokens, in shared memory
+  uint32_t bytes;                         // of a stage
 
-// Opens a stage: announces all of its bytes, tokens included, and loads weights and scales.
-template <class C>
-__device__ __forceinline__ void load_weights(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
-  const KernelParams& a = cta.a;
-  const uint32_t barrier = cta.full_barrier(stage);
-  mbarrier_arrive_expect_tx(barrier, C::kWeightBytes + C::kWeightScaleBytes + C::kSlabs * loaded_rows<C>(w) * 128);
-  tma_load_3d(cta.weight_smem(stage), cta.weights, k, w.m_tile * C::kBlockM, w.expert, barrier);
+  __device__ __forceinline__ TileLoads(const Cta<C>& cta, const WorkTile& w)
+      : cta(cta),
+        tokens(cta.tokens->of_width + (w.n / C::kTileStep - 1)),
+        expert(w.expert),
+        row(w.m_tile * C::kBlockM),
+        token(w.first_token),
+        slab_rows(w.n),
+        bytes(C::kWeightBytes + C::kWeightScaleBytes + C::kSlabs * w.n * 128) {
+    const KernelParams& a = cta.a;
 #pragma unroll
-  for (int i = 0; i < C::kScaleTiles; ++i) {
-    // The second CTA of a cluster may have no weight rows. It must still load scales that exist.
-    const int row = w.m_tile * C::kBlockM + i * kScaleTileRows;
-    const int64_t from = w.expert * a.expert_scale_bytes + (row < a.p.n ? row * a.scale_columns : 0);
-    bulk_load(cta.scale_smem(stage) + i * kScaleTileBytes, a.p.weight_scales + from + k / 128 * kScaleTileBytes,
-              kScaleTileBytes, barrier);
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void load_tokens(const Cta<C>& cta, const WorkTile& w, int stage, int k) {
-  const int boxes = loaded_rows<C>(w) / C::kTmaBoxRows;
-#pragma unroll 1  // unrolled, it does not fit the producer's registers
-  for (int i = 0; i < C::kSlabs; ++i) {
-    const uint32_t to = cta.token_smem(stage) + i * C::kTokenSlabBytes;
-    if constexpr (C::kCluster == ClusterMode::kMulticast) {
-      for (int box = cta.cluster_rank; box < boxes; box += 2)
-        tma_load_2d_multicast(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * C::kSlabK,
-                              w.first_token + box * C::kTmaBoxRows, cta.full_barrier(stage), 3);
-    } else {
-      for (int box = 0; box < boxes; ++box)
-        tma_load_2d(to + box * C::kTmaBoxRows * 128, cta.tokens, k + i * C::kSlabK,
-                    w.first_token + box * C::kTmaBoxRows, cta.full_barrier(stage));
+    for (int i = 0; i < C::kScaleTiles; ++i) {
+      // The second CTA of a cluster may have no weight rows. It must still load scales that exist.
+      const int first = row + i * kScaleTileRows;
+      scales[i] = a.p.weight_scales + expert * a.expert_scale_bytes + (first < a.p.n ? first * a.scale_columns : 0);
     }
   }
-}
 
-// One warp. PDL contract (layer.cu): weights of the first stages may be loaded before pdl_wait, tokens only after it.
+  // Opens a stage: announces all of its bytes, tokens included, and loads weights and scales.
+  __device__ __forceinline__ void load_weights(int stage, int k_tile) const {
+    const uint32_t barrier = cta.full_barrier(stage);
+    mbarrier_arrive_expect_tx(barrier, bytes);
+    tma_load_3d(cta.weight_smem(stage), cta.weights, k_tile * C::kBlockK, row, expert, barrier);
+#pragma unroll
+    for (int i = 0; i < C::kScaleTiles; ++i)
+      bulk_load(cta.scale_smem(stage) + i * kScaleTileBytes, scales[i] + k_tile * C::kBlockK / 128 * kScaleTileBytes,
+                kScaleTileBytes, barrier);
+  }
+
+  __device__ __forceinline__ void load_tokens(int stage, int k_tile) const {
+    const uint32_t to = cta.token_smem(stage), barrier = cta.full_barrier(stage);
+    if constexpr (C::kCluster == ClusterMode::kMulticast) {
+      const int first = static_cast<int>(cta.cluster_rank) * (slab_rows / 2);
+      tma_load_2d_multicast(to + first * 128, tokens, k_tile * C::kSlabK, token + first, barrier, 3);
+    } else {
+#pragma unroll
+      for (int i = 0; i < C::kSlabs; ++i)
+        tma_load_2d(to + i * slab_rows * 128, tokens, k_tile * C::kBlockK + i * C::kSlabK, token, barrier);
+    }
+  }
+};
+
+// One warp, of which a lane loads. PDL contract (layer.cu): weights of the first stages may be loaded before pdl_wait,
+// tokens only after it.
 template <class C>
 __device__ __forceinline__ void produce(const Cta<C>& cta) {
   Scheduler<C> tiles(cta);
-  const bool leader = threadIdx.x % 32 == 0;
-  PipelineState<C::kStages> at;
+  PipelineState<C::kStages> at;  // the loading lane's, which is the same one each time
   int preloaded = 0;
   if (cta.a.p.inputs_ready_before_pdl && !tiles.done()) {
     const WorkTile w = tiles.tile();
     preloaded = min(w.k_tiles, kStagesBeforePdlWait);
-    for (int i = 0; leader && i < preloaded; ++i) load_weights(cta, w, i, (w.k_begin + i) * C::kBlockK);
+    if (elect_one()) {
+      const TileLoads<C> loads(cta, w);
+#pragma unroll 1
+      for (int i = 0; i < preloaded; ++i) loads.load_weights(i, w.k_begin + i);
+    }
   }
   pdl_wait();
   while (!tiles.done()) {
     const WorkTile w = tiles.tile();
     tiles.advance(w);
-    for (int i = w.k_begin; i < w.k_begin + w.k_tiles; ++i) {
-      mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
-      // Beside e4m3 tokens consumers release a stage without waiting for its scale converter warps.
-      if constexpr (C::kFp8) mbarrier_wait(cta.ready_barrier(at.stage), at.phase ^ 1);
-      if (leader) {
-        if (preloaded == 0) load_weights(cta, w, at.stage, i * C::kBlockK);
-        load_tokens(cta, w, at.stage, i * C::kBlockK);
+    if (elect_one()) {
+      const TileLoads<C> loads(cta, w);
+#pragma unroll 1
+      for (int i = 0; i < w.k_tiles; ++i) {
+        mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+        // Beside e4m3 tokens consumers release a stage without waiting for its scale converter warps.
+        if constexpr (C::kFp8) mbarrier_wait(cta.ready_barrier(at.stage), at.phase ^ 1);
+        if (i >= preloaded) loads.load_weights(at.stage, w.k_begin + i);
+        loads.load_tokens(at.stage, w.k_begin + i);
+        at.advance();
       }
-      preloaded -= preloaded > 0;
-      at.advance();
     }
+    preloaded = 0;
+    __syncwarp();
   }
   // Drain: the CTA's shared memory must outlive every load into it and every remote arrival on its barriers.
-  for (int i = 0; i < C::kStages; ++i, at.advance()) mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+  if (elect_one())
+    for (int i = 0; i < C::kStages; ++i, at.advance()) mbarrier_wait(cta.empty_barrier(at.stage), at.phase ^ 1);
+  __syncwarp();
 }
 
 // Beside e4m3 tokens, one warp per 128 weight rows: a row's codes must be the same in all K tiles of a work tile. In

@@ -61,7 +61,7 @@ struct Scheduler {
     w.expert = cta.table.find(index / a.m_tiles);
     const int local = index - cta.table.first[w.expert] * a.m_tiles;
     const int n_tiles = cta.table.first[w.expert + 1] - cta.table.first[w.expert];
-    const int m_tile = local / n_tiles, tokens = cta.table.rows[w.expert];
+    const int m_tile = n_tiles == 1 ? local : local / n_tiles, tokens = cta.table.rows[w.expert];
     const TokenRange range = token_range(tokens, C::kTileStep, n_tiles, local - m_tile * n_tiles);
     w.first_token = cta.table.begin[w.expert] + range.begin;
     w.tokens = min(tokens - range.begin, range.n);
