@@ -9,6 +9,8 @@ namespace {
 template <RowFormat kRows>
 using StreamK_N16 = Config<kRows, TileShape::kStreamK_N16, 2, 128, 4, ClusterMode::kStreamK, 2>;
 template <RowFormat kRows>
+using N32 = Config<kRows, TileShape::kN32, 2, 128, 4, ClusterMode::kNone, 2>;
+template <RowFormat kRows>
 using N64 = Config<kRows, TileShape::kN64, 2, 128, 3, ClusterMode::kNone, 2>;
 template <RowFormat kRows>
 using M256_N128 = Config<kRows, TileShape::kM256_N128, 4, 64, 6, ClusterMode::kNone>;
@@ -21,6 +23,7 @@ template <RowFormat kRows>
 cudaError_t launch_plan(const GroupedMmParams& p, const Plan& plan, int sms, cudaStream_t stream) {
   switch (plan.shape) {
     case TileShape::kStreamK_N16: return launch_config<StreamK_N16<kRows>>(p, plan.cluster, sms, stream);
+    case TileShape::kN32: return launch_config<N32<kRows>>(p, 1, sms, stream);
     case TileShape::kN64: return launch_config<N64<kRows>>(p, 1, sms, stream);
     case TileShape::kM256_N128: return launch_config<M256_N128<kRows>>(p, 1, sms, stream);
     case TileShape::kN160_Cluster2: return launch_config<N160_Cluster2<kRows>>(p, 2, sms, stream);

@@ -35,8 +35,8 @@ static void check_token_ranges(TileShape shape, int tokens) {
 }
 
 int main() {
-  for (TileShape shape : {TileShape::kStreamK_N16, TileShape::kN64, TileShape::kM256_N128, TileShape::kN160_Cluster2,
-                          TileShape::kN192_Cluster2, TileShape::kN256_Cluster2})
+  for (TileShape shape : {TileShape::kStreamK_N16, TileShape::kN32, TileShape::kN64, TileShape::kM256_N128,
+                          TileShape::kN160_Cluster2, TileShape::kN192_Cluster2, TileShape::kN256_Cluster2})
     for (int tokens = 1; tokens <= 5000; ++tokens) check_token_ranges(shape, tokens);
 
   // Empty calls, and a device that says nothing of itself: any shape, but no division by zero.
@@ -75,19 +75,42 @@ int main() {
           const int64_t average = rows / (rows < experts ? rows : experts);
           expect(max_tokens(p.shape) >= average || average > 256, "%ld tokens per expert in tiles of %d\n", average,
                  max_tokens(p.shape));
-          // Beside e4m3 rows the same where rows are few; tiles of more have shapes of their own.
+          // Beside e4m3 rows the same where rows are few, but for kN32; tiles of more have shapes of their own.
           const Plan fp8 = choose_plan(RowFormat::kE4m3, rows, experts, n, k, 264);
           const bool few = max_tokens(p.shape) <= 64;
           const bool many = fp8.shape == TileShape::kM256_N128 || fp8.shape == TileShape::kN192_Cluster2;
-          expect(few ? fp8.shape == p.shape && fp8.cluster == p.cluster : many && fp8.cluster == 1,
+          const TileShape few_shape = p.shape == TileShape::kN32 ? TileShape::kN64 : p.shape;
+          expect(few ? fp8.shape == few_shape && fp8.cluster == p.cluster : many && fp8.cluster == 1,
                  "%ld rows, %ld experts: another plan beside e4m3 rows\n", rows, experts);
         }
 
+  // Of bf16 rows, each shape takes what fills its tiles.
+  for (const auto& [tokens, shape] :
+       std::initializer_list<std::pair<int, TileShape>>{{4, TileShape::kStreamK_N16},
+                                                        {5, TileShape::kN32},
+                                                        {12, TileShape::kN32},
+                                                        {13, TileShape::kN64},
+                                                        {40, TileShape::kN64},
+                                                        {41, TileShape::kM256_N128},
+                                                        {105, TileShape::kM256_N128},
+                                                        {106, TileShape::kN160_Cluster2},
+                                                        {132, TileShape::kN160_Cluster2},
+                                                        {133, TileShape::kN256_Cluster2},
+                                                        {5000, TileShape::kN256_Cluster2}})
+    for (const int64_t experts : {1, 32, 512})
+      expect(choose_plan(RowFormat::kBf16, tokens * experts, experts, 768, 6144, 264).shape == shape,
+             "%d bf16 rows per expert, %ld experts: another shape\n", tokens, experts);
+
   // Of many e4m3 rows, kN192_Cluster2 takes what fills its tiles.
-  for (const auto& [tokens, shape] : std::initializer_list<std::pair<int, TileShape>>{
-           {41, TileShape::kM256_N128}, {105, TileShape::kM256_N128}, {106, TileShape::kN192_Cluster2},
-           {180, TileShape::kN192_Cluster2}, {181, TileShape::kM256_N128}, {320, TileShape::kM256_N128},
-           {321, TileShape::kN192_Cluster2}, {5000, TileShape::kN192_Cluster2}})
+  for (const auto& [tokens, shape] :
+       std::initializer_list<std::pair<int, TileShape>>{{41, TileShape::kM256_N128},
+                                                        {105, TileShape::kM256_N128},
+                                                        {106, TileShape::kN192_Cluster2},
+                                                        {180, TileShape::kN192_Cluster2},
+                                                        {181, TileShape::kM256_N128},
+                                                        {320, TileShape::kM256_N128},
+                                                        {321, TileShape::kN192_Cluster2},
+                                                        {5000, TileShape::kN192_Cluster2}})
     for (const int64_t experts : {1, 32, 1024})
       expect(choose_plan(RowFormat::kE4m3, tokens * experts, experts, 768, 6144, 132).shape == shape,
              "%d e4m3 rows per expert, %ld experts: another shape\n", tokens, experts);

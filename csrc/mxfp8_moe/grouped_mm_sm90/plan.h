@@ -10,16 +10,16 @@ namespace abiding::mxfp8_moe {
 // goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN64, and
 // kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
 // kN160_Cluster2 and kN256_Cluster2 are for bf16 tokens, kN192_Cluster2 for e4m3 tokens.
-enum class TileShape { kStreamK_N16, kN64, kM256_N128, kN160_Cluster2, kN192_Cluster2, kN256_Cluster2 };
+enum class TileShape { kStreamK_N16, kN32, kN64, kM256_N128, kN160_Cluster2, kN192_Cluster2, kN256_Cluster2 };
 
 ABIDING_HD constexpr int max_tokens(TileShape shape) {
-  constexpr int tokens[] = {16, 64, 128, 160, 192, 256};
+  constexpr int tokens[] = {16, 32, 64, 128, 160, 192, 256};
   return tokens[static_cast<int>(shape)];
 }
 
 // A tile's N is a multiple of this.
 ABIDING_HD constexpr int tile_step(TileShape shape) {
-  return shape == TileShape::kStreamK_N16 ? 8 : shape == TileShape::kN64 ? 16 : 32;
+  return max_tokens(shape) <= 32 ? 8 : max_tokens(shape) <= 64 ? 16 : 32;
 }
 
 constexpr int kStreamKBlockM = 128;   // weight rows of a kStreamK_N16 tile
@@ -59,11 +59,12 @@ constexpr Plan choose_plan(RowFormat format, int64_t rows, int64_t experts, int6
     const bool two_narrow_tiles = tokens_per_expert > 180 && tokens_per_expert <= 320;
     return {tokens_per_expert <= 105 || two_narrow_tiles ? TileShape::kM256_N128 : TileShape::kN192_Cluster2, 1};
   }
-  if (tokens_per_expert > 140) return {TileShape::kN256_Cluster2, 1};
+  if (tokens_per_expert > 132) return {TileShape::kN256_Cluster2, 1};
   if (tokens_per_expert > 105 || (tokens_per_expert > 40 && experts > kM256MaxExperts))
     return {TileShape::kN160_Cluster2, 1};
   if (tokens_per_expert > 40) return {TileShape::kM256_N128, 1};
-  if (tokens_per_expert >= 5) return {TileShape::kN64, 1};
+  if (tokens_per_expert > 12 || (tokens_per_expert >= 5 && format == RowFormat::kE4m3)) return {TileShape::kN64, 1};
+  if (tokens_per_expert >= 5) return {TileShape::kN32, 1};
   const int64_t tiles = busy_experts * ((n + kStreamKBlockM - 1) / kStreamKBlockM);
   return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, ctas)};
 }

@@ -277,6 +277,8 @@ ODD = [
     GemmCase((3,) * 1024, 32, 64),
     GemmCase((41,) * 1024, 32, 32),
     GemmCase((141,) * 513, 32, 32),
+    # Every width of the narrowest tiles of several rows, and experts with more than one of them.
+    GemmCase((8, 9, 17, 25, 0, 33, 1, 1, 1, 1), 160, 352, gap=32),
     # Whole and broken halves of tiles, and a row more than a tile has.
     GemmCase((192, 96, 97, 193, 30), 224, 288, gap=16, out_dtype=torch.float16),
     GemmCase((64, 256, 129, 320), 288, 160, before=3, behind=7),
@@ -297,6 +299,11 @@ CORNER = [
         GemmCase((9, 6), 96, 96, weights=weights, out_dtype=out_dtype)
         for weights in ("zero", "tiny", "huge", "nan", "bits")
         for out_dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ),
+    *(
+        GemmCase(rows, 160, 160, weights=weights)
+        for weights in ("nan", "bits")
+        for rows in ((1, 2), (25, 14), (60, 30), (120, 110), (300, 9))  # other tile shapes
     ),
 ]
 
