@@ -70,7 +70,8 @@ def measure(
     profiled: Sequence[int] | None = None,
 ) -> Results:
     """Time layers and their kernels, and profile the GEMMs of those with the numbers of tokens `profiled` (default
-    all), one call each; with them `rebase` of their weights, and the quantizers of the most such tokens.
+    all), one call each; with them `rebase` of their weights, and the quantizers of the most such tokens. An interrupt
+    ends it early.
 
     Raises:
         RuntimeError: there is no GPU, no `ncu` (Nsight Compute) or no `nvidia-smi`, or one of these fails.
@@ -86,6 +87,22 @@ def measure(
     device = torch.device("cuda", torch.cuda.current_device())
     roofline = Roofline.measure(device)
     results = Results.begin(GROUP, device, roofline, commit)
+    try:
+        _measure(results, shapes, tokens, modes, profiled, roofline, device)
+    except KeyboardInterrupt:
+        say("Interrupted; what was measured until now is kept")
+    return results
+
+
+def _measure(
+    results: Results,
+    shapes: Sequence[str],
+    tokens: Sequence[int],
+    modes: Sequence[Mode],
+    profiled: Sequence[int],
+    roofline: Roofline,
+    device: torch.device,
+) -> None:
     for shape in shapes:
         if tokens:
             say(f"{shape}: making weights")
@@ -108,7 +125,6 @@ def measure(
             params: dict[str, Param] = {"tokens": max(profiled), "k": width}
             found = profile("quantize|round", ("quantizers", "--tokens", str(max(profiled)), "--width", str(width)))
             results.cases.extend(_profiled(op, params, busy) for op, busy in zip(QUANTIZERS, found, strict=True))
-    return results
 
 
 def _profile_layers(shape: str, modes: Sequence[Mode], tokens: Sequence[int]) -> list[CaseResult]:
