@@ -44,7 +44,8 @@ struct Config {
   static constexpr int kConsumerThreads = 128 * kConsumerWarpgroups, kThreads = kConsumerThreads + 128;
 
   // The CTAs of kStreamK_N16 leave registers for CTAs of the layer's other kernels beside them (layer.cu): the kernel
-  // is compiled for more threads per CTA than it has. kN64 has none to spare: ptxas would serialize wgmma (C7512).
+  // is compiled for more threads per CTA than it has. kN32 and kN64 have none to spare: ptxas would serialize wgmma of
+  // kN64 (C7512).
   static constexpr int kSpareThreads = kShape == TileShape::kStreamK_N16 ? 128 : 0;
   static constexpr int kLaunchBound = kThreads + kSpareThreads;
   // Registers per thread: at first (a multiple of 8), and after setmaxnreg has moved some from producer to consumers.
@@ -70,6 +71,8 @@ struct Config {
   // A slab has kSlabK of K of every token of the tile: a row of the 128-byte swizzle.
   static constexpr int kSlabK = kFp8 ? 128 : 64, kSlabs = kBlockK / kSlabK;
   static_assert(kSlabs == 1 || kCluster != ClusterMode::kMulticast);
+  // Slabs, and the halves that multicast brings, begin at an atom of the swizzle: 8 tokens.
+  static_assert(kTileStep % (kCluster == ClusterMode::kMulticast ? 16 : 8) == 0);
   static constexpr uint32_t kStageBytes = kWeightBytes + kSlabs * kBlockN * 128;
   // Per stage. Beside e4m3 tokens their scales lie behind those of the weights, a float each.
   static constexpr uint32_t kWeightScaleBytes = kScaleTiles * kScaleTileBytes;

@@ -88,9 +88,12 @@ __global__ void __launch_bounds__(C::kLaunchBound, C::kCtasPerSm)
 
 template <class C>
 constexpr uint32_t max_smem_bytes() {
-  return SmemLayout<C>::bytes(C::kShape == TileShape::kM256_N128 && !C::kFp8 ? kM256MaxExperts : kMaxExperts);
+  return SmemLayout<C>::bytes(max_experts(C::kRows, C::kShape));
 }
-constexpr uint32_t kSmemPerCta = (227 << 10) - 256;  // the device's limit, less what kernels declare statically
+constexpr uint32_t kStaticSmemBytes = 256;                        // more than kernels declare
+constexpr uint32_t kSmemPerCta = (227 << 10) - kStaticSmemBytes;  // the device's limit
+// Of an SM of 228 KiB, of which it reserves 1 KiB per CTA.
+constexpr uint32_t kSmemOfTwoCtas = (114 << 10) - 1024 - kStaticSmemBytes;
 
 // Tensor maps of the weights [experts, n, k], of the tokens [rows, k] and, where TMA stores it, of the output
 // [rows, n].
@@ -124,7 +127,7 @@ cudaError_t make_tma_descs(const GroupedMmParams& p, CUtensorMap* weights, Token
 
 template <class C>
 cudaError_t launch_config(const GroupedMmParams& p, int cluster_size, int sms, cudaStream_t stream) {
-  static_assert(max_smem_bytes<C>() <= kSmemPerCta);
+  static_assert(max_smem_bytes<C>() <= (C::kShape == TileShape::kN32 ? kSmemOfTwoCtas : kSmemPerCta));
   static_assert(C::kCluster != ClusterMode::kStreamK || (C::kBlockM == kStreamKBlockM && C::kBlockK == kStreamKBlockK));
   CUtensorMap weights, out{};
   TokenMaps<C> tokens;

@@ -7,9 +7,9 @@
 namespace abiding::mxfp8_moe {
 
 // CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N
-// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN64, and
-// kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
-// kN160_Cluster2 and kN256_Cluster2 are for bf16 tokens, kN192_Cluster2 for e4m3 tokens.
+// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN32
+// and kN64, and kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA
+// multicast. kN32, kN160_Cluster2 and kN256_Cluster2 are for bf16 tokens, kN192_Cluster2 for e4m3 tokens.
 enum class TileShape { kStreamK_N16, kN32, kN64, kM256_N128, kN160_Cluster2, kN192_Cluster2, kN256_Cluster2 };
 
 ABIDING_HD constexpr int max_tokens(TileShape shape) {
@@ -22,9 +22,14 @@ ABIDING_HD constexpr int tile_step(TileShape shape) {
   return max_tokens(shape) <= 32 ? 8 : max_tokens(shape) <= 64 ? 16 : 32;
 }
 
-constexpr int kStreamKBlockM = 128;   // weight rows of a kStreamK_N16 tile
-constexpr int kStreamKBlockK = 128;   // K of one of its K tiles
-constexpr int kM256MaxExperts = 512;  // whose tile table fits beside the stages of kM256_N128 for bf16 tokens
+constexpr int kStreamKBlockM = 128;  // weight rows of a kStreamK_N16 tile
+constexpr int kStreamKBlockK = 128;  // K of one of its K tiles
+
+// The most experts whose tile table has room beside the stages; of kN32, in two CTAs per SM.
+constexpr int max_experts(RowFormat format, TileShape shape) {
+  if (format == RowFormat::kE4m3) return kMaxExperts;
+  return shape == TileShape::kN32 ? 479 : shape == TileShape::kM256_N128 ? 512 : kMaxExperts;
+}
 
 struct Plan {
   TileShape shape;
@@ -60,11 +65,15 @@ constexpr Plan choose_plan(RowFormat format, int64_t rows, int64_t experts, int6
     return {tokens_per_expert <= 105 || two_narrow_tiles ? TileShape::kM256_N128 : TileShape::kN192_Cluster2, 1};
   }
   if (tokens_per_expert > 132) return {TileShape::kN256_Cluster2, 1};
-  if (tokens_per_expert > 105 || (tokens_per_expert > 40 && experts > kM256MaxExperts))
-    return {TileShape::kN160_Cluster2, 1};
-  if (tokens_per_expert > 40) return {TileShape::kM256_N128, 1};
-  if (tokens_per_expert > 12 || (tokens_per_expert >= 5 && format == RowFormat::kE4m3)) return {TileShape::kN64, 1};
-  if (tokens_per_expert >= 5) return {TileShape::kN32, 1};
+  if (tokens_per_expert > 40) {
+    const bool tall = tokens_per_expert <= 105 && experts <= max_experts(format, TileShape::kM256_N128);
+    return {tall ? TileShape::kM256_N128 : TileShape::kN160_Cluster2, 1};
+  }
+  if (tokens_per_expert >= 5) {
+    const bool narrow =
+        tokens_per_expert <= 12 && experts <= max_experts(format, TileShape::kN32) && format != RowFormat::kE4m3;
+    return {narrow ? TileShape::kN32 : TileShape::kN64, 1};
+  }
   const int64_t tiles = busy_experts * ((n + kStreamKBlockM - 1) / kStreamKBlockM);
   return {TileShape::kStreamK_N16, choose_cluster(tiles, (k + kStreamKBlockK - 1) / kStreamKBlockK, ctas)};
 }

@@ -1,4 +1,4 @@
-// The sm_90 grouped GEMM: the producer warpgroup. One warp issues TMA loads of weights, scales and tokens; where tiles
+// The sm_90 grouped GEMM: the producer warpgroup. A lane of one warp has TMA load weights, scales and tokens; where tiles
 // are large, scale converter warps turn scale codes into bf16 in shared memory, which consumers would otherwise do
 // between two wgmmas. Beside e4m3 tokens they make one float of a row's codes.
 #pragma once
@@ -22,7 +22,7 @@ struct TileLoads {
   const Cta<C>& cta;
   const CUtensorMap* tokens;
   const uint8_t* scales[C::kScaleTiles];  // of K tile 0
-  int expert, row, token;                 // the first ones
+  int expert, row, token;                 // its first weight row, and its first token
   int slab_rows;                          // of tokens, in shared memory
   uint32_t bytes;                         // of a stage
 
@@ -166,7 +166,7 @@ __device__ __forceinline__ void convert_scales(const Cta<C>& cta, int warp) {
 #pragma unroll
       for (uint32_t& word : words) {
         const uint32_t first = bf16_scale(word, i % 2 * 2), second = bf16_scale(word, i % 2 * 2 + 1);
-        word = first | (2 * i + 1 == cta.a.scale_blocks ? 0x3F80 : second) << 16;  // 1.0 behind K, as in RowScales
+        word = first | (2 * i + 1 == cta.a.scale_blocks ? 0x3F80 : second) << 16;  // 1.0 behind K, as in RowScale
       }
       store_shared_v4(line, words);
       fence_proxy_async();
