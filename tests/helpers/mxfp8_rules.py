@@ -24,6 +24,14 @@ DTYPES = pytest.mark.parametrize("dtype", DTYPES_16_BIT, ids=["bfloat16", "float
 ONE = 0x38  # 1.0 in e4m3
 
 
+def behind_k(scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Scales in tiles of [..., n, k / 32] as bytes in a row, and where among them the codes behind the end of K are,
+    which do not count."""
+    columns = -(-k // 128) * 4
+    at = reference.mxfp8_moe.scale_offset(n, columns, columns)[:, k // 32 :]
+    return scales.flatten(-2), at.to(scales.device)
+
+
 def exact_code(amax: float) -> int:
     """The smallest code with amax <= 448 * 2^(code - 127), in rational numbers; infinity is above all of them."""
     if math.isinf(amax):

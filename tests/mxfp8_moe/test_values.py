@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mxfp8_rules import DTYPES_16_BIT, ONE, assert_gemm
+from mxfp8_rules import DTYPES_16_BIT, ONE, assert_gemm, behind_k
 from torch import Tensor
 
 from abiding import mxfp8_moe, reference
@@ -17,13 +17,14 @@ from abiding.testing.cases.mxfp8_moe import (
     CORNER,
     ODD,
     REGULAR,
+    TILES,
     GemmCase,
     GemmInputs,
 )
 from abiding.testing.comparison import assert_bitwise_equal, assert_close, round_once
 from abiding.testing.guarded import guarded
 
-GEMMS = [*REGULAR, *ODD, *CORNER]
+GEMMS = [*REGULAR, *ODD, *TILES, *CORNER]
 
 
 @pytest.mark.parametrize("case", GEMMS, ids=str)
@@ -68,7 +69,7 @@ def test_portable_kernel(case: GemmCase, cuda: torch.device, monkeypatch: pytest
     assert_close(i.run(mxfp8_moe, i.quantize(mxfp8_moe))[live], out[live])
 
 
-@pytest.mark.parametrize("case", [*REGULAR, *ODD], ids=str)
+@pytest.mark.parametrize("case", [*REGULAR, *ODD, *TILES], ids=str)
 def test_outputs_are_written_where_they_belong(case: GemmCase, device: torch.device) -> None:
     i = case.make(device)
     live = i.live()
@@ -95,6 +96,20 @@ def test_outputs_are_written_where_they_belong(case: GemmCase, device: torch.dev
     assert_bitwise_equal(scales.tensor, expected.scales)
     assert_bitwise_equal(data.tensor[live], expected.data[live])
     assert bool((data.tensor[~live].view(torch.uint8) == 0xFF).all()), "rows of no expert were written"
+
+
+@pytest.mark.parametrize("k", [32, 160, 448])
+@pytest.mark.parametrize("rows", [(1, 2), (9, 6), (25, 14), (60, 30), (120, 110), (300, 9)], ids=str)
+def test_codes_behind_k_do_not_count(rows: tuple[int, ...], k: int, device: torch.device) -> None:
+    i = GemmCase(rows, 160, k).make(device)
+    x, quantized = i.x.bfloat16(), i.quantize(mxfp8_moe)
+    given: tuple[Tensor | MXFP8, ...] = (x, quantized)
+    expected = [i.run(mxfp8_moe, a) for a in given]
+    for scales, n in ((i.weight_scale, 160), (quantized.scales, len(quantized.scales))):
+        flat, at = behind_k(scales, n, k)
+        flat[..., at] = 255
+    for a, out in zip(given, expected, strict=True):
+        assert_bitwise_equal(i.run(mxfp8_moe, a), out)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

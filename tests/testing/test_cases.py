@@ -85,7 +85,7 @@ def test_performance_cases_are_the_whole_table() -> None:
     assert one.bytes == 16 * 1024 + 64 * 1024 + 1024 + 584 + 256 + 16
 
 
-@pytest.mark.parametrize("case", [*mxfp8_moe.REGULAR, *mxfp8_moe.ODD, *mxfp8_moe.CORNER], ids=str)
+@pytest.mark.parametrize("case", [*mxfp8_moe.REGULAR, *mxfp8_moe.ODD, *mxfp8_moe.TILES, *mxfp8_moe.CORNER], ids=str)
 def test_gemms_are_as_asked(case: mxfp8_moe.GemmCase) -> None:
     i = case.make()
     assert i.x.shape == (case.rows, case.k)

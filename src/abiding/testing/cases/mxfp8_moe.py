@@ -215,6 +215,7 @@ def expert_weights(
     if values == "nan":
         weight.view(-1)[:: 5 * k + 7] = 0x7F
         codes[:, 1::3, -1] = 255
+        codes[:, 2::3, codes.size(-1) // 2] = 255
     return weight.view(torch.float8_e4m3fn), swizzle_scales(codes), codes
 
 
@@ -277,8 +278,17 @@ ODD = [
     GemmCase((3,) * 1024, 32, 64),
     GemmCase((41,) * 1024, 32, 32),
     GemmCase((141,) * 513, 32, 32),
-    # Every width of the narrowest tiles of several rows, and experts with more than one of them.
-    GemmCase((8, 9, 17, 25, 0, 33, 1, 1, 1, 1), 160, 352, gap=32),
+]
+
+TILES = [
+    # Rows per expert that have tiles of every width that a tile shape of the Hopper GEMM has, and more K tiles than
+    # stages (tests/mxfp8_moe/test_plan.py says which widths are missing here).
+    GemmCase((9, 1, 0, 2, 1), 96, 2048),
+    GemmCase((8, 9, 17, 25, 0, 33, 1, 1, 1, 1), 160, 672, gap=32),
+    GemmCase((16, 17, 33, 49, 64, 5), 160, 1056, out_dtype=torch.float32),
+    GemmCase((20, 64, 90, 128), 288, 544, out_dtype=torch.float16),
+    GemmCase((30, 64, 96, 128, 160, 192), 96, 608),
+    GemmCase((32, 64, 96, 128, 160, 192, 224, 256), 160, 416, gap=16),
     # Whole and broken halves of tiles, and a row more than a tile has.
     GemmCase((192, 96, 97, 193, 30), 224, 288, gap=16, out_dtype=torch.float16),
     GemmCase((64, 256, 129, 320), 288, 160, before=3, behind=7),
@@ -301,9 +311,16 @@ CORNER = [
         for out_dtype in (torch.bfloat16, torch.float16, torch.float32)
     ),
     *(
-        GemmCase(rows, 160, 160, weights=weights)
-        for weights in ("nan", "bits")
-        for rows in ((1, 2), (25, 14), (60, 30), (120, 110), (300, 9))  # other tile shapes
+        GemmCase(rows, 160, k, weights=weights)
+        for weights in ("tiny", "huge", "nan", "bits")
+        for rows, k in (
+            ((1, 2), 128),
+            ((9, 6), 128),
+            ((25, 14), 160),
+            ((60, 30), 96),
+            ((120, 110), 128),
+            ((300, 9), 96),
+        )
     ),
 ]
 
