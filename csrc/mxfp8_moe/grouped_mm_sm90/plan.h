@@ -7,9 +7,9 @@
 namespace abiding::mxfp8_moe {
 
 // CTA tiles, by how many tokens an expert has. M is weight rows and N is tokens (swap-AB: wgmma's M is always 64 and N
-// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN32
-// and kN64, and kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA
-// multicast. kN32, kN160_Cluster2 and kN256_Cluster2 are for bf16 tokens, kN192_Cluster2 for e4m3 tokens.
+// goes down to 8, and decode has few tokens). Names: most tokens (N), weight rows if not 128 (M256). kN32 and kN64, and
+// kStreamK_N16 beside bf16 tokens, run two CTAs per SM. Cluster2 pairs CTAs that share their tokens by TMA multicast.
+// kN32, kN160_Cluster2 and kN256_Cluster2 are for bf16 tokens, kN192_Cluster2 for e4m3 tokens.
 enum class TileShape { kStreamK_N16, kN32, kN64, kM256_N128, kN160_Cluster2, kN192_Cluster2, kN256_Cluster2 };
 
 ABIDING_HD constexpr int max_tokens(TileShape shape) {

@@ -1,6 +1,6 @@
-// The sm_90 grouped GEMM: the producer warpgroup. A lane of one warp has TMA load weights, scales and tokens; where tiles
-// are large, scale converter warps turn scale codes into bf16 in shared memory, which consumers would otherwise do
-// between two wgmmas. Beside e4m3 tokens they make one float of a row's codes.
+// The sm_90 grouped GEMM: the producer warpgroup. A lane of one warp has TMA load weights, scales and tokens; where
+// tiles are large, scale converter warps turn scale codes into bf16 in shared memory, which consumers would otherwise
+// do between two wgmmas. Beside e4m3 tokens they make one float of a row's codes.
 #pragma once
 
 #include "common/launch.cuh"
