@@ -15,8 +15,8 @@ __device__ __forceinline__ uint32_t bf16_scale(uint32_t codes, int i) {
   return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
 }
 
-// What the elected lane of the producer warp needs of a work tile. Computed once per tile: the consumers of an SM share
-// its issue slots with the producer, and the memory is idle while it computes.
+// What the loads of a work tile's stages have in common. Computed once per tile: the consumers of an SM share its issue
+// slots with the producer.
 template <class C>
 struct TileLoads {
   const Cta<C>& cta;
