@@ -25,6 +25,8 @@ def test_takes_long():
     if os.environ.get("STATE") == "slow": time.sleep(60)
 
 def test_at_the_end(): pass
+
+def test_of_two_gpus(): pytest.skip("needs 2 GPUs")
 """
 
 
@@ -56,14 +58,14 @@ def outcome(folder: Path, test: str) -> tuple[str, int | None]:
 
 def test_what_is_clean_is_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE", "something")
-    first = memcheck("test_some.py")
+    first = memcheck("test_some.py", "-k", "not two_gpus")
     assert first.returncode == 1, first.stdout + first.stderr
     assert "6 of 6 tests, 3 sessions" in first.stdout
     assert "5 of 6 tests are clean" in first.stdout
     assert outcome(folder, "test_passes[b c]") == ("passed", 0)
     assert outcome(folder, "test_fails") == ("failed", 0)
     monkeypatch.setenv("STATE", "broken")
-    again = memcheck("test_some.py")
+    again = memcheck("test_some.py", "-k", "not two_gpus")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "1 of 6 tests, 1 sessions" in again.stdout
 
@@ -83,6 +85,19 @@ def test_a_session_that_takes_too_long_is_ended(folder: Path, monkeypatch: pytes
     assert time.monotonic() - begin < 45
     assert result.returncode == 1
     assert outcome(folder, "test_takes_long")[0] == "cut off"
+
+
+def test_a_skipped_test_is_not_clean(folder: Path) -> None:
+    result = memcheck("test_some.py", "-k", "two_gpus")
+    assert result.returncode == 1
+    assert outcome(folder, "test_of_two_gpus") == ("skipped", 0)
+
+
+def test_without_the_tool_nothing_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folder / "empty"))
+    result = memcheck("test_some.py")
+    assert result.returncode == 2
+    assert "compute-sanitizer is not on the PATH" in result.stderr
 
 
 def test_arguments_that_find_no_tests(folder: Path) -> None:
