@@ -88,21 +88,21 @@ def measure(
     roofline = Roofline.measure(device)
     results = Results.begin(GROUP, device, roofline, commit)
     try:
-        _measure(results, shapes, tokens, modes, profiled, roofline, device)
+        for case in _cases(shapes, tokens, modes, profiled, roofline, device):
+            results.cases.append(case)
     except KeyboardInterrupt:
         say("Interrupted; what was measured until now is kept")
     return results
 
 
-def _measure(
-    results: Results,
+def _cases(
     shapes: Sequence[str],
     tokens: Sequence[int],
     modes: Sequence[Mode],
     profiled: Sequence[int],
     roofline: Roofline,
     device: torch.device,
-) -> None:
+) -> Iterator[CaseResult]:
     for shape in shapes:
         if tokens:
             say(f"{shape}: making weights")
@@ -113,18 +113,18 @@ def _measure(
                 for count in tokens:
                     say(f"{shape}, {mode}, {count} tokens")
                     case = replace(performance_case(shape, count), mode=mode)
-                    results.cases.append(_time_layer(layer, case, roofline, device))
+                    yield _time_layer(layer, case, roofline, device)
             del layer
             torch.cuda.empty_cache()  # for the process that is profiled
         if profiled:
             say(f"{shape}: profiling")
-            results.cases.extend(_profile_layers(shape, modes, profiled))
+            yield from _profile_layers(shape, modes, profiled)
     if profiled:
         for width in sorted({SHAPES[shape][0] for shape in shapes}):
             say(f"{width} columns: profiling the quantizers")
             params: dict[str, Param] = {"tokens": max(profiled), "k": width}
             found = profile("quantize|round", ("quantizers", "--tokens", str(max(profiled)), "--width", str(width)))
-            results.cases.extend(_profiled(op, params, busy) for op, busy in zip(QUANTIZERS, found, strict=True))
+            yield from (_profiled(op, params, busy) for op, busy in zip(QUANTIZERS, found, strict=True))
 
 
 def _profile_layers(shape: str, modes: Sequence[Mode], tokens: Sequence[int]) -> list[CaseResult]:
