@@ -3,7 +3,6 @@
 
 #include <cstdio>
 #include <initializer_list>
-#include <utility>
 
 using namespace abiding::mxfp8_moe;
 
@@ -84,40 +83,39 @@ int main() {
                  "%ld rows, %ld experts: another plan beside e4m3 rows\n", rows, experts);
         }
 
-  // Of bf16 rows, each shape takes what fills its tiles.
-  for (const auto& [tokens, shape] :
-       std::initializer_list<std::pair<int, TileShape>>{{4, TileShape::kStreamK_N16},
-                                                        {5, TileShape::kN32},
-                                                        {12, TileShape::kN32},
-                                                        {13, TileShape::kN64},
-                                                        {40, TileShape::kN64},
-                                                        {41, TileShape::kM256_N128},
-                                                        {105, TileShape::kM256_N128},
-                                                        {106, TileShape::kN160_Cluster2},
-                                                        {132, TileShape::kN160_Cluster2},
-                                                        {133, TileShape::kN256_Cluster2},
-                                                        {5000, TileShape::kN256_Cluster2}})
+  // Each shape takes what fills its tiles: the first and the last rows per expert of each.
+  struct {
+    RowFormat format;
+    int tokens;
+    TileShape shape;
+  } const bounds[] = {{RowFormat::kBf16, 4, TileShape::kStreamK_N16},
+                      {RowFormat::kBf16, 5, TileShape::kN32},
+                      {RowFormat::kBf16, 12, TileShape::kN32},
+                      {RowFormat::kBf16, 13, TileShape::kN64},
+                      {RowFormat::kBf16, 40, TileShape::kN64},
+                      {RowFormat::kBf16, 41, TileShape::kM256_N128},
+                      {RowFormat::kBf16, 105, TileShape::kM256_N128},
+                      {RowFormat::kBf16, 106, TileShape::kN160_Cluster2},
+                      {RowFormat::kBf16, 132, TileShape::kN160_Cluster2},
+                      {RowFormat::kBf16, 133, TileShape::kN256_Cluster2},
+                      {RowFormat::kBf16, 5000, TileShape::kN256_Cluster2},
+                      {RowFormat::kE4m3, 41, TileShape::kM256_N128},
+                      {RowFormat::kE4m3, 105, TileShape::kM256_N128},
+                      {RowFormat::kE4m3, 106, TileShape::kN192_Cluster2},
+                      {RowFormat::kE4m3, 180, TileShape::kN192_Cluster2},
+                      {RowFormat::kE4m3, 181, TileShape::kM256_N128},
+                      {RowFormat::kE4m3, 320, TileShape::kM256_N128},
+                      {RowFormat::kE4m3, 321, TileShape::kN192_Cluster2},
+                      {RowFormat::kE4m3, 5000, TileShape::kN192_Cluster2}};
+  for (const auto& [format, tokens, shape] : bounds)
     for (const int64_t experts : {1, 32, 479, 480, 512, 513, 1024}) {
-      // Where a shape's tile table has no room, the next wider one takes its place.
+      const bool fp8 = format == RowFormat::kE4m3;
+      // Where a shape's tile table has no room beside bf16 rows, the next wider one takes its place.
       TileShape expected = shape;
       if (shape == TileShape::kN32 && experts > 479) expected = TileShape::kN64;
-      if (shape == TileShape::kM256_N128 && experts > 512) expected = TileShape::kN160_Cluster2;
-      expect(choose_plan(RowFormat::kBf16, tokens * experts, experts, 768, 6144, 264).shape == expected,
-             "%d bf16 rows per expert, %ld experts: another shape\n", tokens, experts);
+      if (shape == TileShape::kM256_N128 && !fp8 && experts > 512) expected = TileShape::kN160_Cluster2;
+      expect(choose_plan(format, tokens * experts, experts, 768, 6144, fp8 ? 132 : 264).shape == expected,
+             "%d %s rows per expert, %ld experts: another shape\n", tokens, fp8 ? "e4m3" : "bf16", experts);
     }
-
-  // Of many e4m3 rows, kN192_Cluster2 takes what fills its tiles.
-  for (const auto& [tokens, shape] :
-       std::initializer_list<std::pair<int, TileShape>>{{41, TileShape::kM256_N128},
-                                                        {105, TileShape::kM256_N128},
-                                                        {106, TileShape::kN192_Cluster2},
-                                                        {180, TileShape::kN192_Cluster2},
-                                                        {181, TileShape::kM256_N128},
-                                                        {320, TileShape::kM256_N128},
-                                                        {321, TileShape::kN192_Cluster2},
-                                                        {5000, TileShape::kN192_Cluster2}})
-    for (const int64_t experts : {1, 32, 1024})
-      expect(choose_plan(RowFormat::kE4m3, tokens * experts, experts, 768, 6144, 132).shape == shape,
-             "%d e4m3 rows per expert, %ld experts: another shape\n", tokens, experts);
   return wrong != 0;
 }

@@ -281,8 +281,8 @@ ODD = [
 ]
 
 TILES = [
-    # Rows per expert that have tiles of every width that a tile shape of the Hopper GEMM has, and more K tiles than
-    # stages (tests/mxfp8_moe/test_plan.py says which widths are missing here).
+    # Rows per expert that have tiles of every width that a tile shape of the Hopper GEMM has; tests/mxfp8_moe/
+    # test_plan.py holds that. But for the first, stream-K, there are more K tiles than stages.
     GemmCase((9, 1, 0, 2, 1), 96, 2048),
     GemmCase((8, 9, 17, 25, 0, 33, 1, 1, 1, 1), 160, 672, gap=32),
     GemmCase((16, 17, 33, 49, 64, 5), 160, 1056, out_dtype=torch.float32),
