@@ -52,6 +52,10 @@ int main() {
     expect(choose_plan(RowFormat::kBf16, 1000, 256, 6144, 384, ctas).cluster == 1, "1000 rows, K = 384, %d CTAs\n",
            ctas);
   }
+  // With much work, what SMs that a cluster of 4 or 8 leaves idle would do counts for more than a shorter wait.
+  for (const int64_t k_tiles : {3, 12, 24, 48})
+    for (const int64_t ctas : {132, 264})
+      expect(choose_cluster(20 * ctas, k_tiles, ctas) <= 2, "20 tiles of %ld K tiles per CTA\n", k_tiles);
   // With fewer CTAs there is less to fill: never larger clusters.
   for (int64_t tiles = 1; tiles < 5000; tiles += 7)
     for (int64_t k_tiles : {1, 3, 12, 48})

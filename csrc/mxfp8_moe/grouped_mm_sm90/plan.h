@@ -38,16 +38,18 @@ struct Plan {
 
 // The cluster size of stream-K for about `tiles` tiles of `k_tiles` K tiles each, on `ctas` resident CTAs. Costs are in
 // the time of a K tile. A cluster has whole tiles, so on average its CTAs wait half a tile, divided by their number,
-// for the busiest cluster. A larger cluster hands more accumulators over: kHandover per doubling. The number of tiles
-// is an estimate, so the expected wait counts, and not the wait that this very number would give.
+// for the busiest cluster. A larger cluster hands more accumulators over: kHandover per doubling. It has to fit into a
+// GPC: on an H200, clusters of 4 and 8 leave 6 and 9 % of the SMs idle, which takes kIdle of the work. The number of
+// tiles is an estimate, so the expected wait counts, and not the wait that this very number would give. The constants
+// fit times of an H200, from 1 to 64 tokens.
 constexpr int choose_cluster(int64_t tiles, int64_t k_tiles, int64_t ctas) {
-  constexpr double kHandover = 1.0;
+  constexpr double kHandover = 2.5, kIdle[] = {0, 0, 0.04, 0.06};
   int best = 1;
   double best_cost = 0;
   for (int cluster = 1, doublings = 0; cluster <= 8; cluster *= 2, ++doublings) {
     const double work = static_cast<double>(tiles * k_tiles) / static_cast<double>(ctas);
     const double wait = 0.5 * static_cast<double>(k_tiles) / cluster;
-    const double cost = work * (1 + 0.005 * doublings) + wait + kHandover * doublings;
+    const double cost = work * (1 + kIdle[doublings]) + wait + kHandover * doublings;
     if (cluster == 1 || cost < best_cost) best = cluster, best_cost = cost;
   }
   return best;
