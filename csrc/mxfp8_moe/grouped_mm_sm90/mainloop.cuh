@@ -31,7 +31,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], uint32_t addre
 template <class C>
 struct RowScale {
   uint32_t word;
-  uint32_t special = 0;  // 0x80 in the place of each code that is 0 or 255, of which all bits are equal
+  uint32_t special = 0;
 
   // `existing` of the codes belong to K. Behind K weights are zeros, but a code there may be NaN: it becomes 1.
   __device__ __forceinline__ RowScale(uint32_t address, int existing) : word(lds_u32(address)) {
@@ -40,10 +40,9 @@ struct RowScale {
       const uint32_t mask = (1u << 8 * existing) - 1;
       word = (word & mask) | (0x7F7F7F7F & ~mask);
     }
-    special = ~(((word ^ word >> 1) & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080;
+    special = special_codes(word);
   }
-  // The scale of block i in both halves of a word. The bits of a code are those of the exponent; bit 6 makes 2^-127 of
-  // code 0 and NaN of 255.
+  // The scale of block i in both halves of a word.
   __device__ __forceinline__ uint32_t bf16x2(int i) const {
     if constexpr (C::kConvertedScales) return __byte_perm(word, 0, 0x1010 + 0x2222 * i);
     return __byte_perm(word, special, 0x0404 + 0x1111 * i) >> 1;

@@ -9,10 +9,11 @@
 
 namespace abiding::mxfp8_moe::sm90_mm {
 
-// 2^(code - 127) as bf16, for byte i of a word of scale codes.
-__device__ __forceinline__ uint32_t bf16_scale(uint32_t codes, int i) {
-  const uint32_t code = __byte_perm(codes, 0, 0x4440 + i);
-  return code == 255 ? 0x7FC0 : max(code << 7, 0x40);
+// 0x80 in the place of each of four scale codes that is 0 or 255, of which all bits are equal. As bf16, the bits of a
+// code are those of the exponent, and bit 6 makes 2^-127 of code 0 and NaN of 255: both come from __byte_perm of codes
+// and special codes, shifted right by one.
+__device__ __forceinline__ uint32_t special_codes(uint32_t codes) {
+  return ~(((codes ^ codes >> 1) & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080;
 }
 
 // What the loads of a work tile's stages have in common. Computed once per tile: the consumers of an SM share its issue
@@ -165,8 +166,8 @@ __device__ __forceinline__ void convert_scales(const Cta<C>& cta, int warp) {
       load_shared_v4(words, line);
 #pragma unroll
       for (uint32_t& word : words) {
-        const uint32_t first = bf16_scale(word, i % 2 * 2), second = bf16_scale(word, i % 2 * 2 + 1);
-        word = first | (2 * i + 1 == cta.a.scale_blocks ? 0x3F80 : second) << 16;  // 1.0 behind K, as in RowScale
+        word = __byte_perm(word, special_codes(word), 0x1504 + 0x1111 * (i % 2 * 2)) >> 1;
+        if (2 * i + 1 == cta.a.scale_blocks) word = 0x3F80 << 16 | (word & 0xFFFF);  // 1.0 behind K, as in RowScale
       }
       store_shared_v4(line, words);
       fence_proxy_async();
