@@ -242,7 +242,7 @@ __device__ __forceinline__ void store_rowwise(const GemmRows& out, int64_t row, 
   }
 }
 
-// One code per row. A CTA per token.
+// One code per row. A CTA per token, or, in a small grid, several, each of which writes some of the token's rows.
 template <bool kE4m3>
 __global__ void __launch_bounds__(kRowThreads)
     gather_rowwise_kernel(const __grid_constant__ GatherParams p, bool is_small) {
@@ -259,10 +259,10 @@ __global__ void __launch_bounds__(kRowThreads)
   const uint8_t code = quantize_row<__nv_bfloat16, 8>(
       width, [&](int vector) { return from[vector]; },
       [&](int vector, const float (&x)[8], uint8_t its_code) {
-        for (int j = 0; j < top_k; ++j)
+        for (int j = static_cast<int>(blockIdx.y); j < top_k; j += static_cast<int>(gridDim.y))
           if (rows[j] >= 0) store_rowwise<kE4m3>(p.out, rows[j], width, vector, x, its_code);
       });
-  if (kE4m3 && row >= 0) p.out.scales[row] = ue8m0_decode(code);
+  if (kE4m3 && row >= 0 && blockIdx.y == 0) p.out.scales[row] = ue8m0_decode(code);
 }
 
 template <Activation kActivation>
@@ -386,8 +386,9 @@ cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
   int sms = 0;
   if (const cudaError_t status = sm_count(&sms); status != cudaSuccess) return status;
   if (p.out.rowwise) {
-    const LaunchConfig config = with_max_smem({static_cast<unsigned>(p.tokens), kRowThreads});
+    LaunchConfig config = with_max_smem({static_cast<unsigned>(p.tokens), kRowThreads});
     const bool is_small = p.tokens <= sms / 2;
+    if (is_small && p.tokens > 0) config.grid_y = static_cast<unsigned>(std::min(p.top_k, sms / 2 / p.tokens));
     return p.out.format == RowFormat::kE4m3 ? launch(gather_rowwise_kernel<true>, config, stream, p, is_small)
                                             : launch(gather_rowwise_kernel<false>, config, stream, p, is_small);
   }
