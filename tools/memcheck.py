@@ -63,7 +63,11 @@ def run_session(tests: Sequence[str], seconds: float, folder: Path, stop: thread
     command = ["compute-sanitizer", "--tool", "memcheck", "--log-file", str(log)]
     command += [*PYTEST, "-v", "--timeout", "0", *tests]
     with output.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        # Where kernels are loaded at their first launch, that waits for those of virtual ranks, which wait for it.
+        environment = os.environ | {"CUDA_MODULE_LOADING": "EAGER"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end and not stop.is_set():
         time.sleep(0.1)

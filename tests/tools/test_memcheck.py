@@ -27,6 +27,8 @@ def test_takes_long():
 def test_at_the_end(): pass
 
 def test_of_two_gpus(): pytest.skip("needs 2 GPUs")
+
+def test_kernels_are_loaded(): assert os.environ["CUDA_MODULE_LOADING"] == "EAGER"
 """
 
 
@@ -58,14 +60,14 @@ def outcome(folder: Path, test: str) -> tuple[str, int | None]:
 
 def test_what_is_clean_is_not_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE", "something")
-    first = memcheck("test_some.py", "-k", "not two_gpus")
+    first = memcheck("test_some.py", "-k", "not two_gpus and not kernels")
     assert first.returncode == 1, first.stdout + first.stderr
     assert "6 of 6 tests, 3 sessions" in first.stdout
     assert "5 of 6 tests are clean" in first.stdout
     assert outcome(folder, "test_passes[b c]") == ("passed", 0)
     assert outcome(folder, "test_fails") == ("failed", 0)
     monkeypatch.setenv("STATE", "broken")
-    again = memcheck("test_some.py", "-k", "not two_gpus")
+    again = memcheck("test_some.py", "-k", "not two_gpus and not kernels")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "1 of 6 tests, 1 sessions" in again.stdout
 
@@ -91,6 +93,12 @@ def test_a_skipped_test_is_not_clean(folder: Path) -> None:
     result = memcheck("test_some.py", "-k", "two_gpus")
     assert result.returncode == 1
     assert outcome(folder, "test_of_two_gpus") == ("skipped", 0)
+
+
+def test_kernels_are_loaded_beforehand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+    result = memcheck("test_some.py", "-k", "kernels")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_without_the_tool_nothing_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
