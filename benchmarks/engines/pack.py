@@ -1,4 +1,4 @@
-"""Gather what a GPU machine without a network needs to run vLLM on our kernels: one folder of about 55 MB.
+"""Gather what a GPU machine without a network needs to run vLLM on our kernels: one folder of about 60 MB.
 
     python -m benchmarks.engines.pack FOLDER ABIDING_WHEEL
 
@@ -142,14 +142,14 @@ def pack_vllm(wheel: Path, folder: Path) -> None:
         for name in archive.namelist():
             if not name.endswith((".so", "/vllm-rs")) and not any(part in name for part in LEFT_OUT):
                 archive.extract(name, python)
-        with tarfile.open(folder / "vllm.tar.xz", "w:xz", preset=6) as packed:
+        with tarfile.open(folder / "vllm.tar.xz", "w:xz", preset=9) as packed:
             for path in sorted(python.iterdir()):
                 packed.add(path, path.name)
         for name in LIBRARIES:
             data = bytearray(archive.read(f"vllm/{name}.abi3.so"))
             dropped = drop_other_architectures(data, 90)
             target = folder / "libraries" / f"{name.replace('/', '__')}.abi3.so.xz"
-            target.write_bytes(lzma.compress(data, preset=6))
+            target.write_bytes(lzma.compress(data, preset=9))
             sizes = (len(data), dropped, target.stat().st_size)
             print("{}: {:.0f} MB, {:.0f} MB dropped, {:.1f} MB packed".format(name, *(size / 1e6 for size in sizes)))
 
