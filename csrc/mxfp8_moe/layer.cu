@@ -388,7 +388,7 @@ cudaError_t run_cuda(const GatherParams& p, cudaStream_t stream) {
   if (p.out.rowwise) {
     LaunchConfig config = with_max_smem({static_cast<unsigned>(p.tokens), kRowThreads});
     const bool is_small = p.tokens <= sms / 2;
-    if (is_small && p.tokens > 0) config.grid_y = static_cast<unsigned>(std::min(p.top_k, sms / 2 / p.tokens));
+    if (is_small) config.grid_y = static_cast<unsigned>(std::min(p.top_k, sms / 2 / p.tokens));
     return p.out.format == RowFormat::kE4m3 ? launch(gather_rowwise_kernel<true>, config, stream, p, is_small)
                                             : launch(gather_rowwise_kernel<false>, config, stream, p, is_small);
   }
