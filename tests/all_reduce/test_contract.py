@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from abiding._peer_memory import ctas_per_rank
 from abiding.communicator import Route, choose_route, is_dense
 from abiding.testing.cases.all_reduce import ODD, REGULAR, AllReduceCase
 from abiding.testing.comparison import assert_bitwise_equal
-from abiding.testing.ranks import captured_on_each, on_each, virtual_ranks
+from abiding.testing.ranks import calls_on_each, captured_on_each, on_each, virtual_ranks
 
 SCHEMAS = {
     "abiding_custom_ar::init_custom_ar": "(int[] ipc_tensors, Tensor rank_data, int rank, bool fully_connected) -> int",
@@ -296,13 +297,11 @@ def test_many_calls(ranks: int, cuda: torch.device) -> None:
         ]
         outs = [[torch.empty_like(x) for x in row] for row in messages]
 
-        def call(rank: int, comm: Communicator) -> None:
-            for _ in range(20):
-                for x, out in zip(messages[rank], outs[rank], strict=True):
-                    comm.all_reduce(x, out)
+        def call(size: int, rank: int, comm: Communicator) -> None:
+            comm.all_reduce(messages[rank][size], outs[rank][size])
 
         for _ in range(20):
-            on_each(comms, call)
+            calls_on_each(comms, [partial(call, size) for size in range(len(sizes))] * 20)
         for rank, comm in enumerate(comms):
             comm.check()
             for i, out in enumerate(outs[rank]):

@@ -15,7 +15,7 @@ from abiding.communicator import DTYPES
 from abiding.testing.cases import all_reduce as cases
 from abiding.testing.cases.all_reduce import AllReduceCase, canonical
 from abiding.testing.comparison import assert_bitwise_equal
-from abiding.testing.ranks import on_each, run_processes, virtual_ranks
+from abiding.testing.ranks import calls_on_each, on_each, run_processes, virtual_ranks
 
 EVERY = [*cases.REGULAR, *cases.ODD, *cases.CORNER]
 
@@ -64,11 +64,10 @@ def test_sizes_and_layouts_may_change_from_call_to_call(device: torch.device) ->
     with virtual_ranks(3, device) as comms:
         made = [AllReduceCase((size,), rng.choice(DTYPES)).make(3, device, i) for i, size in enumerate(sizes)]
 
-        def all_calls(rank: int, comm: Any) -> None:
-            for inputs in made:
-                comm.all_reduce(inputs.messages[rank].tensor, inputs.outs[rank].tensor)
+        def call(inputs: Any, rank: int, comm: Any) -> None:
+            comm.all_reduce(inputs.messages[rank].tensor, inputs.outs[rank].tensor)
 
-        on_each(comms, all_calls)
+        calls_on_each(comms, [partial(call, inputs) for inputs in made])
         for inputs in made:
             for out in inputs.outs:
                 assert_bitwise_equal(out.tensor, inputs.expected, str(inputs.case))

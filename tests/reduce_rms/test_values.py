@@ -16,7 +16,7 @@ from abiding import Communicator, reduce_rms, reference
 from abiding.testing.cases import reduce_rms as cases
 from abiding.testing.cases.reduce_rms import RmsCase, RmsInputs
 from abiding.testing.comparison import assert_bitwise_equal, assert_close
-from abiding.testing.ranks import on_each, run_processes, virtual_ranks
+from abiding.testing.ranks import calls_on_each, on_each, run_processes, virtual_ranks
 
 EVERY = [*cases.REGULAR, *cases.ODD, *cases.CORNER]
 
@@ -67,7 +67,11 @@ def test_tokens_change_from_call_to_call(device: torch.device) -> None:
             RmsCase(rng.choice([0, 1, 2, 33, 300]), 128, rng.choice([None, 16, 40])).make(3, device, seed)
             for seed in range(40)
         ]
-        outs = on_each(comms, lambda rank, comm: [inputs[rank].run(reduce_rms, comm) for inputs in made])
+
+        def run(inputs: list[RmsInputs], rank: int, comm: Communicator) -> list[Tensor]:
+            return inputs[rank].run(reduce_rms, comm)
+
+        outs = calls_on_each(comms, [partial(run, inputs) for inputs in made])
         for call, inputs in enumerate(made):
             assert_normalized([outs[rank][call] for rank in range(3)], inputs)
 
@@ -141,28 +145,23 @@ def test_vllm_operators(ranks: int, device: torch.device) -> None:
     ]
     queries = [[one.rows[:, : one.case.q].reshape(1, -1, one.case.q).contiguous() for one in each] for each in made]
 
-    def qk(call: int, rank: int, _: Any = None) -> list[Tensor]:
+    def qk(call: int, rank: int) -> list[Tensor]:
         one = made[call][rank]
         arguments = (one.rows, one.wq, one.wk, table[rank], one.case.q, one.case.kv, rank, ranks, one.case.eps)
         return list(ops.minimax_allreduce_rms_qk(*arguments))
 
-    def single(call: int, rank: int, _: Any = None) -> Tensor:
+    def single(call: int, rank: int) -> Tensor:
         one, rows = made[call][rank], queries[call][rank]
         out: Tensor = ops.minimax_allreduce_rms(rows, one.wq, table[rank], rank, ranks, one.case.eps)
         assert out.shape == rows.shape
         return out[0]
 
-    def calls(rank: int, _: Any) -> list[list[Tensor]]:
-        # Compared after all ranks: reading a tensor would wait for ranks whose calls are not queued yet.
-        return [[*qk(call, rank), single(call, rank)] for call in range(len(made))]
+    def both(call: int, rank: int, _: Any) -> list[Tensor]:
+        return [*qk(call, rank), single(call, rank)]
 
     # The communicators are there for their threads and streams alone.
     with minimax_tables(ranks, device, slot_bytes=2 << 20) as table, virtual_ranks(ranks, device) as comms:
-        # First one by one: compute-sanitizer loads a kernel at its first launch, which waits for all that run.
-        for call in range(len(made)):
-            on_each(comms, partial(qk, call))
-            on_each(comms, partial(single, call))
-        outs = on_each(comms, calls)
+        outs = calls_on_each(comms, [partial(both, call) for call in range(len(made))])
     for call, inputs in enumerate(made):
         together = [outs[rank][call][:2] for rank in range(ranks)]
         alone = [outs[rank][call][2:] for rank in range(ranks)]
